@@ -1,0 +1,46 @@
+"""The ways to run a problem, and the choice between them.
+
+Each backend is a module with a `NAME` and `why_not(problem) -> str | None`: the reason it cannot serve a problem, or None
+when it can. `choose` takes the first that can, in order of speed; `explain` tells the reasons of all.
+`FLASH_MLA_BACKEND=cpu|triton|hopper` forces one.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+from flash_mla.backends import cpu, hopper
+from flash_mla.problem import Problem
+
+__all__ = ["BACKENDS", "choose", "explain"]
+
+BACKENDS: tuple[ModuleType, ...] = (hopper, cpu)
+
+
+def explain(problem: Problem) -> dict[str, str | None]:
+    """Backend name -> None if it serves `problem`, otherwise the reason why not; in order of preference."""
+    return {backend.NAME: backend.why_not(problem) for backend in BACKENDS}
+
+
+def choose(problem: Problem) -> ModuleType:
+    """The preferred backend that serves `problem`.
+
+    Raises:
+        ValueError: FLASH_MLA_BACKEND names no backend.
+        RuntimeError: no backend, or not the forced one, serves the problem; the message gives each reason.
+    """
+    forced = os.environ.get("FLASH_MLA_BACKEND")
+    names = [backend.NAME for backend in BACKENDS]
+    if forced and forced not in names:
+        raise ValueError(f"FLASH_MLA_BACKEND: got {forced!r}, need one of {', '.join(names)}")
+    reasons = []
+    for backend in BACKENDS:
+        if forced and backend.NAME != forced:
+            continue
+        reason = backend.why_not(problem)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.NAME}: {reason}")
+    which = "the forced backend cannot serve" if forced else "no backend serves"
+    raise RuntimeError(f"{which} {problem.mode} on {problem.device}: {'; '.join(reasons)}")
