@@ -1,0 +1,147 @@
+"""The split-KV schedule: which worker attends to which KV tiles, and where partial results go.
+
+The work of a decode call is a row of *units* (a request, or a KV head or query token of one) of as many *tiles* as their
+lengths need. A unit costs its tiles plus a fixed cost (loading Q, writing out). Laid end to end, the units fill a cost
+axis that is cut into equal ranges, one a *worker* (a CTA, or the CTAs that share a unit's KV). A range that ends inside a
+unit splits it: each of its pieces is then a partial result in a *slot* of the workspace, and a combine pass merges them.
+
+Every cut is a closed form of the prefix sum of the costs, so the plan is a few vectorised operations on the lengths,
+on whatever device they are, without synchronising it. The Hopper planner kernel computes the same integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["INVARIANT_PIECE_TILES", "MAX_INVARIANT_PIECES", "Piece", "SplitPlan", "max_slots", "split_plan"]
+
+# Batch-invariant plans cut a unit into pieces of this many tiles, or into this many pieces if that makes larger ones:
+# sizes that depend on the unit's own length alone.
+INVARIANT_PIECE_TILES = 64
+MAX_INVARIANT_PIECES = 32
+
+
+class Piece(NamedTuple):
+    """The tiles [begin, end) of a unit, attended to by one worker; `slot` is -1 when they are the whole unit."""
+
+    worker: int
+    unit: int
+    begin: int
+    end: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """A schedule as two int32 tensors, the form in which kernels read it.
+
+    work: [num_workers + 1, 4]; worker w begins at row w and ends where worker w + 1 begins. A row is (unit, tile, split,
+        slot): the first unit and its first tile there, the number of that piece within its unit and its slot, or -1 when
+        the unit begins there. An empty unit (no tiles) is part of its worker's range, so that its output gets written.
+    splits: [num_units + 1]; unit u's partial results are the slots splits[u] ... splits[u + 1] - 1, none if it is whole.
+    """
+
+    work: torch.Tensor
+    splits: torch.Tensor
+
+    def pieces(self, tiles: list[int], *, batch_invariant: bool = False) -> Iterator[Piece]:
+        """Every piece in order, as a kernel walks them; `tiles` are the units' tile counts."""
+        work, splits = self.work.tolist(), self.splits.tolist()
+        for worker, (first, begin, _, _) in enumerate(work[:-1]):
+            last, stop = work[worker + 1][:2]
+            for unit in range(first, min(last + 1, len(tiles))):
+                end = stop if unit == last else tiles[unit]
+                if unit == last and stop == begin:
+                    continue
+                step = piece_tiles(tiles[unit]) if batch_invariant else max(1, end - begin)
+                for split, start in enumerate(range(begin, max(end, begin + 1), step)):
+                    whole = splits[unit] == splits[unit + 1]
+                    slot = splits[unit] + (work[worker][2] if unit == first else 0) + split
+                    yield Piece(worker, unit, start, min(end, start + step), -1 if whole else slot)
+                begin = 0
+
+
+def piece_tiles(tiles: int) -> int:
+    """Tiles in each piece of a unit of `tiles` tiles under a batch-invariant plan."""
+    return max(INVARIANT_PIECE_TILES, -(-tiles // MAX_INVARIANT_PIECES))
+
+
+def max_slots(num_units: int, num_workers: int, *, batch_invariant: bool = False, max_tiles: int | None = None) -> int:
+    """Slots that suffice for any lengths; `max_tiles` bounds a unit's tiles (for the batch-invariant plan)."""
+    if not batch_invariant:
+        # A worker's first and its last unit may be shared with others; those between are its own.
+        return 2 * max(0, num_workers - 1)
+    pieces = MAX_INVARIANT_PIECES if max_tiles is None else -(-max_tiles // piece_tiles(max_tiles))
+    return num_units * pieces if pieces > 1 else 0
+
+
+def split_plan(
+    lengths: torch.Tensor,
+    *,
+    extra_lengths: torch.Tensor | None = None,
+    tile: int = 64,
+    fixed_cost: int,
+    num_workers: int,
+    units_per_request: int = 1,
+    min_tiles: int = 1,
+    batch_invariant: bool = False,
+) -> SplitPlan:
+    """Plan a call.
+
+    Args:
+        lengths: [b] int32, tokens of each request.
+        extra_lengths: [b] int32, tokens of a second cache; its tiles follow those of the first.
+        tile: tokens in a tile.
+        fixed_cost: what starting a piece costs, in tiles.
+        num_workers: workers that run at once.
+        units_per_request: each request makes this many consecutive units of its length.
+        min_tiles: fewer workers are used rather than giving one less than fixed_cost + min_tiles.
+        batch_invariant: cut a unit only at places that depend on its own length.
+
+    Returns:
+        A SplitPlan on the device of `lengths`. Loads differ by at most one tile plus the fixed cost from their mean,
+        or by one piece in a batch-invariant plan.
+    """
+    tiles = (lengths.long() + (tile - 1)) // tile
+    if extra_lengths is not None:
+        tiles = tiles + (extra_lengths.long() + (tile - 1)) // tile
+    if units_per_request > 1:
+        tiles = tiles.repeat_interleave(units_per_request, output_size=tiles.numel() * units_per_request)
+
+    step = torch.clamp((tiles + (MAX_INVARIANT_PIECES - 1)) // MAX_INVARIANT_PIECES, min=INVARIANT_PIECE_TILES)
+    num_pieces = torch.clamp((tiles + step - 1) // step, min=1) if batch_invariant else torch.ones_like(tiles)
+    begins = torch.nn.functional.pad((tiles + fixed_cost * num_pieces).cumsum(0), (1, 0))
+    total = begins[-1]
+
+    # Worker w's range of the cost axis begins at floor(w * total / workers); workers beyond that number stay idle.
+    workers = torch.clamp(total // (fixed_cost + min_tiles), min=1, max=num_workers)
+    worker = torch.arange(num_workers + 1, device=lengths.device)
+    cut = torch.minimum(worker * total // workers, total)
+    unit = torch.searchsorted(begins[1:], cut, right=True)
+    at_end = unit == tiles.numel()
+    inside = unit.clamp(max=tiles.numel() - 1)
+    offset = cut - begins[inside]
+
+    if batch_invariant:
+        split = (offset + fixed_cost + step[inside] - 1) // (fixed_cost + step[inside])
+        next_unit = split >= num_pieces[inside]
+        unit = torch.where(next_unit & ~at_end, unit + 1, unit)
+        split = torch.where(next_unit | at_end, 0, split)
+        begin_tile = split * step[inside]
+        counts = torch.where(num_pieces > 1, num_pieces, 0)
+    else:
+        # A cut within the fixed cost moves to the unit's beginning. The first worker whose cut is beyond it starts piece 1.
+        begin_tile = torch.where(at_end, 0, torch.clamp(offset - fixed_cost, min=0))
+        first = -(-(begins[:-1] + fixed_cost + 1) * workers // total)
+        counts = -(-begins[1:] * workers // total) - first
+        counts = torch.where(counts > 0, counts + 1, 0)
+        split = torch.where(begin_tile > 0, worker - first[inside] + 1, 0)
+
+    splits = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    slot = torch.where(split > 0, splits[inside] + split, -1)
+    work = torch.stack([unit, begin_tile, split, slot], dim=1)
+    return SplitPlan(work.int(), splits.int())

@@ -1,0 +1,128 @@
+"""The split-KV schedule: complete, balanced, deterministic, and batch-invariant where promised."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_mla.plan import INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES, max_slots, split_plan
+
+TILE = 64
+
+lengths_lists = st.lists(
+    st.one_of(st.just(0), st.integers(1, 64), st.integers(1, 5000), st.integers(1, 300_000)), min_size=1, max_size=40
+)
+schedules = st.fixed_dictionaries(
+    {
+        "fixed_cost": st.integers(1, 12),
+        "num_workers": st.integers(1, 140),
+        "units_per_request": st.integers(1, 4),
+        "min_tiles": st.integers(1, 8),
+    }
+)
+
+
+def tile_counts(lengths, units_per_request=1):
+    return [-(-n // TILE) for n in lengths for _ in range(units_per_request)]
+
+
+def make(lengths, **schedule):
+    plan = split_plan(torch.tensor(lengths, dtype=torch.int32), tile=TILE, **schedule)
+    tiles = tile_counts(lengths, schedule["units_per_request"])
+    pieces = list(plan.pieces(tiles, batch_invariant=schedule.get("batch_invariant", False)))
+    return plan, tiles, pieces
+
+
+@given(lengths_lists, schedules, st.booleans())
+def test_every_tile_exactly_once_and_no_empty_work(lengths, schedule, batch_invariant):
+    plan, tiles, pieces = make(lengths, batch_invariant=batch_invariant, **schedule)
+    covered = [0] * len(tiles)
+    for piece in pieces:
+        assert piece.begin == covered[piece.unit], "pieces come in order, without gap or overlap"
+        assert piece.end > piece.begin or tiles[piece.unit] == 0
+        covered[piece.unit] = piece.end
+    assert covered == tiles
+    assert {piece.unit for piece in pieces} == set(range(len(tiles))), "empty units are visited too"
+    assert sum(tiles[piece.unit] == 0 for piece in pieces) == tiles.count(0), "and only once"
+
+
+@given(lengths_lists, schedules, st.booleans())
+def test_slots_are_dense_and_bounded(lengths, schedule, batch_invariant):
+    plan, tiles, pieces = make(lengths, batch_invariant=batch_invariant, **schedule)
+    slots = [piece.slot for piece in pieces if piece.slot >= 0]
+    assert slots == list(range(plan.splits[-1].item()))
+    for unit, count in enumerate(plan.splits.diff().tolist()):
+        of_unit = [piece for piece in pieces if piece.unit == unit]
+        assert count == (len(of_unit) if len(of_unit) > 1 else 0)
+    bound = max_slots(
+        len(tiles), schedule["num_workers"], batch_invariant=batch_invariant, max_tiles=max(1, max(tiles))
+    )
+    assert len(slots) <= bound
+    for worker, (_, tile, split, slot) in enumerate(plan.work[:-1].tolist()):
+        mine = [piece for piece in pieces if piece.worker == worker]
+        assert (split > 0) == (tile > 0) == (slot >= 0)
+        if mine and tile > 0:
+            assert mine[0].slot == slot
+
+
+@given(lengths_lists, schedules)
+def test_loads_are_balanced(lengths, schedule):
+    _, tiles, pieces = make(lengths, **schedule)
+    fixed = schedule["fixed_cost"]
+    total = sum(tiles) + fixed * len(tiles)
+    workers = min(schedule["num_workers"], max(1, total // (fixed + schedule["min_tiles"])))
+    load = [0] * schedule["num_workers"]
+    for piece in pieces:
+        load[piece.worker] += piece.end - piece.begin + fixed
+    assert all(one <= total / workers + fixed + 1 for one in load)
+    assert not any(load[workers:])
+
+
+@given(lengths_lists, schedules)
+def test_batch_invariant_pieces_depend_on_the_request_alone(lengths, schedule):
+    _, _, pieces = make(lengths, batch_invariant=True, **schedule)
+    alone = {**schedule, "num_workers": 7}
+    units = schedule["units_per_request"]
+    for request, length in enumerate(lengths[:6]):
+        _, _, expected = make([length], batch_invariant=True, **alone)
+        got = [(p.unit - request * units, p.begin, p.end) for p in pieces if p.unit // units == request]
+        assert got == [(p.unit, p.begin, p.end) for p in expected]
+
+
+@given(lengths_lists, schedules)
+def test_batch_invariant_loads_differ_by_a_piece(lengths, schedule):
+    _, tiles, pieces = make(lengths, batch_invariant=True, **schedule)
+    fixed = schedule["fixed_cost"]
+    largest = max(INVARIANT_PIECE_TILES, -(-max(tiles) // MAX_INVARIANT_PIECES)) + fixed
+    total = sum(piece.end - piece.begin + fixed for piece in pieces)
+    workers = min(schedule["num_workers"], max(1, total // (fixed + schedule["min_tiles"])))
+    load = [0] * schedule["num_workers"]
+    for piece in pieces:
+        load[piece.worker] += piece.end - piece.begin + fixed
+    assert all(one <= total / workers + largest for one in load)
+
+
+@given(lengths_lists, lengths_lists, schedules)
+def test_extra_lengths_add_their_tiles(lengths, extra, schedule):
+    extra = (extra * len(lengths))[: len(lengths)]
+    plan = split_plan(
+        torch.tensor(lengths, dtype=torch.int32), extra_lengths=torch.tensor(extra, dtype=torch.int32), **schedule
+    )
+    whole = [(-(-n // TILE) + -(-x // TILE)) * TILE for n, x in zip(lengths, extra, strict=True)]
+    same = split_plan(torch.tensor(whole, dtype=torch.int32), **schedule)
+    assert torch.equal(plan.work, same.work)
+    assert torch.equal(plan.splits, same.splits)
+
+
+def test_plan_is_deterministic_int32():
+    lengths = torch.randint(0, 50_000, (300,), dtype=torch.int32)
+    plans = [split_plan(lengths, fixed_cost=5, num_workers=66) for _ in range(2)]
+    assert torch.equal(plans[0].work, plans[1].work)
+    assert torch.equal(plans[0].splits, plans[1].splits)
+    assert plans[0].work.dtype == plans[0].splits.dtype == torch.int32
+    assert plans[0].work.shape == (67, 4)
+    assert plans[0].splits.shape == (301,)
+
+
+def test_one_long_request_uses_every_worker():
+    plan = split_plan(torch.tensor([1 << 20], dtype=torch.int32), fixed_cost=5, num_workers=132)
+    assert plan.splits.tolist() == [0, 132]
