@@ -1,0 +1,179 @@
+"""Merge the partial results of split units: out = sum_i w_i o_i with w_i = 2^(lse_i - lse), the usual split-KV identity.
+
+Partial outputs are normalised by their own softmax sum; their lse is in base 2, and -inf where a piece attended to
+nothing. Units that one worker computed whole were written by the attention kernel and are left alone.
+"""
+
+import math
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr, range_constexpr
+
+from flash_mla.backends.hopper import aot
+
+LANES = 32
+WARPS = 8
+VECTOR = 4  # fp32 values in a 16-byte load
+LN2 = math.log(2.0)
+LOG2_E = math.log2(math.e)
+
+
+class Combine:
+    """One warp (`warps_per_row=1`, many rows) or a whole CTA (8: few rows, many splits) merges a row."""
+
+    def __init__(self, dtype: type[cutlass.Numeric], d_v: int, warps_per_row: int):
+        self.dtype = dtype
+        self.d_v = d_v
+        self.chunks = d_v // (LANES * VECTOR)
+        self.warps_per_row = warps_per_row
+        self.rows_per_cta = WARPS // warps_per_row
+        self.unroll = 2 if warps_per_row == 1 else 4
+
+    @cute.jit
+    def __call__(
+        self,
+        partial_o: cute.Tensor,  # [slots, rows_per_unit, d_v] fp32
+        partial_lse: cute.Tensor,  # [slots, rows_per_unit] fp32, base 2
+        work: cute.Tensor,  # [workers + 1, 4]: SplitPlan.work
+        splits: cute.Tensor,  # [units + 1]: SplitPlan.splits
+        sink: cute.Tensor,  # [u1, r1] fp32, natural log; -inf has no effect
+        out: cute.Tensor,  # [u0, u1, r0, r1, d_v]: unit (u0, u1, pass), row (r0, r1) of all its passes
+        lse: cute.Tensor,  # [u0, u1, r0, r1] fp32, natural log
+        candidates: Int32,  # grid extent: workers, or units if by_unit
+        by_unit: Int32,  # 1: look at every unit; 0: at the unit in which each worker begins its second piece
+        stream,
+    ):
+        row_groups = (partial_o.shape[1] + self.rows_per_cta - 1) // self.rows_per_cta
+        self.kernel(partial_o, partial_lse, work, splits, sink, out, lse, by_unit).launch(
+            grid=(row_groups, candidates, 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        work: cute.Tensor,
+        splits: cute.Tensor,
+        sink: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        by_unit: Int32,
+    ):
+        row_group, candidate, _ = cute.arch.block_idx()
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        row = row_group * self.rows_per_cta + warp // self.warps_per_row
+        rows_per_unit = partial_o.shape[1]
+        rows = out.shape[2] * out.shape[3]
+        passes = (rows + rows_per_unit - 1) // rows_per_unit
+
+        cute.arch.griddepcontrol_wait()
+        unit = candidate
+        split = Int32(1)
+        if by_unit == 0:
+            unit = work[candidate, 0]
+            split = work[candidate, 2]
+        out_row = unit % passes * rows_per_unit + row
+        # Only the worker that begins a unit's second piece stands for the unit, so each is merged once.
+        if split == 1:
+            first = splits[unit]
+            count = splits[unit + 1] - first
+            if count > 0 and row < rows_per_unit and out_row < rows:
+                self.merge_row(partial_o, partial_lse, sink, out, lse, unit // passes, out_row, first, count, row, lane)
+
+    @cute.jit
+    def merge_row(
+        self,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        sink: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        unit: Int32,
+        out_row: Int32,
+        first: Int32,
+        count: Int32,
+        row: Int32,
+        lane: Int32,
+    ):
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % self.warps_per_row
+        acc = cute.make_rmem_tensor((VECTOR, self.chunks), Float32)
+        acc.fill(0.0)
+        top, total = self.merged_lse(partial_lse, first, count, row, lane)
+        inv_total = cutlass.select_(total > 0.0, 1.0 / total, Float32(0.0))
+
+        for i in cutlass.range(warp, count, self.warps_per_row, unroll=self.unroll):
+            weight = cute.math.exp2(partial_lse[first + i, row] - top, fastmath=True) * inv_total
+            part = self.lane_view(partial_o[first + i, row, None], lane)
+            o = cute.make_rmem_tensor_like(acc)
+            cute.autovec_copy(part, o)
+            for c in range_constexpr(self.chunks):
+                for v in range_constexpr(VECTOR):
+                    acc[v, c] = acc[v, c] + weight * o[v, c]
+
+        if const_expr(self.warps_per_row > 1):
+            self.sum_over_warps(acc, warp, lane)
+        if warp == 0:
+            u0, u1 = unit // out.shape[1], unit % out.shape[1]
+            r0, r1 = out_row // out.shape[3], out_row % out.shape[3]
+            row_lse = cutlass.select_(total > 0.0, (top + cute.math.log2(total)) * LN2, Float32.inf)
+            # exp(lse) / (exp(lse) + exp(sink)), which is 1 without a sink.
+            kept = 1.0 / (1.0 + cute.math.exp2((sink[u1, r1] - row_lse) * LOG2_E, fastmath=True))
+            result = cute.make_rmem_tensor((VECTOR, self.chunks), self.dtype)
+            result.store((acc.load() * kept).to(self.dtype))
+            cute.autovec_copy(result, self.lane_view(out[u0, u1, r0, r1, None], lane))
+            if lane == 0:
+                lse[u0, u1, r0, r1] = row_lse
+
+    @cute.jit
+    def merged_lse(self, partial_lse: cute.Tensor, first: Int32, count: Int32, row: Int32, lane: Int32):
+        """(m, s): the largest partial lse, and the sum of 2^(lse_i - m); s is 0 if no piece attended to anything."""
+        top = -Float32.inf
+        for i in cutlass.range(lane, count, LANES):
+            top = cute.arch.fmax(top, partial_lse[first + i, row])
+        top = cute.arch.warp_reduction_max(top)
+        top = cutlass.select_(top == -Float32.inf, Float32(0.0), top)
+        total = Float32(0.0)
+        for i in cutlass.range(lane, count, LANES):
+            total += cute.math.exp2(partial_lse[first + i, row] - top, fastmath=True)
+        return top, cute.arch.warp_reduction_sum(total)
+
+    @cute.jit
+    def lane_view(self, row: cute.Tensor, lane: Int32) -> cute.Tensor:
+        """The (VECTOR, chunks) elements of a row of d_v that a lane owns."""
+        start = (row.iterator + lane * VECTOR).align(VECTOR * row.element_type.width // 8)
+        return cute.make_tensor(start, cute.make_layout((VECTOR, self.chunks), stride=(1, LANES * VECTOR)))
+
+    @cute.jit
+    def sum_over_warps(self, acc: cute.Tensor, warp: Int32, lane: Int32):
+        """Add the warps' accumulators, in order, into warp 0's."""
+        layout = cute.make_layout((VECTOR, self.chunks, LANES, WARPS), stride=(1, LANES * VECTOR, VECTOR, self.d_v))
+        shared = cute.make_tensor(cute.arch.alloc_smem(Float32, cute.cosize(layout), alignment=16), layout)
+        cute.autovec_copy(acc, shared[None, None, lane, warp])
+        cute.arch.sync_threads()
+        if warp == 0:
+            other = cute.make_rmem_tensor_like(acc)
+            for w in range_constexpr(1, WARPS):
+                cute.autovec_copy(shared[None, None, lane, w], other)
+                for c in range_constexpr(self.chunks):
+                    for v in range_constexpr(VECTOR):
+                        acc[v, c] = acc[v, c] + other[v, c]
+
+
+def compile_variant(dtype: str, d_v: int, warps_per_row: int) -> aot.Compiled:
+    """Compile for tensors of any extents; the last dimension of `out` is dense, its rows 16-byte aligned."""
+    element = getattr(cutlass, dtype)
+    slots, rows, workers, units = (cute.sym_int() for _ in range(4))
+    u0, u1, r0, r1 = (cute.sym_int() for _ in range(4))
+    partial_o = aot.compact(Float32, (slots, rows, d_v), align=16)
+    partial_lse = aot.compact(Float32, (slots, rows))
+    work = aot.compact(Int32, (workers, 4), align=16)
+    splits = aot.compact(Int32, (units,))
+    sink = aot.strided(Float32, (u1, r1))
+    out = aot.strided(element, (u0, u1, r0, r1, d_v), dense_last=True, align=16)
+    lse = aot.strided(Float32, (u0, u1, r0, r1))
+    return aot.compile_kernel(
+        Combine(element, d_v, warps_per_row), partial_o, partial_lse, work, splits, sink, out, lse, Int32(1), Int32(0)
+    )

@@ -1,0 +1,228 @@
+"""The split-KV plan of flash_mla.plan.split_plan, made on the device by one CTA: the same integers from the same formulas."""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils as utils
+from cutlass import Int32, Int64, const_expr, range_constexpr
+
+from flash_mla.backends.hopper import aot
+from flash_mla.plan import INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES
+
+LANES = 32
+WARPS = 16
+THREADS = WARPS * LANES  # units planned at a time
+
+
+def ceil_div(a, b):
+    return (a + b - 1) // b
+
+
+class Planner:
+    """Units are scanned THREADS at a time; workers whose cut falls into such a block find their unit in it by bisection."""
+
+    def __init__(self, batch_invariant: bool):
+        self.batch_invariant = batch_invariant
+
+    @cute.jit
+    def __call__(
+        self,
+        lengths: cute.Tensor,  # [b] int32
+        extra_lengths: cute.Tensor,  # [b] int32
+        work: cute.Tensor,  # [workers + 1, 4] int32, written
+        splits: cute.Tensor,  # [units + 1] int32, written
+        tile: Int32,
+        fixed_cost: Int32,
+        min_tiles: Int32,
+        units_per_request: Int32,
+        stream,
+    ):
+        @cute.struct
+        class Shared:
+            warp_sums: cute.struct.MemRange[Int32, WARPS]
+            begins: cute.struct.MemRange[Int32, THREADS]
+            tiles: cute.struct.MemRange[Int32, THREADS]
+            slots: cute.struct.MemRange[Int32, THREADS]
+
+        self.Shared = Shared
+        self.kernel(lengths, extra_lengths, work, splits, tile, fixed_cost, min_tiles, units_per_request).launch(
+            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        lengths: cute.Tensor,
+        extra_lengths: cute.Tensor,
+        work: cute.Tensor,
+        splits: cute.Tensor,
+        tile: Int32,
+        fixed_cost: Int32,
+        min_tiles: Int32,
+        units_per_request: Int32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        shared = utils.SmemAllocator().allocate(self.Shared)
+        warp_sums = shared.warp_sums.get_tensor(cute.make_layout(WARPS))
+        begins = shared.begins.get_tensor(cute.make_layout(THREADS))
+        tiles = shared.tiles.get_tensor(cute.make_layout(THREADS))
+        slots = shared.slots.get_tensor(cute.make_layout(THREADS))
+        requests = lengths.shape[0]
+        units = requests * units_per_request
+        num_workers = work.shape[0] - 1
+
+        total = Int32(0)
+        for request in cutlass.range(thread, requests, THREADS):
+            n = ceil_div(lengths[request], tile) + ceil_div(extra_lengths[request], tile)
+            total += self.cost(n, fixed_cost) * units_per_request
+        _, total = self.scan(total, warp_sums)
+        workers = cutlass.max(1, cutlass.min(total // (fixed_cost + min_tiles), num_workers))
+
+        begin = Int32(0)  # of the first unit of the block, on the cost axis
+        slot = Int32(0)
+        for block in cutlass.range(0, units, THREADS):
+            unit = block + thread
+            n = Int32(0)
+            cost = Int32(0)
+            if unit < units:
+                request = unit // units_per_request
+                n = ceil_div(lengths[request], tile) + ceil_div(extra_lengths[request], tile)
+                cost = self.cost(n, fixed_cost)
+            before, block_cost = self.scan(cost, warp_sums)
+            unit_begin = begin + before
+            count = Int32(0)
+            if unit < units:
+                count = self.slot_count(n, unit_begin, cost, fixed_cost, workers, total)
+            before, block_slots = self.scan(count, warp_sums)
+            begins[thread] = unit_begin
+            tiles[thread] = n
+            slots[thread] = slot + before
+            if unit < units:
+                splits[unit] = slot + before
+            cute.arch.sync_threads()
+
+            block_units = cutlass.min(units - block, THREADS)
+            for worker in cutlass.range(thread, workers, THREADS):
+                cut = Int32(Int64(worker) * Int64(total) // Int64(workers))
+                if cut >= begin and cut < begin + block_cost:
+                    inside = self.bisect(begins, cut, block_units)
+                    self.write_worker(
+                        work, worker, cut, block + inside, begins[inside], tiles[inside], slots[inside], fixed_cost,
+                        workers, total,
+                    )  # fmt: skip
+            begin += block_cost
+            slot += block_slots
+            cute.arch.sync_threads()
+
+        for worker in cutlass.range(workers + thread, num_workers + 1, THREADS):
+            self.write_row(work, worker, units, Int32(0), Int32(0), Int32(-1))
+        if thread == 0:
+            splits[units] = slot
+
+    @cute.jit
+    def piece_tiles(self, tiles: Int32) -> Int32:
+        return cutlass.max(INVARIANT_PIECE_TILES, ceil_div(tiles, MAX_INVARIANT_PIECES))
+
+    @cute.jit
+    def cost(self, tiles: Int32, fixed_cost: Int32) -> Int32:
+        """A unit's extent on the cost axis."""
+        pieces = Int32(1)
+        if const_expr(self.batch_invariant):
+            pieces = cutlass.max(1, ceil_div(tiles, self.piece_tiles(tiles)))
+        return tiles + fixed_cost * pieces
+
+    @cute.jit
+    def first_piece_1(self, unit_begin: Int32, fixed_cost: Int32, workers: Int32, total: Int32) -> Int32:
+        """The first worker whose cut lies beyond the unit's fixed cost; it begins piece 1."""
+        return Int32(ceil_div(Int64(unit_begin + fixed_cost + 1) * Int64(workers), Int64(total)))
+
+    @cute.jit
+    def slot_count(
+        self, tiles: Int32, unit_begin: Int32, cost: Int32, fixed_cost: Int32, workers: Int32, total: Int32
+    ) -> Int32:
+        """Partial results of a unit: its pieces, or 0 if it is whole."""
+        count = Int32(0)
+        if const_expr(self.batch_invariant):
+            pieces = ceil_div(tiles, self.piece_tiles(tiles))
+            count = cutlass.select_(pieces > 1, pieces, Int32(0))
+        else:
+            after = Int32(ceil_div(Int64(unit_begin + cost) * Int64(workers), Int64(total)))
+            cuts = after - self.first_piece_1(unit_begin, fixed_cost, workers, total)
+            count = cutlass.select_(cuts > 0, cuts + 1, Int32(0))
+        return count
+
+    @cute.jit
+    def write_worker(
+        self,
+        work: cute.Tensor,
+        worker: Int32,
+        cut: Int32,
+        unit: Int32,
+        unit_begin: Int32,
+        tiles: Int32,
+        unit_slot: Int32,
+        fixed_cost: Int32,
+        workers: Int32,
+        total: Int32,
+    ):
+        """Where `worker` begins, given the unit its cut falls into."""
+        offset = cut - unit_begin
+        if const_expr(self.batch_invariant):
+            step = self.piece_tiles(tiles)
+            split = ceil_div(offset, fixed_cost + step)
+            next_unit = split >= cutlass.max(1, ceil_div(tiles, step))
+            split = cutlass.select_(next_unit, Int32(0), split)
+            tile = split * step
+            unit = cutlass.select_(next_unit, unit + 1, unit)
+        else:
+            tile = cutlass.max(offset - fixed_cost, 0)
+            split = worker - self.first_piece_1(unit_begin, fixed_cost, workers, total) + 1
+            split = cutlass.select_(tile > 0, split, Int32(0))
+        slot = cutlass.select_(split > 0, unit_slot + split, Int32(-1))
+        self.write_row(work, worker, unit, tile, split, slot)
+
+    @cute.jit
+    def write_row(self, work: cute.Tensor, worker: Int32, unit: Int32, tile: Int32, split: Int32, slot: Int32):
+        row = cute.make_rmem_tensor(4, Int32)
+        row[0], row[1], row[2], row[3] = unit, tile, split, slot
+        cute.autovec_copy(row, work[worker, None])
+
+    @cute.jit
+    def bisect(self, begins: cute.Tensor, cut: Int32, count: Int32) -> Int32:
+        """The last of `count` ascending begins that is <= cut."""
+        low = Int32(0)
+        for step in range_constexpr(THREADS.bit_length() - 1):
+            probe = low + (THREADS >> (step + 1))
+            if probe < count and begins[probe] <= cut:
+                low = probe
+        return low
+
+    @cute.jit
+    def scan(self, value: Int32, warp_sums: cute.Tensor):
+        """(sum of the values of the threads before, sum over the CTA)."""
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.warp_idx()
+        inclusive = value
+        for i in range_constexpr(5):
+            other = cute.arch.shuffle_sync_up(inclusive, 1 << i, mask_and_clamp=0)
+            inclusive += cutlass.select_(lane >= (1 << i), other, Int32(0))
+        cute.arch.sync_threads()
+        if lane == LANES - 1:
+            warp_sums[warp] = inclusive
+        cute.arch.sync_threads()
+        before = inclusive - value
+        total = Int32(0)
+        for w in range_constexpr(WARPS):
+            before += cutlass.select_(w < warp, warp_sums[w], Int32(0))
+            total += warp_sums[w]
+        return before, total
+
+
+def compile_variant(batch_invariant: bool) -> aot.Compiled:
+    """Compile for any number of requests, units and workers."""
+    b = cute.sym_int()
+    lengths = aot.strided(Int32, (b,))
+    extra_lengths = aot.strided(Int32, (b,))
+    work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
+    splits = aot.compact(Int32, (cute.sym_int(),))
+    scalars = [Int32(1)] * 4
+    return aot.compile_kernel(Planner(batch_invariant), lengths, extra_lengths, work, splits, *scalars)

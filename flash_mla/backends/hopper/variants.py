@@ -1,0 +1,36 @@
+"""Every Hopper kernel that gets compiled: one table per family, importable without the CuTe DSL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["ARCH", "VARIANTS", "Variant"]
+
+ARCH = "sm_90a"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`module.compile_variant(**config)`, which may use at most `registers` a thread (before setmaxnreg)."""
+
+    module: str
+    registers: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+COMBINE = {
+    f"combine_{short}_{shape}": Variant(
+        "flash_mla.backends.hopper.combine", 80, {"dtype": dtype, "d_v": 512, "warps_per_row": warps}
+    )
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
+    for shape, warps in (("many_rows", 1), ("many_splits", 8))
+}
+
+PLANNER = {
+    "planner_balanced": Variant("flash_mla.backends.hopper.planner", 64, {"batch_invariant": False}),
+    "planner_batch_invariant": Variant("flash_mla.backends.hopper.planner", 64, {"batch_invariant": True}),
+}
+
+VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER}
