@@ -76,3 +76,9 @@ def real_number(name: str, value: object) -> float:
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"{name}: got {value}, need a finite number")
     return float(value)
+
+
+def like_cache(name: str, value: torch.Tensor, cache: torch.Tensor) -> None:
+    """Require `value` on the device of a KV cache."""
+    if value.device != cache.device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, need it on {cache.device} like the cache")
