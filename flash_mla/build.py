@@ -166,7 +166,11 @@ def _assembly_report(scratch: Path) -> dict[str, Any]:
         "spill_bytes": largest(r"(\d+) bytes spill stores") + largest(r"(\d+) bytes spill loads"),
         "stack_bytes": largest(r"(\d+) bytes stack frame"),
         "warnings": sorted(
-            {line.split(" in function")[0].strip() for line in output.splitlines() if re.search(r"warning|C75\d\d", line)}
+            {
+                line.split(" in function")[0].strip()
+                for line in output.splitlines()
+                if re.search(r"warning|C75\d\d", line)
+            }
         ),
     }
 

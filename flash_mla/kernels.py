@@ -1,9 +1,9 @@
 """Kernel name -> compiled function: from a bundle, the disk cache, or compiled now.
 
 A bundle is a folder of shared objects and a `manifest.json` that says what they were made from and with. `load` looks
-for a kernel in the folder named by FLASH_MLA_KERNELS, in the installed package, and in the user's cache; if the CuTe DSL
-is installed, it compiles what it did not find, once, into the cache. A bundle made from other sources, for another
-machine or for another tvm-ffi is refused with the reason.
+for a kernel in the folder named by FLASH_MLA_KERNELS or else in the installed package and in the user's cache; if the
+CuTe DSL is installed, it compiles what it did not find, once, into the cache. A kernel made from other sources, for
+another machine or for another tvm-ffi is refused with the reason.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import platformdirs
 
 from flash_mla.backends.hopper.variants import ARCH, VARIANTS
 
@@ -43,6 +41,8 @@ def package_dir() -> Path:
 
 def cache_dir(name: str) -> Path:
     """Where kernels compiled on first use are kept: a folder per source version, so that none is ever stale."""
+    import platformdirs  # not needed where the package carries its bundle
+
     return Path(platformdirs.user_cache_dir("flash-mla")) / f"{ARCH}-{source_hash(name)[:16]}"
 
 
@@ -70,11 +70,11 @@ def source_hash(name: str) -> str:
 
 
 def _module_file(module: str) -> Path:
-    path = PACKAGE.parent / module.replace(".", "/")
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return (PACKAGE.parent / module.replace(".", "/")).with_suffix(".py")
 
 
 def _import_closure(module: str) -> set[str]:
+    """The module and those of ours that it imports; a package's __init__ is host code and does not count."""
     seen: set[str] = set()
     waiting = [module]
     while waiting:
@@ -124,15 +124,23 @@ def refusal(folder: Path, name: str) -> str | None:
 
 def find(name: str) -> tuple[Path | None, list[str]]:
     """(shared object or None, why not for each place that was looked at before)."""
-    forced = os.environ.get("FLASH_MLA_KERNELS")
-    places = [Path(forced) / ARCH, Path(forced)] if forced else [package_dir(), cache_dir(name)]
     refusals = []
-    for folder in places:
+    for folder in _places(name):
         reason = refusal(folder, name)
         if reason is None:
             return folder / read_manifest(folder)["kernels"][name]["file"], refusals
         refusals.append(f"{folder}: {reason}")
     return None, refusals
+
+
+def _places(name: str) -> Iterator[Path]:
+    forced = os.environ.get("FLASH_MLA_KERNELS")
+    if forced:
+        yield Path(forced) / ARCH
+        yield Path(forced)
+    else:
+        yield package_dir()
+        yield cache_dir(name)
 
 
 def can_build() -> bool:
@@ -146,8 +154,9 @@ def unavailable(name: str) -> str | None:
     if path is not None or (can_build() and not os.environ.get("FLASH_MLA_KERNELS")):
         return None
     return (
-        f"kernel {name} is in no bundle ({'; '.join(refusals)}) and cannot be compiled here. Either install a wheel that "
-        "carries the kernels (pip install flash-mla), or compile them once: pip install 'flash-mla[build]' && flash-mla build"
+        f"kernel {name} is in no bundle ({'; '.join(refusals)}) and cannot be compiled here. Either install a wheel "
+        "that carries the kernels (pip install flash-mla), or compile them once: "
+        "pip install 'flash-mla[build]' && flash-mla build"
     )
 
 

@@ -1,9 +1,10 @@
 """The split-KV schedule: which worker attends to which KV tiles, and where partial results go.
 
-The work of a decode call is a row of *units* (a request, or a KV head or query token of one) of as many *tiles* as their
-lengths need. A unit costs its tiles plus a fixed cost (loading Q, writing out). Laid end to end, the units fill a cost
-axis that is cut into equal ranges, one a *worker* (a CTA, or the CTAs that share a unit's KV). A range that ends inside a
-unit splits it: each of its pieces is then a partial result in a *slot* of the workspace, and a combine pass merges them.
+The work of a decode call is a row of *units* (a request, or a KV head or query token of one) of as many *tiles* as
+their lengths need. A unit costs its tiles plus a fixed cost (loading Q, writing out). Laid end to end, the units fill a
+cost axis that is cut into equal ranges, one a *worker* (a CTA, or the CTAs that share a unit's KV). A range that ends
+inside a unit splits it: each of its pieces is then a partial result in a *slot* of the workspace, and a combine pass
+merges them.
 
 Every cut is a closed form of the prefix sum of the costs, so the plan is a few vectorised operations on the lengths,
 on whatever device they are, without synchronising it. The Hopper planner kernel computes the same integers.
@@ -39,10 +40,10 @@ class Piece(NamedTuple):
 class SplitPlan:
     """A schedule as two int32 tensors, the form in which kernels read it.
 
-    work: [num_workers + 1, 4]; worker w begins at row w and ends where worker w + 1 begins. A row is (unit, tile, split,
-        slot): the first unit and its first tile there, the number of that piece within its unit and its slot, or -1 when
-        the unit begins there. An empty unit (no tiles) is part of its worker's range, so that its output gets written.
-    splits: [num_units + 1]; unit u's partial results are the slots splits[u] ... splits[u + 1] - 1, none if it is whole.
+    work: [num_workers + 1, 4]; worker w begins at row w and ends where worker w + 1 begins. A row is (unit, tile,
+        split, slot): the first unit and its first tile there, the number of that piece within its unit and its slot, or
+        -1 when the unit begins there. An empty unit is part of its worker's range, so that its output gets written.
+    splits: [num_units + 1]; unit u's partial results are the slots splits[u] ... splits[u + 1] - 1, none if whole.
     """
 
     work: torch.Tensor
@@ -134,7 +135,7 @@ def split_plan(
         begin_tile = split * step[inside]
         counts = torch.where(num_pieces > 1, num_pieces, 0)
     else:
-        # A cut within the fixed cost moves to the unit's beginning. The first worker whose cut is beyond it starts piece 1.
+        # A cut within the fixed cost moves to the unit's beginning; the first worker cut beyond it begins piece 1.
         begin_tile = torch.where(at_end, 0, torch.clamp(offset - fixed_cost, min=0))
         first = -(-(begins[:-1] + fixed_cost + 1) * workers // total)
         counts = -(-begins[1:] * workers // total) - first

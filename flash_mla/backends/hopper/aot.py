@@ -28,6 +28,4 @@ def strided(dtype: Any, shape: tuple, *, dense_last: bool = False, align: int | 
 
 def compile_kernel(kernel: Any, *arguments: Any) -> Compiled:
     """Compile the launcher `kernel` for the described arguments and torch's current stream."""
-    return cute.compile(
-        kernel, *arguments, make_fake_stream(use_tvm_ffi_env_stream=True), options="--enable-tvm-ffi"
-    )
+    return cute.compile(kernel, *arguments, make_fake_stream(use_tvm_ffi_env_stream=True), options="--enable-tvm-ffi")

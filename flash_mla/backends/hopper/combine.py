@@ -1,4 +1,4 @@
-"""Merge the partial results of split units: out = sum_i w_i o_i with w_i = 2^(lse_i - lse), the usual split-KV identity.
+"""Merge the partial results of split units: out = sum_i w_i o_i, w_i = 2^(lse_i - lse), the usual split-KV identity.
 
 Partial outputs are normalised by their own softmax sum; their lse is in base 2, and -inf where a piece attended to
 nothing. Units that one worker computed whole were written by the attention kernel and are left alone.
@@ -119,8 +119,9 @@ class Combine:
             u0, u1 = unit // out.shape[1], unit % out.shape[1]
             r0, r1 = out_row // out.shape[3], out_row % out.shape[3]
             row_lse = cutlass.select_(total > 0.0, (top + cute.math.log2(total)) * LN2, Float32.inf)
-            # exp(lse) / (exp(lse) + exp(sink)), which is 1 without a sink.
+            # exp(lse) / (exp(lse) + exp(sink)), which is 1 without a sink; an empty row's out is 0 in any case.
             kept = 1.0 / (1.0 + cute.math.exp2((sink[u1, r1] - row_lse) * LOG2_E, fastmath=True))
+            kept = cutlass.select_(total > 0.0, kept, Float32(0.0))
             result = cute.make_rmem_tensor((VECTOR, self.chunks), self.dtype)
             result.store((acc.load() * kept).to(self.dtype))
             cute.autovec_copy(result, self.lane_view(out[u0, u1, r0, r1, None], lane))

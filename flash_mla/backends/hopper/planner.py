@@ -1,4 +1,4 @@
-"""The split-KV plan of flash_mla.plan.split_plan, made on the device by one CTA: the same integers from the same formulas."""
+"""The plan of flash_mla.plan.split_plan, made on the device by one CTA: the same integers from the same formulas."""
 
 import cutlass
 import cutlass.cute as cute
@@ -18,7 +18,7 @@ def ceil_div(a, b):
 
 
 class Planner:
-    """Units are scanned THREADS at a time; workers whose cut falls into such a block find their unit in it by bisection."""
+    """Units are scanned THREADS at a time; workers whose cut falls into such a block find their unit by bisection."""
 
     def __init__(self, batch_invariant: bool):
         self.batch_invariant = batch_invariant

@@ -1,0 +1,94 @@
+"""How every benchmark here measures: medians with the L2 flushed, back-to-back means, and the card's ceilings."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+RESULTS = Path(__file__).parent / "results"
+
+_flush: torch.Tensor | None = None
+
+
+def cold(functions: Mapping[str, Callable[[], object]], repeats: int = 15, warm_up: int = 3) -> dict[str, float]:
+    """Median seconds a call of each function, taken in turns, with the L2 flushed before each call."""
+    global _flush
+    if _flush is None:
+        _flush = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    events: dict[str, list] = {name: [] for name in functions}
+    for repeat in range(repeats + warm_up):
+        for name, function in functions.items():
+            _flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            if repeat >= warm_up:
+                events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: statistics.median(s.elapsed_time(e) for s, e in pairs) * 1e-3 for name, pairs in events.items()}
+
+
+def back_to_back(function: Callable[[], object], calls: int, warm_up: int = 3) -> float:
+    """Mean seconds a call of `calls` calls in a row."""
+    for _ in range(warm_up):
+        function()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e-3 / calls
+
+
+@triton.jit
+def _read(source, sink, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(source + offsets), 0)
+    # A condition that random data never meets keeps the load without costing a write.
+    tl.store(sink, total, mask=total == 12345.678)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of a kernel that only reads 8 GiB."""
+    source = torch.randn(1 << 31, device="cuda")
+    sink = torch.zeros(1, device="cuda")
+    block = 8192
+    seconds = cold({"read": lambda: _read[(source.numel() // block,)](source, sink, BLOCK=block, num_warps=8)}, 10)
+    return source.numel() * 4 / seconds["read"]
+
+
+def matmul_rate() -> tuple[float, float]:
+    """FLOP/s of an 8192^3 bf16 cuBLAS product: (with pauses, back to back)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    flops = 2 * 8192**3
+    return flops / cold({"matmul": lambda: a @ b}, 20)["matmul"], flops / back_to_back(lambda: a @ b, 40)
+
+
+def environment() -> dict[str, str]:
+    """What a result must be read with."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda or "",
+        "python": platform.python_version(),
+    }
+
+
+def record(name: str, ceilings: dict[str, float], rows: list[dict], folder: Path = RESULTS) -> Path:
+    """Write one benchmark's results as data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({**environment(), "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
+    return path
