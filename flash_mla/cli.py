@@ -1,0 +1,169 @@
+"""flash-mla info | check | demo | build."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from flash_mla import backends, kernels
+from flash_mla.backends.hopper.variants import ARCH, VARIANTS
+from flash_mla.kv_cache import KVCacheFormat
+from flash_mla.problem import DecodeProblem, MHAProblem, Problem, SparsePrefillProblem
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        Console(stderr=True).print(f"flash-mla {options.command}: {error}", style="red", markup=False)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flash-mla", description="Multi-head latent attention for serving.")
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("flash-mla"))
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    info = commands.add_parser("info", help="this machine, and which backend serves which mode here")
+    info.set_defaults(run=_info)
+
+    check = commands.add_parser("check", help="compare every mode that runs here with the reference, in seconds")
+    check.add_argument("--seed", type=int, default=0)
+    check.set_defaults(run=_check)
+
+    demo = commands.add_parser("demo", help="serve requests through a paged cache with continuous batching")
+    demo.add_argument("--trace", type=Path, help="CSV with ContextTokens and GeneratedTokens columns, a row a request")
+    demo.add_argument("--max-requests", type=int, help="serve only the first so many requests")
+    demo.add_argument("--batch", type=int, help="requests that decode side by side")
+    demo.add_argument("--format", choices=[f.name.lower() for f in KVCacheFormat if f is not KVCacheFormat.FP4_V41])
+    demo.add_argument("--steps", type=int, help="stop after so many decode steps")
+    demo.add_argument("--page-size", type=int, help="tokens in a page")
+    demo.add_argument("--device", help="cpu or cuda")
+    demo.add_argument("--seed", type=int)
+    demo.set_defaults(run=_demo)
+
+    build = commands.add_parser("build", help="compile the Hopper kernels; needs the build extra, no GPU")
+    build.add_argument("--arch", choices=[ARCH], default=ARCH)
+    build.add_argument("--out", type=Path, help="folder of the bundle (default: inside the package)")
+    build.add_argument("--jobs", type=int, default=1, help="kernels compiled side by side")
+    build.add_argument("--only", metavar="PREFIX", default="", help="only kernels whose name begins so")
+    build.add_argument("--check", action="store_true", help="fail on spills, ptxas warnings or too many registers")
+    build.set_defaults(run=_build)
+    return parser
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+
+def _sample_problems(device: torch.device) -> list[tuple[str, Problem]]:
+    """A DeepSeek-sized problem of each mode and cache format."""
+    bf16 = torch.bfloat16
+    rows: list[tuple[str, Problem]] = []
+    for kv_format in (KVCacheFormat.BF16, KVCacheFormat.FP8_V32):
+        problem = DecodeProblem(device, bf16, 1, 1, 128, 1, 576, 512, kv_format, 64)
+        rows.append((f"dense decode, {kv_format.name}", problem))
+    for kv_format in KVCacheFormat:
+        if kv_format in (KVCacheFormat.FP16, KVCacheFormat.FP4_V41):
+            continue
+        problem = DecodeProblem(device, bf16, 1, 1, 128, 1, kv_format.head_dims[0], 512, kv_format, 64, topk=2048)
+        rows.append((f"sparse decode, {kv_format.name}", problem))
+    rows.append(("sparse prefill", SparsePrefillProblem(device, bf16, 4096, 32768, 128, 576, 512, 2048)))
+    rows.append(("dense MHA 192/128", MHAProblem(device, bf16, 128, 128, 192, 128, causal=True)))
+    return rows
+
+
+def _info(_: argparse.Namespace) -> int:
+    console = Console()
+    machine = Table("component", "version", title="flash-mla " + importlib.metadata.version("flash-mla"))
+    machine.add_row("python", platform.python_version())
+    for package in ("torch", "triton", "apache-tvm-ffi", kernels.DSL):
+        machine.add_row(package, _version(package))
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        machine.add_row(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+    if not torch.cuda.is_available():
+        machine.add_row("CUDA device", "none")
+    missing = {name: reason for name in VARIANTS if (reason := kernels.unavailable(name))}
+    machine.add_row("Hopper kernels", f"{len(VARIANTS) - len(missing)} of {len(VARIANTS)} at hand")
+    console.print(machine)
+    for reason in list(missing.values())[:1]:
+        console.print(reason, markup=False)
+
+    for device in _devices():
+        table = Table("mode", "served by", "why not the others", title=str(device))
+        for title, problem in _sample_problems(device):
+            reasons = backends.explain(problem)
+            serving = next((name for name, reason in reasons.items() if reason is None), "nothing")
+            others = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+            table.add_row(title, serving, others)
+        console.print(table)
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _check(options: argparse.Namespace) -> int:
+    from flash_mla.selfcheck import run_checks
+
+    table = Table("device", "mode", "backend", "worst error", "verdict", title="against the fp32 reference")
+    failed = 0
+    for device in _devices():
+        for row in run_checks(device, options.seed):
+            table.add_row(str(device), row.mode, row.backend, row.error, row.verdict)
+            failed += row.verdict == "WRONG"
+    Console().print(table)
+    return 1 if failed else 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from flash_mla.demo import DemoOptions, run_demo
+
+    chosen = {name: value for name, value in vars(options).items() if value is not None}
+    for name in ("command", "run"):
+        chosen.pop(name)
+    if "format" in chosen:
+        chosen["kv_format"] = KVCacheFormat[chosen.pop("format").upper()]
+    return 0 if run_demo(DemoOptions(**chosen)).verified else 1
+
+
+def _build(options: argparse.Namespace) -> int:
+    from flash_mla.build import build, complaints
+
+    names = [name for name in VARIANTS if name.startswith(options.only)]
+    if not names:
+        raise ValueError(f"--only: got {options.only!r}, need the beginning of one of {', '.join(VARIANTS)}")
+    manifest = build(names, options.out or kernels.package_dir(), options.jobs)
+    table = Table("kernel", "registers", "budget", "spilled bytes", "ptxas warnings", title=f"{ARCH} kernels")
+    for name in names:
+        entry = manifest["kernels"][name]
+        warnings = "; ".join(entry["warnings"]) or "none"
+        budget = VARIANTS[name].registers
+        table.add_row(name, str(entry["registers"]), str(budget), str(entry["spill_bytes"]), warnings)
+    console = Console()
+    console.print(table)
+    found = complaints(manifest)
+    for line in found:
+        console.print(line, style="red", markup=False)
+    return 1 if found and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
