@@ -182,7 +182,7 @@ class KVCacheFormat(enum.Enum):
         layout = self.layout(d)
         cache = self.empty(num_pages, page_size, d, device=kv.device)
         for row, data in zip(self._rows(cache, layout), _encode(kv.reshape(-1, d), layout), strict=True):
-            row.pages().copy_(data.view(num_pages, page_size, -1))
+            row.pages().copy_(data.view(num_pages, page_size, row.nbytes))
         return cache
 
     @torch.no_grad()
@@ -193,8 +193,8 @@ class KVCacheFormat(enum.Enum):
             TypeError, ValueError: `cache` is not of this format (and head dim `d`, if given).
         """
         layout = self._require_cache(cache, d)
-        data = [row.pages().flatten(0, 1) for row in self._rows(cache, layout)]
-        return _decode(data, layout).view(*cache.shape[:2], 1, -1)
+        copies = [row.pages().clone(memory_format=torch.contiguous_format) for row in self._rows(cache, layout)]
+        return _decode([rows.flatten(0, 1) for rows in copies], layout).view(*cache.shape[:2], 1, layout.d)
 
     @torch.no_grad()
     def append(self, cache: torch.Tensor, kv: torch.Tensor, slots: torch.Tensor) -> None:
@@ -341,12 +341,11 @@ def _encode(kv: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
 
 
 def _decode(rows: list[torch.Tensor], layout: Layout) -> torch.Tensor:
-    """The reverse of `_encode`; [n, d] fp32."""
+    """The reverse of `_encode`: [n, d] fp32. Takes copies, in which fields are aligned; in a cache they need not be."""
     parts: dict[Role, torch.Tensor] = {}
     for data, fields in zip(rows, layout.rows, strict=True):
-        # A row's fields are aligned to their numbers if the row is; a view into a cache need not be.
-        for field, part in zip(fields, data.contiguous().split([field.nbytes for field in fields], -1), strict=True):
-            parts[field.role] = field.number.from_bytes(part.contiguous())
+        for field, part in zip(fields, data.split([field.nbytes for field in fields], -1), strict=True):
+            parts[field.role] = field.number.from_bytes(part)
     values = []
     if "code" in parts:
         groups = parts["code"].unflatten(1, (-1, layout.group))
