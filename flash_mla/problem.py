@@ -1,8 +1,9 @@
-"""What a call asks for, apart from its data: shapes, formats and flags, as frozen values that backends choose by."""
+"""What a call asks for: shapes, formats and flags, frozen, that backends choose by, and the tensors beside them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,11 +29,30 @@ class DecodeProblem:
     extra_format: KVCacheFormat | None = None
     extra_page_size: int | None = None
     extra_topk: int | None = None
+    has_topk_length: bool = False
+    has_extra_topk_length: bool = False
     batch_invariant: bool = False
 
     @property
     def mode(self) -> str:
         return "dense decode" if self.topk is None else "sparse decode"
+
+
+class DecodeInputs(NamedTuple):
+    """The data of one `flash_mla_with_kvcache` call; shapes as documented there."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    block_table: torch.Tensor | None
+    cache_seqlens: torch.Tensor | None
+    softmax_scale: float
+    indices: torch.Tensor | None = None
+    attn_sink: torch.Tensor | None = None
+    extra_k_cache: torch.Tensor | None = None
+    extra_indices: torch.Tensor | None = None
+    topk_length: torch.Tensor | None = None
+    extra_topk_length: torch.Tensor | None = None
+    out: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,18 @@ class SparsePrefillProblem:
     topk: int
 
     mode = "sparse prefill"
+
+
+class SparsePrefillInputs(NamedTuple):
+    """The data of one `flash_mla_sparse_fwd` call; shapes as documented there."""
+
+    q: torch.Tensor
+    kv: torch.Tensor
+    indices: torch.Tensor
+    sm_scale: float
+    attn_sink: torch.Tensor | None = None
+    topk_length: torch.Tensor | None = None
+    out: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from flash_mla.backends.cpu.decode import decode, plan_decode
+from flash_mla.backends.cpu.mha import mha_backward, mha_forward
+from flash_mla.backends.cpu.sparse_prefill import sparse_prefill
 from flash_mla.problem import Problem
+
+__all__ = ["NAME", "decode", "mha_backward", "mha_forward", "plan_decode", "sparse_prefill", "why_not"]
 
 NAME = "cpu"
 

@@ -1,0 +1,264 @@
+"""Decode with a paged KV cache, dense or token-sparse: read the arguments, plan once, run."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from flash_mla import backends, checks
+from flash_mla.kv_cache import KVCacheFormat
+from flash_mla.problem import DecodeInputs, DecodeProblem
+
+__all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
+
+
+class _Flags(NamedTuple):
+    """The arguments of a call that are neither tensors nor its scale."""
+
+    head_dim_v: int
+    causal: bool
+    is_fp8_kvcache: bool
+    enable_batch_invariant: bool
+
+
+class _Served(NamedTuple):
+    """What the last call looked like from outside, what its checks made of it, and who ran it."""
+
+    signature: tuple[object, ...]
+    problem: DecodeProblem
+    backend: ModuleType
+
+
+@dataclasses.dataclass
+class FlashMLASchedMeta:
+    """The schedule of decode calls: empty when made, filled by the first call, good for calls of one configuration.
+
+    Attributes:
+        have_initialized: whether a call has fixed the configuration.
+        config: that configuration.
+        tile_scheduler_metadata: int32, which worker attends to which tiles; None until planned. Setting it to None has
+            the next call plan again.
+        num_splits: int32, where the partial results of each request lie; None until planned.
+    """
+
+    @dataclasses.dataclass
+    class Config:
+        """What must stay the same while a schedule is reused; the names are those of FlashMLA as far as it has them."""
+
+        b: int
+        s_q: int
+        h_q: int
+        page_block_size: int
+        h_k: int
+        causal: bool
+        is_fp8_kvcache: bool
+        topk: int | None
+        extra_page_block_size: int | None
+        extra_topk: int | None
+        enable_batch_invariant: bool
+        head_dim: int
+        dtype: torch.dtype
+        device: torch.device
+        kv_format: KVCacheFormat
+        extra_kv_format: KVCacheFormat | None
+        has_topk_length: bool
+        has_extra_topk_length: bool
+
+    have_initialized: bool = False
+    config: Config | None = None
+    tile_scheduler_metadata: torch.Tensor | None = None
+    num_splits: torch.Tensor | None = None
+
+    _served: _Served | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+
+
+def get_mla_metadata(*args: object, **kwargs: object) -> tuple[FlashMLASchedMeta, None]:
+    """An empty schedule for `flash_mla_with_kvcache`, which its first call fills.
+
+    Arguments are accepted and ignored: older versions of FlashMLA planned here, from cache_seqlens and head counts.
+
+    Returns:
+        (schedule, None). Pass both on as tile_scheduler_metadata and num_splits.
+    """
+    return FlashMLASchedMeta(), None
+
+
+def flash_mla_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    head_dim_v: int,
+    tile_scheduler_metadata: FlashMLASchedMeta,
+    num_splits: None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    extra_k_cache: torch.Tensor | None = None,
+    extra_indices_in_kvcache: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    extra_topk_length: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    enable_batch_invariant: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a few new query tokens per request to a paged KV cache, in MLA's MQA mode.
+
+    Without `indices` each request attends to its first cache_seqlens tokens (dense); with `indices` each query token
+    attends to the tokens they name (token-sparse). All tensors are on q's device and dense in their last dimension;
+    other strides are free.
+
+    Args:
+        q: [b, s_q, h_q, d] bfloat16 or float16, d 576 or 512.
+        k_cache: [num_pages, page_size, h_kv, d] of q's dtype, or [num_pages, page_size, 1, bytes] in a quantised
+            `KVCacheFormat` (dense: FP8_V32 only). h_q is a multiple of h_kv; h_kv is 1 with `indices`. V is the first
+            512 columns of K. Rows that no request uses may hold anything, NaN included.
+        block_table: [b, max_pages] int32, the pages of each request; entries beyond its length may hold anything.
+            Ignored with `indices`.
+        cache_seqlens: [b] int32, tokens of each request, 0 included. Ignored with `indices`.
+        head_dim_v: 512.
+        tile_scheduler_metadata: from `get_mla_metadata`. May be reused while shapes, flags, cache_seqlens and topk
+            lengths stay the same.
+        num_splits: None.
+        softmax_scale: factor of the scores, d ** -0.5 by default.
+        causal: query token j sees keys < cache_seqlens - s_q + j + 1. Dense only.
+        is_fp8_kvcache: whether k_cache is quantised.
+        indices: [b, s_q, topk] int32 slots, page * page_size + offset, in any order, repeats allowed; a negative entry
+            is skipped.
+        attn_sink: [h_q] float32; out is multiplied by exp(lse) / (exp(lse) + exp(attn_sink)). Only with `indices`.
+        extra_k_cache: a second cache attended to in the same softmax, with a page size and format of its own (FP4_V41
+            only beside FP8_V41). Only with `indices`.
+        extra_indices_in_kvcache: [b, s_q, extra_topk] int32 slots of it.
+        topk_length: [b] int32, only so many leading entries of `indices` count.
+        extra_topk_length: [b] int32, the same for extra_indices_in_kvcache.
+        out: [b, s_q, h_q, 512] of q's dtype to write into.
+        enable_batch_invariant: the bits of a request's result do not depend on the rest of the batch.
+
+    Returns:
+        out [b, s_q, h_q, 512] of q's dtype, and lse [b, h_q, s_q] float32, the natural logarithm of the sum of
+        exponentials of the scaled scores. A query token with nothing to attend to has out 0 and lse +inf.
+
+    Raises:
+        TypeError: an argument of the wrong class or dtype.
+        ValueError: a shape, stride, device or combination that does not fit; metadata planned for another
+            configuration; on the CPU, also a length, page or slot out of range.
+        RuntimeError: no backend serves the device.
+    """
+    meta = tile_scheduler_metadata
+    checks.instance("tile_scheduler_metadata", meta, FlashMLASchedMeta, "make one with get_mla_metadata()")
+    checks.no_num_splits(num_splits)
+    inputs = DecodeInputs(
+        q=q,
+        k_cache=k_cache,
+        block_table=block_table,
+        cache_seqlens=cache_seqlens,
+        softmax_scale=checks.softmax_scale(softmax_scale, q),
+        indices=indices,
+        attn_sink=attn_sink,
+        extra_k_cache=extra_k_cache,
+        extra_indices=extra_indices_in_kvcache,
+        topk_length=topk_length,
+        extra_topk_length=extra_topk_length,
+        out=out,
+    )
+    flags = _Flags(head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
+    _, problem, backend = _serve(meta, inputs, flags)
+    if problem.b == 0 or problem.s_q == 0:
+        return _no_rows(problem, inputs)
+    if meta.tile_scheduler_metadata is None or meta.num_splits is None:
+        plan = backend.plan_decode(problem, inputs)
+        meta.tile_scheduler_metadata, meta.num_splits = plan.work, plan.splits
+    return backend.decode(problem, inputs, meta.tile_scheduler_metadata, meta.num_splits)
+
+
+def _layout(value: object) -> object:
+    """All that a check reads of a tensor."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return type(value)
+
+
+def _serve(meta: FlashMLASchedMeta, inputs: DecodeInputs, flags: _Flags) -> _Served:
+    """Check a call, against its metadata too, and choose its backend; a call that looks like the last one is like it.
+
+    Checking everything takes longer than launching kernels does, comparing layouts does not.
+    """
+    signature = (*map(_layout, inputs), flags)
+    if meta._served is not None and meta._served.signature == signature:
+        return meta._served
+    checks.decode(inputs, *flags)
+    problem = _problem(inputs, flags)
+    checks.decode_formats(problem)
+    config = _config(problem, flags)
+    if meta.config is not None:
+        checks.same_plan(meta.config, config)
+    served = _Served(signature, problem, backends.choose(problem))
+    meta.have_initialized, meta.config, meta._served = True, config, served
+    return served
+
+
+def _problem(inputs: DecodeInputs, flags: _Flags) -> DecodeProblem:
+    b, s_q, h_q, d = inputs.q.shape
+    extra_format = None
+    if inputs.extra_k_cache is not None:
+        extra_is_fp8 = inputs.extra_k_cache.element_size() == 1
+        extra_format = KVCacheFormat.detect(
+            inputs.extra_k_cache, d, is_fp8=extra_is_fp8, name="extra_k_cache", extra=True
+        )
+    return DecodeProblem(
+        device=inputs.q.device,
+        dtype=inputs.q.dtype,
+        b=b,
+        s_q=s_q,
+        h_q=h_q,
+        h_kv=inputs.k_cache.shape[2],
+        d_qk=d,
+        d_v=flags.head_dim_v,
+        kv_format=KVCacheFormat.detect(inputs.k_cache, d, is_fp8=flags.is_fp8_kvcache),
+        page_size=inputs.k_cache.shape[1],
+        causal=flags.causal,
+        topk=None if inputs.indices is None else inputs.indices.shape[-1],
+        extra_format=extra_format,
+        extra_page_size=None if inputs.extra_k_cache is None else inputs.extra_k_cache.shape[1],
+        extra_topk=None if inputs.extra_indices is None else inputs.extra_indices.shape[-1],
+        has_topk_length=inputs.topk_length is not None,
+        has_extra_topk_length=inputs.extra_topk_length is not None,
+        batch_invariant=flags.enable_batch_invariant,
+    )
+
+
+def _config(problem: DecodeProblem, flags: _Flags) -> FlashMLASchedMeta.Config:
+    return FlashMLASchedMeta.Config(
+        b=problem.b,
+        s_q=problem.s_q,
+        h_q=problem.h_q,
+        page_block_size=problem.page_size,
+        h_k=problem.h_kv,
+        causal=problem.causal,
+        is_fp8_kvcache=flags.is_fp8_kvcache,
+        topk=problem.topk,
+        extra_page_block_size=problem.extra_page_size,
+        extra_topk=problem.extra_topk,
+        enable_batch_invariant=problem.batch_invariant,
+        head_dim=problem.d_qk,
+        dtype=problem.dtype,
+        device=problem.device,
+        kv_format=problem.kv_format,
+        extra_kv_format=problem.extra_format,
+        has_topk_length=problem.has_topk_length,
+        has_extra_topk_length=problem.has_extra_topk_length,
+    )
+
+
+def _no_rows(problem: DecodeProblem, inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result of a batch without query tokens; there is nothing to plan or to launch."""
+    out = inputs.out
+    if out is None:
+        out = inputs.q.new_empty(problem.b, problem.s_q, problem.h_q, problem.d_v)
+    return out, inputs.q.new_empty(problem.b, problem.h_q, problem.s_q, dtype=torch.float32)

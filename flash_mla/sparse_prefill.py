@@ -1,0 +1,58 @@
+"""Token-sparse prefill: every query token attends to the rows of KV that its indices name."""
+
+from __future__ import annotations
+
+import torch
+
+from flash_mla import backends, checks
+from flash_mla.problem import SparsePrefillInputs, SparsePrefillProblem
+
+__all__ = ["flash_mla_sparse_fwd"]
+
+
+def flash_mla_sparse_fwd(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+    d_v: int = 512,
+    attn_sink: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of each query token to the KV rows its indices name, in MLA's MQA mode.
+
+    All tensors are on q's device and dense in their last dimension; other strides are free.
+
+    Args:
+        q: [s_q, h_q, d] bfloat16 or float16, d 576 or 512.
+        kv: [s_kv, 1, d] of q's dtype. V is the first 512 columns. Rows that no index names may hold anything.
+        indices: [s_q, 1, topk] int32 rows of kv, in any order, repeats allowed; an entry < 0 or >= s_kv is skipped.
+        sm_scale: factor of the scores.
+        d_v: 512.
+        attn_sink: [h_q] float32; out is multiplied by exp(lse) / (exp(lse) + exp(attn_sink)).
+        topk_length: [s_q] int32, only so many leading entries of `indices` count.
+        out: [s_q, h_q, 512] of q's dtype to write into.
+
+    Returns:
+        out [s_q, h_q, 512] of q's dtype, max_logits [s_q, h_q] float32, the row maximum of the scaled scores, and lse
+        [s_q, h_q] float32, the natural logarithm of the sum of their exponentials. A query token with nothing to attend
+        to has out 0, max_logits -inf and lse +inf.
+
+    Raises:
+        TypeError: an argument of the wrong class or dtype.
+        ValueError: a shape, stride or device that does not fit.
+        RuntimeError: no backend serves the device.
+    """
+    inputs = SparsePrefillInputs(q, kv, indices, sm_scale, attn_sink, topk_length, out)
+    checks.sparse_prefill(inputs, d_v)
+    s_q, h_q, d = q.shape
+    problem = SparsePrefillProblem(
+        device=q.device, dtype=q.dtype, s_q=s_q, s_kv=kv.shape[0], h_q=h_q, d_qk=d, d_v=d_v, topk=indices.shape[-1]
+    )
+    backend = backends.choose(problem)
+    if s_q == 0:
+        if out is None:
+            out = q.new_empty(s_q, h_q, d_v)
+        return out, *q.new_empty(2, s_q, h_q, dtype=torch.float32)
+    return backend.sparse_prefill(problem, inputs)
