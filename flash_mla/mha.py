@@ -1,0 +1,211 @@
+"""Dense multi-head prefill over packed sequences, with gradients: the flash_attn_varlen_* functions."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from flash_mla import backends, checks
+from flash_mla.problem import MHAProblem
+
+__all__ = ["flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"]
+
+
+class _Attention(torch.autograd.Function):
+    """Joins a backend's forward and backward in autograd's graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: ModuleType,
+        problem: MHAProblem,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_qo: torch.Tensor,
+        cu_seqlens_kv: torch.Tensor,
+        max_seqlen_qo: int,
+        max_seqlen_kv: int,
+        softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = backend.mha_forward(
+            problem, q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale
+        )
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_qo, cu_seqlens_kv)
+        ctx.backend, ctx.problem = backend, problem
+        ctx.max_seqlen_qo, ctx.max_seqlen_kv, ctx.softmax_scale = max_seqlen_qo, max_seqlen_kv, softmax_scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse, cu_seqlens_qo, cu_seqlens_kv = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        dq, dk, dv = ctx.backend.mha_backward(
+            ctx.problem,
+            dout if dout.stride(-1) == 1 else dout.contiguous(),  # out.sum() hands over an expanded scalar
+            dlse,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_seqlens_qo,
+            cu_seqlens_kv,
+            ctx.max_seqlen_qo,
+            ctx.max_seqlen_kv,
+            ctx.softmax_scale,
+        )
+        return None, None, dq, dk, dv, None, None, None, None, None
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_qo: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multi-head attention over b sequences laid end to end, differentiable in q, k and v.
+
+    Tokens cu_seqlens[i] to cu_seqlens[i + 1] are sequence i; either side of it may be empty. Query head h reads KV head
+    h // (h_q // h_kv). Gradients flow from `out` and from `lse`.
+
+    Args:
+        q: [total_q, h_q, d_qk], bfloat16 or float16; dense in the last dimension, as are k and v.
+        k: [total_kv, h_kv, d_qk] in q's dtype; h_q is a multiple of h_kv.
+        v: [total_kv, h_kv, d_v] in q's dtype. (d_qk, d_v) is (192, 128) or (128, 128).
+        cu_seqlens_qo: [b + 1] int32 on q's device: 0, then the running sum of the query lengths.
+        cu_seqlens_kv: the same for keys. A GPU never reads either back; wrong contents are only noticed on the CPU.
+        max_seqlen_qo: at least the longest query length.
+        max_seqlen_kv: at least the longest key length.
+        dropout_p: must be 0.
+        softmax_scale: factor on q k^T; d_qk ** -0.5 when None.
+        causal: query i of s_q sees the keys < s_kv - s_q + i + 1 (aligned to the bottom right).
+        deterministic: also the gradients have the same bits on every run; the forward always has.
+        is_varlen: False promises that every sequence has max_seqlen_qo queries and max_seqlen_kv keys.
+
+    Returns:
+        out: [total_q, h_q, d_v] in q's dtype; 0 for a query that sees no key.
+        lse: [total_q, h_q] float32, contiguous along the tokens (stride 1): natural log-sum-exp of the scaled scores.
+            A query that sees no key has -inf, as in FlashMLA's dense prefill (its decode and sparse prefill say +inf).
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: wrong shapes, head dims, strides or devices, offsets that do not fit, or dropout.
+        RuntimeError: no backend serves the call; the message gives each one's reason.
+    """
+    is_varlen = checks.flag("is_varlen", is_varlen)
+    b = checks.mha_tensors(q, k, v, cu_seqlens_qo, cu_seqlens_kv)
+    max_seqlen_qo = checks.max_seqlen("max_seqlen_qo", max_seqlen_qo, b=b, total=q.shape[0], is_varlen=is_varlen)
+    max_seqlen_kv = checks.max_seqlen("max_seqlen_kv", max_seqlen_kv, b=b, total=k.shape[0], is_varlen=is_varlen)
+    checks.no_dropout(dropout_p)
+    d_qk = q.shape[-1]
+    scale = d_qk**-0.5 if softmax_scale is None else checks.real_number("softmax_scale", softmax_scale)
+    problem = MHAProblem(
+        device=q.device,
+        dtype=q.dtype,
+        h_q=q.shape[1],
+        h_kv=k.shape[1],
+        d_qk=d_qk,
+        d_v=v.shape[-1],
+        causal=checks.flag("causal", causal),
+        deterministic=checks.flag("deterministic", deterministic),
+    )
+    return _Attention.apply(
+        backends.choose(problem), problem, q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, scale
+    )
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Self-attention with q, k and v side by side in the head dimension; see `flash_attn_varlen_func`.
+
+    Args:
+        qkv: [total, h, 2 * d_qk + d_v], bfloat16 or float16: each head's q, then its k, then its v.
+        cu_seqlens: [b + 1] int32 offsets of the sequences.
+        max_seqlen: at least the longest length.
+        head_dim_qk: d_qk, 192 or 128.
+
+    Returns:
+        out [total, h, d_v] in qkv's dtype, lse [total, h] float32.
+    """
+    d_v = checks.mha_packed("qkv", qkv, head_dim_qk, qk_parts=2)
+    q, k, v = qkv.split([head_dim_qk, head_dim_qk, d_v], dim=-1)
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        deterministic=deterministic,
+        is_varlen=is_varlen,
+    )
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_qo: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with k and v side by side in the head dimension; see `flash_attn_varlen_func`.
+
+    Args:
+        q: [total_q, h_q, d_qk], bfloat16 or float16.
+        kv: [total_kv, h_kv, d_qk + d_v] in q's dtype: each head's k, then its v.
+        head_dim_qk: d_qk, 192 or 128.
+
+    Returns:
+        out [total_q, h_q, d_v] in q's dtype, lse [total_q, h_q] float32.
+    """
+    d_v = checks.mha_packed("kv", kv, head_dim_qk, qk_parts=1)
+    k, v = kv.split([head_dim_qk, d_v], dim=-1)
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_qo,
+        cu_seqlens_kv,
+        max_seqlen_qo,
+        max_seqlen_kv,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        deterministic=deterministic,
+        is_varlen=is_varlen,
+    )
