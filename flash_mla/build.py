@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flash_mla import kernels
 from flash_mla.backends.hopper.variants import ARCH, VARIANTS
 
-__all__ = ["BuildError", "build", "complaints"]
+__all__ = ["BuildError", "build", "complaints", "missing_tool"]
 
 
 class BuildError(RuntimeError):
@@ -39,67 +40,84 @@ class BuildError(RuntimeError):
 def build(names: Sequence[str], folder: Path, jobs: int = 1) -> dict[str, Any]:
     """Compile kernels into the bundle `folder`, `jobs` at a time, and return its manifest.
 
-    Kernels that the folder already holds in their current version are kept. The folder may be shared: processes take
-    turns, and a reader sees the old manifest or the new one.
+    Kernels that the folder already holds in their current version, made with the tools installed now, are kept; what
+    else its manifest lists is dropped. The folder may be shared: processes take turns, and a reader sees the manifest
+    from before a kernel was added or after.
 
     Raises:
-        BuildError: a kernel failed to compile, or a tool is missing.
+        BuildError: a kernel failed to compile, or a tool is missing. Kernels compiled before it are in the bundle.
     """
-    _require_tools()
+    missing = missing_tool()
+    if missing is not None:
+        raise BuildError(missing)
+    folder = folder.resolve()  # the compiling processes work in directories of their own
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
-        stale = [name for name in names if kernels.refusal(folder, name) is not None]
-        entries = _compile_all(stale, folder, jobs)
-        manifest = kernels.read_manifest(folder)
-        known = {k: v for k, v in manifest["kernels"].items() if k in VARIANTS and kernels.refusal(folder, k) is None}
-        manifest = {
-            "format": kernels.MANIFEST_FORMAT,
-            "arch": ARCH,
-            "platform": kernels.this_platform(),
-            "dsl": importlib.metadata.version(kernels.DSL),
-            "ptxas": importlib.metadata.version("nvidia-cuda-nvcc"),
-            "tvm_ffi": kernels.tvm_ffi_abi(),
-            "kernels": dict(sorted({**known, **entries}.items())),
-        }
-        draft = folder / f"{kernels.MANIFEST}.new"
-        draft.write_text(json.dumps(manifest, indent=1) + "\n")
-        draft.replace(folder / kernels.MANIFEST)
+        manifest = _up_to_date(folder)
+        stale = [name for name in dict.fromkeys(names) if name not in manifest["kernels"]]
+        _write(manifest, folder)
+        for name, entry in _compile_all(stale, folder, jobs):
+            manifest["kernels"][name] = entry
+            _write(manifest, folder)
     return manifest
 
 
-def _require_tools() -> None:
-    if not kernels.can_build():
-        raise BuildError("the CuTe DSL is not installed: pip install 'flash-mla[build]'")
+def missing_tool() -> str | None:
+    """The tool without which nothing compiles here and how to get it, or None if all are installed."""
+    if importlib.util.find_spec("cutlass") is None:
+        return "the CuTe DSL is not installed: pip install 'flash-mla[build]'"
+    if _ptxas() is None:
+        return "nvidia-cuda-nvcc, which holds ptxas, is not installed: pip install 'flash-mla[build]'"
     if shutil.which("cc") is None:
-        raise BuildError("no C compiler (cc) on PATH, which links the kernels: install gcc or clang")
-    _ptxas()
+        return "no C compiler (cc) on PATH, which links the kernels: install gcc or clang"
+    return None
 
 
-def _ptxas() -> Path:
+def _up_to_date(folder: Path) -> dict[str, Any]:
+    """The folder's manifest, for the tools installed now, without the kernels that others or other sources made."""
+    header = {
+        "format": kernels.MANIFEST_FORMAT,
+        "arch": ARCH,
+        "platform": kernels.this_platform(),
+        "dsl": importlib.metadata.version(kernels.DSL),
+        "ptxas": importlib.metadata.version("nvidia-cuda-nvcc"),
+        "tvm_ffi": kernels.tvm_ffi_abi(),
+    }
+    names = [name for name in VARIANTS if kernels.refusal(folder, name) is None]
+    old = kernels.read_manifest(folder) if names else {}
+    same_tools = header.items() <= old.items()
+    return {**header, "kernels": {name: old["kernels"][name] for name in names} if same_tools else {}}
+
+
+def _write(manifest: dict[str, Any], folder: Path) -> None:
+    manifest["kernels"] = dict(sorted(manifest["kernels"].items()))
+    draft = folder / f"{kernels.MANIFEST}.new"
+    draft.write_text(json.dumps(manifest, indent=1) + "\n")
+    draft.replace(folder / kernels.MANIFEST)
+
+
+def _ptxas() -> Path | None:
     """The ptxas of the release that the DSL embeds, so that its report holds for the shipped code."""
     try:
         files = importlib.metadata.files("nvidia-cuda-nvcc") or []
     except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == "ptxas":
-            return Path(str(file.locate()))
-    raise BuildError("nvidia-cuda-nvcc, which holds ptxas, is not installed: pip install 'flash-mla[build]'")
+        return None
+    return next((Path(str(file.locate())) for file in files if file.name == "ptxas"), None)
 
 
-def _compile_all(names: Sequence[str], folder: Path, jobs: int) -> dict[str, Any]:
+def _compile_all(names: Sequence[str], folder: Path, jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each kernel and its manifest entry, as they finish; the first that fails stops the others."""
     columns = (TextColumn("compiling kernels"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    entries = {}
-    with (
-        Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not names) as progress,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
+    pool = ThreadPoolExecutor(jobs)
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not names) as progress:
         task = progress.add_task(f"into {folder}", total=len(names))
         futures = {pool.submit(_compile_in_process, name, folder): name for name in names}
-        for future in as_completed(futures):
-            entries[futures[future]] = future.result()
-            progress.advance(task)
-    return entries
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+                progress.advance(task)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _compile_in_process(name: str, folder: Path) -> dict[str, Any]:
@@ -117,7 +135,8 @@ def _compile_in_process(name: str, folder: Path) -> dict[str, Any]:
         env["CUTE_DSL_DUMP_DIR"] = scratch
         done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BuildError(f"kernel {name} does not compile:\n{done.stdout[-4000:]}{done.stderr[-8000:]}")
+        output = f"{done.stdout[-4000:]}{done.stderr[-8000:]}"
+        raise BuildError(f"kernel {name} does not compile (exit status {done.returncode}):\n{output}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -155,8 +174,10 @@ def _assembly_report(scratch: Path) -> dict[str, Any]:
     """What ptxas says of the kernel: registers a thread, bytes spilled, bytes of stack, warnings."""
     (ptx,) = scratch.glob("*.ptx")
     command = [_ptxas(), f"-arch={ARCH}", "-v", ptx, "-o", scratch / "checked.cubin"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     output = done.stdout + done.stderr
+    if done.returncode:
+        raise BuildError(f"ptxas refuses the PTX:\n{output}")
 
     def largest(pattern: str) -> int:
         return max((int(n) for n in re.findall(pattern, output)), default=0)

@@ -2,7 +2,7 @@
 
 A bundle is a folder of shared objects and a `manifest.json` that says what they were made from and with. `load` looks
 for a kernel in the folder named by FLASH_MLA_KERNELS or else in the installed package and in the user's cache; if the
-CuTe DSL is installed, it compiles what it did not find, once, into the cache. A kernel made from other sources, for
+tools are installed, it compiles what it did not find, once, into the cache. A kernel made from other sources, for
 another machine or for another tvm-ffi is refused with the reason.
 """
 
@@ -12,7 +12,6 @@ import ast
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -96,22 +95,31 @@ def _own_imports(path: Path) -> Iterator[str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a bundle; an empty one if the folder has none."""
+    """The manifest of a bundle; an empty one if the folder holds none.
+
+    Raises:
+        ValueError: the file is no JSON.
+    """
     try:
         return json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        return {"kernels": {}}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
 
 
 def refusal(folder: Path, name: str) -> str | None:
     """Why the kernel cannot be taken from this folder, or None if it can."""
-    manifest = read_manifest(folder)
-    entry = manifest["kernels"].get(name)
-    if entry is None:
+    try:
+        manifest = read_manifest(folder)
+    except ValueError:
+        return f"{MANIFEST} is damaged"
+    if not manifest:
         return "not there"
     for field, need in (("format", MANIFEST_FORMAT), ("arch", ARCH), ("platform", this_platform())):
         if manifest.get(field) != need:
             return f"made for {field} {manifest.get(field)}, need {need}"
+    entry = manifest["kernels"].get(name)
+    if entry is None:
+        return "not there"
     if manifest["tvm_ffi"] != tvm_ffi_abi():
         return f"made for tvm-ffi {manifest['tvm_ffi']}, installed is {tvm_ffi_abi() or 'none'}"
     if entry["source"] != source_hash(name):
@@ -124,7 +132,7 @@ def refusal(folder: Path, name: str) -> str | None:
 
 def find(name: str) -> tuple[Path | None, list[str]]:
     """(shared object or None, why not for each place that was looked at before)."""
-    refusals = []
+    refusals: list[str] = []
     for folder in _places(name):
         reason = refusal(folder, name)
         if reason is None:
@@ -143,19 +151,19 @@ def _places(name: str) -> Iterator[Path]:
         yield cache_dir(name)
 
 
-def can_build() -> bool:
-    """Whether the CuTe DSL is installed."""
-    return importlib.util.find_spec("cutlass") is not None
-
-
 def unavailable(name: str) -> str | None:
     """Why `load(name)` would fail, without loading or compiling; None if it would not."""
+    from flash_mla import build
+
     path, refusals = find(name)
-    if path is not None or (can_build() and not os.environ.get("FLASH_MLA_KERNELS")):
+    if path is not None:
+        return None
+    missing = "FLASH_MLA_KERNELS is set" if os.environ.get("FLASH_MLA_KERNELS") else build.missing_tool()
+    if missing is None:
         return None
     return (
-        f"kernel {name} is in no bundle ({'; '.join(refusals)}) and cannot be compiled here. Either install a wheel "
-        "that carries the kernels (pip install flash-mla), or compile them once: "
+        f"kernel {name} is in no bundle ({'; '.join(refusals)}) and is not compiled here: {missing}. Either install a "
+        "wheel that carries the kernels (pip install flash-mla), or compile them once: "
         "pip install 'flash-mla[build]' && flash-mla build"
     )
 
