@@ -280,11 +280,12 @@ def test_repeated_calls_on_one_metadata_object():
     check(args | {"cache_seqlens": torch.tensor([0, 3, 12], dtype=torch.int32)}, tile_scheduler_metadata=meta)
 
 
-def test_metadata_whose_plan_was_dropped_plans_again():
+@pytest.mark.parametrize("field", ["tile_scheduler_metadata", "num_splits"])
+def test_metadata_whose_plan_was_dropped_plans_again(field):
     args = dense_inputs(generator(10), F.BF16, [100])
     meta, _ = get_mla_metadata()
     call(args, tile_scheduler_metadata=meta)
-    meta.tile_scheduler_metadata = meta.num_splits = None
+    setattr(meta, field, None)
     call(args, tile_scheduler_metadata=meta)
     assert meta.tile_scheduler_metadata is not None
     assert meta.num_splits is not None
@@ -383,6 +384,11 @@ DENSE_MISUSE = [
     (of("k_cache", lambda k: k.expand(-1, -1, 3, -1)), ValueError, "q: got 4 heads, need a multiple of the 3"),
     (to(is_fp8_kvcache=True), TypeError, "k_cache: got dtype bfloat16"),
     (of("block_table", lambda t: t.long()), TypeError, "block_table: got dtype int64, need int32"),
+    (
+        of("block_table", lambda t: t.repeat_interleave(2, 1)[:, ::2]),
+        ValueError,
+        "block_table: got stride 2 in the last",
+    ),
     (of("block_table", lambda t: t[:1]), ValueError, "block_table: got shape [1, 3], need [b=2, max_pages]"),
     (to(block_table=None), TypeError, "block_table: got NoneType"),
     (of("cache_seqlens", lambda t: t.long()), TypeError, "cache_seqlens: got dtype int64, need int32"),
