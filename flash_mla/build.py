@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +106,15 @@ def _ptxas() -> Path | None:
 
 
 def _compile_all(names: Sequence[str], folder: Path, jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each kernel and its manifest entry, as they finish; the first that fails stops the others."""
+    """Each kernel and its manifest entry, in order; the first that fails stops those that wait."""
     columns = (TextColumn("compiling kernels"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     pool = ThreadPoolExecutor(jobs)
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not names) as progress:
         task = progress.add_task(f"into {folder}", total=len(names))
-        futures = {pool.submit(_compile_in_process, name, folder): name for name in names}
+        futures = {name: pool.submit(_compile_in_process, name, folder) for name in names}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            for name, future in futures.items():
+                yield name, future.result()
                 progress.advance(task)
         finally:
             pool.shutdown(cancel_futures=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import platform
 import sys
@@ -13,8 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flash_mla import backends, kernels
+from flash_mla import __version__, backends, checks, kernels
 from flash_mla.backends.hopper.variants import ARCH, VARIANTS
+from flash_mla.demo import DemoOptions, run_demo
 from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.problem import DecodeProblem, MHAProblem, Problem, SparsePrefillProblem
 
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flash-mla", description="Multi-head latent attention for serving.")
-    parser.add_argument("--version", action="version", version=importlib.metadata.version("flash-mla"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     info = commands.add_parser("info", help="this machine, and which backend serves which mode here")
@@ -43,15 +45,30 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--seed", type=int, default=0)
     check.set_defaults(run=_check)
 
-    demo = commands.add_parser("demo", help="serve requests through a paged cache with continuous batching")
+    defaults = DemoOptions()
+    formats = ",".join(kv_format.value for kv_format in KVCacheFormat if kv_format is not KVCacheFormat.FP4_V41)
+    demo = commands.add_parser(
+        "demo",
+        help="serve requests through a paged cache with continuous batching",
+        argument_default=argparse.SUPPRESS,  # what is not given is left to DemoOptions
+    )
     demo.add_argument("--trace", type=Path, help="CSV with ContextTokens and GeneratedTokens columns, a row a request")
-    demo.add_argument("--max-requests", type=int, help="serve only the first so many requests")
-    demo.add_argument("--batch", type=int, help="requests that decode side by side")
-    demo.add_argument("--format", choices=[f.name.lower() for f in KVCacheFormat if f is not KVCacheFormat.FP4_V41])
+    demo.add_argument("--max-requests", type=int, help=f"serve only the first so many ({defaults.max_requests})")
+    demo.add_argument("--batch", type=int, help=f"requests that decode side by side ({defaults.batch})")
+    demo.add_argument(
+        "--format",
+        dest="kv_format",
+        type=KVCacheFormat,
+        metavar=f"{{{formats}}}",
+        help=f"how the cache stores tokens ({defaults.kv_format.value})",
+    )
     demo.add_argument("--steps", type=int, help="stop after so many decode steps")
-    demo.add_argument("--page-size", type=int, help="tokens in a page")
-    demo.add_argument("--device", help="cpu or cuda")
-    demo.add_argument("--seed", type=int)
+    demo.add_argument("--page-size", type=int, help=f"tokens in a page ({defaults.page_size})")
+    demo.add_argument("--device", help=f"cpu or cuda ({defaults.device})")
+    demo.add_argument(
+        "--verify", type=float, help=f"share of outputs to compare with a plain softmax ({defaults.verify})"
+    )
+    demo.add_argument("--seed", type=int, help=f"of the random tokens ({defaults.seed})")
     demo.set_defaults(run=_demo)
 
     build = commands.add_parser("build", help="compile the Hopper kernels; needs the build extra, no GPU")
@@ -80,6 +97,11 @@ def _sample_problems(device: torch.device) -> list[tuple[str, Problem]]:
             continue
         problem = DecodeProblem(device, bf16, 1, 1, 128, 1, kv_format.head_dims[0], 512, kv_format, 64, topk=2048)
         rows.append((f"sparse decode, {kv_format.name}", problem))
+    both = DecodeProblem(
+        device, bf16, 1, 1, 128, 1, 512, 512, KVCacheFormat.FP8_V41, 64, topk=2048,
+        extra_format=KVCacheFormat.FP4_V41, extra_page_size=64, extra_topk=2048,
+    )  # fmt: skip
+    rows.append(("sparse decode, FP8_V41 and FP4_V41", both))
     rows.append(("sparse prefill", SparsePrefillProblem(device, bf16, 4096, 32768, 128, 576, 512, 2048)))
     rows.append(("dense MHA 192/128", MHAProblem(device, bf16, 128, 128, 192, 128, causal=True)))
     return rows
@@ -87,7 +109,7 @@ def _sample_problems(device: torch.device) -> list[tuple[str, Problem]]:
 
 def _info(_: argparse.Namespace) -> int:
     console = Console()
-    machine = Table("component", "version", title="flash-mla " + importlib.metadata.version("flash-mla"))
+    machine = Table("component", "version", title=f"flash-mla {__version__}")
     machine.add_row("python", platform.python_version())
     for package in ("torch", "triton", "apache-tvm-ffi", kernels.DSL):
         machine.add_row(package, _version(package))
@@ -96,11 +118,13 @@ def _info(_: argparse.Namespace) -> int:
         machine.add_row(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}")
     if not torch.cuda.is_available():
         machine.add_row("CUDA device", "none")
-    missing = {name: reason for name in VARIANTS if (reason := kernels.unavailable(name))}
-    machine.add_row("Hopper kernels", f"{len(VARIANTS) - len(missing)} of {len(VARIANTS)} at hand")
+    compiled = sum(kernels.find(name)[0] is not None for name in VARIANTS)
+    lacking = next((reason for name in VARIANTS if (reason := kernels.unavailable(name))), None)
+    on_first_use = ", the others on first use" if compiled < len(VARIANTS) and lacking is None else ""
+    machine.add_row("Hopper kernels", f"{compiled} of {len(VARIANTS)} compiled{on_first_use}")
     console.print(machine)
-    for reason in list(missing.values())[:1]:
-        console.print(reason, markup=False)
+    if lacking is not None:
+        console.print(lacking, markup=False)
 
     for device in _devices():
         table = Table("mode", "served by", "why not the others", title=str(device))
@@ -134,14 +158,9 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from flash_mla.demo import DemoOptions, run_demo
-
-    chosen = {name: value for name, value in vars(options).items() if value is not None}
-    for name in ("command", "run"):
-        chosen.pop(name)
-    if "format" in chosen:
-        chosen["kv_format"] = KVCacheFormat[chosen.pop("format").upper()]
-    return 0 if run_demo(DemoOptions(**chosen)).verified else 1
+    names = [field.name for field in dataclasses.fields(DemoOptions)]
+    given = {name: value for name, value in vars(options).items() if name in names}
+    return 0 if run_demo(DemoOptions(**given)).verified else 1
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -150,7 +169,8 @@ def _build(options: argparse.Namespace) -> int:
     names = [name for name in VARIANTS if name.startswith(options.only)]
     if not names:
         raise ValueError(f"--only: got {options.only!r}, need the beginning of one of {', '.join(VARIANTS)}")
-    manifest = build(names, options.out or kernels.package_dir(), options.jobs)
+    jobs = checks.positive_int("--jobs", options.jobs)
+    manifest = build(names, options.out or kernels.package_dir(), jobs)
     table = Table("kernel", "registers", "budget", "spilled bytes", "ptxas warnings", title=f"{ARCH} kernels")
     for name in names:
         entry = manifest["kernels"][name]
