@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
-# Without a GPU the CPU build of torch is enough; set TORCH to take another one.
+# Where there is no NVIDIA GPU, a torch of fixed version; set TORCH to take another one.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+# pytest's processes share the cores, so that each computes on one.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: demo test lint kernels wheel clean
 
@@ -12,7 +14,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/flash-mla demo $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -23,22 +25,23 @@ lint: $(VENV)/.test
 kernels: $(VENV)/.build
 	$(BIN)/flash-mla build --jobs $(JOBS) --check
 
-# A wheel that carries the compiled kernels, so that it tags the platform they are for.
+# A wheel that carries the compiled kernels; build/ may hold files of an earlier one.
 wheel: kernels
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist \
-	    --config-settings=--build-option=--plat-name=$(shell $(PYTHON) -c "import platform; print('manylinux_2_28_' + platform.machine())") .
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) build dist flash_mla/_kernels *.egg-info
 
 $(VENV)/.runtime: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
+# setuptools: a test builds wheels.
 $(VENV)/.test: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet -e '.[test,lint]' 'setuptools>=77'
 	touch $@
 
 $(VENV)/.build: $(VENV)/.runtime
