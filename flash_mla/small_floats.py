@@ -42,7 +42,7 @@ class Number(enum.Enum):
         if self is Number.E8M0:
             return torch.where(x.isnan(), 0xFF, x.view(torch.int32) >> 23).to(torch.uint8)
         if self is Number.E4M3:
-            # torch turns what overflows into NaN; a cache must saturate.
+            # Some versions of torch turn what overflows into NaN; a cache must saturate.
             x = x.clamp(-self.largest, self.largest)
         return x.to(_TORCH_DTYPES[self]).view(torch.uint8)
 
