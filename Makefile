@@ -33,9 +33,10 @@ wheel: kernels
 clean:
 	rm -rf $(VENV) build dist flash_mla/_kernels *.egg-info
 
+# numpy: torch warns on every import where it is missing.
 $(VENV)/.runtime: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet '$(TORCH)' numpy
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 

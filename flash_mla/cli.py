@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"flash-mla {options.command}: {error}", style="red", markup=False)
+        Console(stderr=True).print(f"flash-mla {options.command}: {error}", style="red", markup=False, soft_wrap=True)
         return 1
 
 
@@ -124,7 +124,7 @@ def _info(_: argparse.Namespace) -> int:
     machine.add_row("Hopper kernels", f"{compiled} of {len(VARIANTS)} compiled{on_first_use}")
     console.print(machine)
     if lacking is not None:
-        console.print(lacking, markup=False)
+        console.print(lacking, markup=False, soft_wrap=True)
 
     for device in _devices():
         table = Table("mode", "served by", "why not the others", title=str(device))
@@ -181,7 +181,7 @@ def _build(options: argparse.Namespace) -> int:
     console.print(table)
     found = complaints(manifest)
     for line in found:
-        console.print(line, style="red", markup=False)
+        console.print(line, style="red", markup=False, soft_wrap=True)
     return 1 if found and options.check else 0
 
 
