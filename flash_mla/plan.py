@@ -22,7 +22,7 @@ __all__ = ["INVARIANT_PIECE_TILES", "MAX_INVARIANT_PIECES", "Piece", "SplitPlan"
 
 # Batch-invariant plans cut a unit into pieces of this many tiles, or into this many pieces if that makes larger ones:
 # sizes that depend on the unit's own length alone.
-INVARIANT_PIECE_TILES = 64
+INVARIANT_PIECE_TILES = 32
 MAX_INVARIANT_PIECES = 32
 
 
@@ -88,7 +88,7 @@ def split_plan(
     fixed_cost: int,
     num_workers: int,
     units_per_request: int = 1,
-    min_tiles: int = 1,
+    min_cost: int = 1,
     batch_invariant: bool = False,
 ) -> SplitPlan:
     """Plan a call.
@@ -100,7 +100,7 @@ def split_plan(
         fixed_cost: what starting a piece costs, in tiles.
         num_workers: workers that run at once.
         units_per_request: each request makes this many consecutive units of its length.
-        min_tiles: fewer workers are used rather than giving one less than fixed_cost + min_tiles.
+        min_cost: fewer workers are used rather than giving each a range of less than this, in tiles.
         batch_invariant: cut a unit only at places that depend on its own length.
 
     Returns:
@@ -119,7 +119,7 @@ def split_plan(
     total = begins[-1]
 
     # Worker w's range of the cost axis begins at floor(w * total / workers); workers beyond that number stay idle.
-    workers = torch.clamp(total // (fixed_cost + min_tiles), min=1, max=num_workers)
+    workers = torch.clamp(total // min_cost, min=1, max=num_workers)
     worker = torch.arange(num_workers + 1, device=lengths.device)
     cut = torch.minimum(worker * total // workers, total)
     unit = torch.searchsorted(begins[1:], cut, right=True)

@@ -16,7 +16,7 @@ schedules = st.fixed_dictionaries(
         "fixed_cost": st.integers(1, 12),
         "num_workers": st.integers(1, 140),
         "units_per_request": st.integers(1, 4),
-        "min_tiles": st.integers(1, 8),
+        "min_cost": st.integers(1, 8),
     }
 )
 
@@ -69,7 +69,7 @@ def test_loads_are_balanced(lengths, schedule):
     _, tiles, pieces = make(lengths, **schedule)
     fixed = schedule["fixed_cost"]
     total = sum(tiles) + fixed * len(tiles)
-    workers = min(schedule["num_workers"], max(1, total // (fixed + schedule["min_tiles"])))
+    workers = min(schedule["num_workers"], max(1, total // schedule["min_cost"]))
     load = [0] * schedule["num_workers"]
     for piece in pieces:
         load[piece.worker] += piece.end - piece.begin + fixed
@@ -94,7 +94,7 @@ def test_batch_invariant_loads_differ_by_a_piece(lengths, schedule):
     fixed = schedule["fixed_cost"]
     largest = max(INVARIANT_PIECE_TILES, -(-max(tiles) // MAX_INVARIANT_PIECES)) + fixed
     total = sum(piece.end - piece.begin + fixed for piece in pieces)
-    workers = min(schedule["num_workers"], max(1, total // (fixed + schedule["min_tiles"])))
+    workers = min(schedule["num_workers"], max(1, total // schedule["min_cost"]))
     load = [0] * schedule["num_workers"]
     for piece in pieces:
         load[piece.worker] += piece.end - piece.begin + fixed
@@ -121,6 +121,11 @@ def test_plan_is_deterministic_int32():
     assert plans[0].work.dtype == plans[0].splits.dtype == torch.int32
     assert plans[0].work.shape == (67, 4)
     assert plans[0].splits.shape == (301,)
+
+
+def test_one_short_request_is_cut_into_tiles():
+    plan = split_plan(torch.tensor([640], dtype=torch.int32), fixed_cost=3, num_workers=132)
+    assert plan.splits.tolist() == [0, 10]
 
 
 def test_one_long_request_uses_every_worker():

@@ -22,7 +22,7 @@ def random_schedule(rng):
         "fixed_cost": rng.randint(1, 9),
         "num_workers": rng.choice([1, 2, 33, 66, 132, 600]),
         "units_per_request": rng.choice([1, 1, 2, 5]),
-        "min_tiles": rng.randint(1, 8),
+        "min_cost": rng.randint(1, 8),
         "batch_invariant": rng.random() < 0.4,
     }
 

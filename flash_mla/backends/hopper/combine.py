@@ -37,7 +37,7 @@ class Combine:
         partial_lse: cute.Tensor,  # [slots, rows_per_unit] fp32, base 2
         work: cute.Tensor,  # [workers + 1, 4]: SplitPlan.work
         splits: cute.Tensor,  # [units + 1]: SplitPlan.splits
-        sink: cute.Tensor,  # [u1, r1] fp32, natural log; -inf has no effect
+        sink: cute.Tensor | None,  # [u1, r1] fp32, natural log
         out: cute.Tensor,  # [u0, u1, r0, r1, d_v]: unit (u0, u1, pass), row (r0, r1) of all its passes
         lse: cute.Tensor,  # [u0, u1, r0, r1] fp32, natural log
         candidates: Int32,  # grid extent: workers, or units if by_unit
@@ -46,7 +46,7 @@ class Combine:
     ):
         row_groups = (partial_o.shape[1] + self.rows_per_cta - 1) // self.rows_per_cta
         self.kernel(partial_o, partial_lse, work, splits, sink, out, lse, by_unit).launch(
-            grid=(row_groups, candidates, 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True
+            grid=(row_groups, Int32(candidates), 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -56,7 +56,7 @@ class Combine:
         partial_lse: cute.Tensor,
         work: cute.Tensor,
         splits: cute.Tensor,
-        sink: cute.Tensor,
+        sink: cute.Tensor | None,
         out: cute.Tensor,
         lse: cute.Tensor,
         by_unit: Int32,
@@ -88,7 +88,7 @@ class Combine:
         self,
         partial_o: cute.Tensor,
         partial_lse: cute.Tensor,
-        sink: cute.Tensor,
+        sink: cute.Tensor | None,
         out: cute.Tensor,
         lse: cute.Tensor,
         unit: Int32,
@@ -119,11 +119,12 @@ class Combine:
             u0, u1 = unit // out.shape[1], unit % out.shape[1]
             r0, r1 = out_row // out.shape[3], out_row % out.shape[3]
             row_lse = cutlass.select_(total > 0.0, (top + cute.math.log2(total)) * LN2, Float32.inf)
-            # exp(lse) / (exp(lse) + exp(sink)), which is 1 without a sink; an empty row's out is 0 in any case.
-            kept = 1.0 / (1.0 + cute.math.exp2((sink[u1, r1] - row_lse) * LOG2_E, fastmath=True))
-            kept = cutlass.select_(total > 0.0, kept, Float32(0.0))
+            if const_expr(sink is not None):
+                # exp(lse) / (exp(lse) + exp(sink)); an empty row's out is 0 in any case.
+                kept = 1.0 / (1.0 + cute.math.exp2((sink[u1, r1] - row_lse) * LOG2_E, fastmath=True))
+                acc.store(acc.load() * cutlass.select_(total > 0.0, kept, Float32(0.0)))
             result = cute.make_rmem_tensor((VECTOR, self.chunks), self.dtype)
-            result.store((acc.load() * kept).to(self.dtype))
+            result.store(acc.load().to(self.dtype))
             cute.autovec_copy(result, self.lane_view(out[u0, u1, r0, r1, None], lane))
             if lane == 0:
                 lse[u0, u1, r0, r1] = row_lse

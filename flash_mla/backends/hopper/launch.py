@@ -1,18 +1,23 @@
-"""Torch-level launches of the kernels that every split-KV mode shares: the planner and combine."""
+"""Torch-level launches of the Hopper kernels: choose the variant, allocate, hand over tensors."""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 from flash_mla import kernels
-from flash_mla.plan import SplitPlan
+from flash_mla.backends.hopper.heuristics import TILE, DenseDecodeConfig, dense_decode_config
+from flash_mla.plan import SplitPlan, max_slots
+from flash_mla.problem import DecodeInputs, DecodeProblem
 
-__all__ = ["combine", "plan"]
+__all__ = ["combine", "decode", "dense_decode_kernel", "plan", "plan_decode"]
 
 # From this many rows on, a warp each keeps every SM's memory pipeline full.
 ROWS_TO_FILL_A_GPU = 4096
+LOG2_E = math.log2(math.e)
+TINY_SCALE = 1e-30  # stands for 0, which would turn the -inf of a masked score into NaN
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -30,7 +35,7 @@ def plan(
     fixed_cost: int,
     num_workers: int,
     units_per_request: int = 1,
-    min_tiles: int = 1,
+    min_cost: int = 1,
     batch_invariant: bool = False,
 ) -> SplitPlan:
     """`flash_mla.plan.split_plan` in one kernel launch, without synchronising; can be captured into a CUDA graph."""
@@ -41,7 +46,7 @@ def plan(
     work = torch.empty(num_workers + 1, 4, dtype=torch.int32, device=device)
     splits = torch.empty(b * units_per_request + 1, dtype=torch.int32, device=device)
     kernel = kernels.load("planner_batch_invariant" if batch_invariant else "planner_balanced")
-    kernel(lengths, extra_lengths, work, splits, tile, fixed_cost, min_tiles, units_per_request)
+    kernel(lengths, extra_lengths, work, splits, tile, fixed_cost, min_cost, units_per_request)
     return SplitPlan(work, splits)
 
 
@@ -75,3 +80,97 @@ def combine(
     shape = "many_rows" if candidates * partial_o.shape[1] >= ROWS_TO_FILL_A_GPU else "many_splits"
     kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}_{shape}")
     kernel(partial_o, partial_lse, split_plan.work, split_plan.splits, sink, out, lse, candidates, int(by_unit))
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _layout(problem: DecodeProblem) -> DenseDecodeConfig:
+    rows = problem.s_q * problem.h_q // problem.h_kv
+    return dense_decode_config(rows, _num_sms(problem.device))
+
+
+def dense_decode_kernel(dtype: torch.dtype, d: int, cluster: int) -> str:
+    """Name of the dense decode variant."""
+    return f"dense_decode_{SHORT_NAME[dtype]}_{d}_cluster{cluster}"
+
+
+def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
+    """Plan a decode call on the device."""
+    config = _layout(problem)
+    assert inputs.cache_seqlens is not None
+    return plan(
+        inputs.cache_seqlens,
+        tile=TILE,
+        fixed_cost=config.fixed_cost,
+        num_workers=config.num_workers,
+        units_per_request=problem.h_kv * config.passes,
+        min_cost=config.min_cost,
+        batch_invariant=problem.batch_invariant,
+    )
+
+
+def decode(
+    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a planned dense decode call: the attention kernel and, behind it, combine."""
+    config = _layout(problem)
+    q, k_cache, block_table, scale = inputs.q, inputs.k_cache, inputs.block_table, inputs.softmax_scale
+    assert block_table is not None
+    if scale <= 0.0:
+        # The kernel takes maxima of unscaled scores, so the scale must be positive; negating q is exact.
+        q, scale = (-q, -scale) if scale < 0.0 else (q, TINY_SCALE)
+    if not _rows_aligned(q):
+        q = q.contiguous()
+    if not _rows_aligned(k_cache):
+        raise ValueError(
+            f"k_cache: got strides {list(k_cache.stride())} at address {k_cache.data_ptr():#x}, "
+            "need rows that begin at multiples of 16 bytes"
+        )
+    given = inputs.out
+    out = given
+    if out is None or not _rows_aligned(out):
+        out = torch.empty(problem.b, problem.s_q, problem.h_q, problem.d_v, dtype=problem.dtype, device=problem.device)
+    lse = torch.empty(problem.b, problem.h_q, problem.s_q, dtype=torch.float32, device=problem.device)
+
+    num_workers, num_units = work.shape[0] - 1, splits.shape[0] - 1
+    slots = max_slots(
+        num_units,
+        num_workers,
+        batch_invariant=problem.batch_invariant,
+        max_tiles=-(-block_table.shape[1] * problem.page_size // TILE),
+    )
+    workspace = torch.empty(slots * config.unit_rows * (problem.d_v + 1), dtype=torch.float32, device=problem.device)
+    by_unit = problem.batch_invariant or num_units <= num_workers
+    candidates = num_units if by_unit else num_workers
+    kernel = kernels.load(dense_decode_kernel(problem.dtype, problem.d_qk, config.cluster))
+    kernel(
+        q,
+        k_cache,
+        block_table,
+        inputs.cache_seqlens,
+        work,
+        splits,
+        workspace,
+        out,
+        lse,
+        scale * LOG2_E,
+        int(problem.causal),
+        config.row_tiles,
+        slots,
+        int(problem.batch_invariant),
+        int(by_unit),
+        int(candidates * config.unit_rows >= ROWS_TO_FILL_A_GPU),
+    )
+    if given is not None and given is not out:
+        given.copy_(out)
+        out = given
+    return out, lse
+
+
+def _rows_aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row of a 16-bit tensor begins at a multiple of 16 bytes, as TMA and vector copies need."""
+    return tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])

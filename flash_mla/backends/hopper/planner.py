@@ -32,7 +32,7 @@ class Planner:
         splits: cute.Tensor,  # [units + 1] int32, written
         tile: Int32,
         fixed_cost: Int32,
-        min_tiles: Int32,
+        min_cost: Int32,
         units_per_request: Int32,
         stream,
     ):
@@ -44,7 +44,7 @@ class Planner:
             slots: cute.struct.MemRange[Int32, THREADS]
 
         self.Shared = Shared
-        self.kernel(lengths, extra_lengths, work, splits, tile, fixed_cost, min_tiles, units_per_request).launch(
+        self.kernel(lengths, extra_lengths, work, splits, tile, fixed_cost, min_cost, units_per_request).launch(
             grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream
         )
 
@@ -57,7 +57,7 @@ class Planner:
         splits: cute.Tensor,
         tile: Int32,
         fixed_cost: Int32,
-        min_tiles: Int32,
+        min_cost: Int32,
         units_per_request: Int32,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -75,7 +75,7 @@ class Planner:
             n = ceil_div(lengths[request], tile) + ceil_div(extra_lengths[request], tile)
             total += self.cost(n, fixed_cost) * units_per_request
         _, total = self.scan(total, warp_sums)
-        workers = cutlass.max(1, cutlass.min(total // (fixed_cost + min_tiles), num_workers))
+        workers = cutlass.max(1, cutlass.min(total // min_cost, num_workers))
 
         begin = Int32(0)  # of the first unit of the block, on the cost axis
         slot = Int32(0)

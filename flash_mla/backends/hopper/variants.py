@@ -33,4 +33,14 @@ PLANNER = {
     "planner_batch_invariant": Variant("flash_mla.backends.hopper.planner", 64, {"batch_invariant": True}),
 }
 
-VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER}
+# 168 registers a thread at launch, which the roles redistribute.
+DENSE_DECODE = {
+    f"dense_decode_{short}_{d}_cluster{cluster}": Variant(
+        "flash_mla.backends.hopper.dense_decode", 168, {"dtype": dtype, "d": d, "cluster": cluster}
+    )
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
+    for d in (576, 512)
+    for cluster in (1, 2)
+}
+
+VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER, **DENSE_DECODE}

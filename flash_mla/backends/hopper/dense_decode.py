@@ -1,0 +1,811 @@
+"""Dense MLA decode over a paged cache, BF16 or FP16: persistent CTAs that walk a SplitPlan.
+
+A CTA owns 64 packed query rows (query token x head of one KV head) of its worker's units. Two consumer warpgroups keep
+the seesaw of FlashMLA: of each pair of 64-token blocks the left one scores block 0, the right one block 1; each hands
+its probabilities to the other through shared memory, and each accumulates one half of the output's 512 columns. One
+warp of the producer warpgroup brings K by TMA, chunk by chunk, for both CTAs of a cluster when they share a unit; its
+other warps bring Q of the next piece while this one ends.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils as utils
+from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu.warpgroup import OperandSource
+
+from flash_mla.backends.hopper import aot
+from flash_mla.backends.hopper.combine import Combine
+from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains, uniform
+from flash_mla.backends.hopper.softmax import (
+    LN2,
+    NO_SCORE,
+    mask,
+    optimistic_softmax,
+    quad_sum,
+    rescale,
+)
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
+
+BLOCK = 64  # tokens in a KV block
+TILE = 2 * BLOCK  # tokens in a tile of the plan: a pair of blocks, one for each consumer warpgroup
+D_V = 512
+V_CHUNKS = D_V // CHUNK
+CHUNK_ELEMENTS = ROWS * CHUNK
+WARPGROUP = 128
+CONSUMER_REGISTERS = 232
+PRODUCER_REGISTERS = 40
+K_WARP = 8  # the producer warpgroup's first warp loads K, the others Q
+Q_WARPS = 3
+
+# Chunks of a K block that are freed together: V columns of the left and the right consumer, and RoPE.
+LEFT, RIGHT, ROPE = 0, 1, 2
+GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
+
+# Named barriers of the two consumer warpgroups.
+P0_READY, P1_READY, SUMS_READY, LEFT_ONLY, RIGHT_ONLY = 1, 2, 3, 4, 5
+
+
+@dataclass(frozen=True)
+class Barriers:
+    """Shared-memory barriers. K ones come in pairs of buffers: full per chunk, empty per group of chunks."""
+
+    k_full: cute.Pointer
+    k_empty: cute.Pointer
+    q_full: cute.Pointer
+    q_empty: cute.Pointer
+    peer: Int32 | None  # rank of the cluster's other CTA
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The packed query rows of a CTA within one unit."""
+
+    request: Int32
+    kv_head: Int32
+    first: Int32  # of the rows of this request and KV head
+    count: Int32  # of rows that exist, may be <= 0
+    group: Int32  # query heads per KV head
+
+    def query(self, row):
+        """(query token, query head) of row number `row` of the CTA."""
+        packed = self.first + row
+        return packed // self.group, self.kv_head * self.group + packed % self.group
+
+
+class DenseDecode:
+    def __init__(self, dtype: type[cutlass.Numeric], d: int, cluster: int):
+        self.dtype = dtype
+        self.d = d
+        self.chunks = d // CHUNK
+        self.has_rope = self.chunks > V_CHUNKS
+        self.groups = GROUPS[: 3 if self.has_rope else 2]
+        self.cluster = cluster
+        # The order in which each consumer takes the chunks: its own half of V first, because that is freed last.
+        rope = (8,) if self.has_rope else ()
+        self.qk_order = ((0, 1, 2, 3, *rope, 4, 5, 6, 7), (4, 5, 6, 7, *rope, 0, 1, 2, 3))
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # [b, s_q, h_q, d]
+        k_cache: cute.Tensor,  # [num_pages, page_size, h_kv, d]
+        block_table: cute.Tensor,  # [b, max_pages]
+        seqlens: cute.Tensor,  # [b]
+        work: cute.Tensor,  # [workers + 1, 4]: SplitPlan.work over units (request, KV head, pass)
+        splits: cute.Tensor,  # [units + 1]: SplitPlan.splits
+        workspace: cute.Tensor,  # [slots, row_tiles * 64, d_v + 1] fp32 in all: partial outputs, then their lse
+        out: cute.Tensor,  # [b, s_q, h_q, d_v]
+        lse: cute.Tensor,  # [b, h_q, s_q] fp32, natural log
+        scale_log2: Float32,
+        causal: Int32,
+        row_tiles: Int32,  # CTAs of a worker
+        slots: Int32,
+        batch_invariant: Int32,
+        combine_by_unit: Int32,
+        combine_many_rows: Int32,
+        stream,
+    ):
+        chunk_layout = k_major_layout(self.dtype)
+        paged = cute.make_tensor(k_cache.iterator, cute.select(k_cache.layout, mode=[1, 3, 2, 0]))
+        load_op = cpasync.CopyBulkTensorTileG2SMulticastOp() if self.cluster > 1 else cpasync.CopyBulkTensorTileG2SOp()
+        tma_k, k_tma = cpasync.make_tiled_tma_atom(
+            load_op, paged, chunk_layout, (BLOCK, CHUNK), num_multicast=self.cluster
+        )
+        tma_prefetch, k_prefetch = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(), paged, chunk_layout, (BLOCK, CHUNK)
+        )
+
+        @cute.struct
+        class Shared:
+            k_full: cute.struct.MemRange[Int64, 2 * self.chunks]
+            k_empty: cute.struct.MemRange[Int64, 2 * len(self.groups)]
+            q_full: cute.struct.MemRange[Int64, 1]
+            q_empty: cute.struct.MemRange[Int64, 1]
+            max0: cute.struct.MemRange[Float32, ROWS]
+            max1: cute.struct.MemRange[Float32, ROWS]
+            sum0: cute.struct.MemRange[Float32, ROWS]
+            sum1: cute.struct.MemRange[Float32, ROWS]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
+            p0: cute.struct.Align[cute.struct.MemRange[self.dtype, CHUNK_ELEMENTS], 1024]
+            p1: cute.struct.Align[cute.struct.MemRange[self.dtype, CHUNK_ELEMENTS], 1024]
+            k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * self.chunks * CHUNK_ELEMENTS], 1024]
+
+        self.Shared = Shared
+        h_kv = k_cache.shape[2]
+        unit_rows = row_tiles * ROWS
+        partial_o = cute.make_tensor(
+            workspace.iterator, cute.make_ordered_layout((slots, unit_rows, D_V), order=(2, 1, 0))
+        )
+        partial_lse = cute.make_tensor(
+            workspace.iterator + Int64(slots) * unit_rows * D_V,
+            cute.make_ordered_layout((slots, unit_rows), order=(1, 0)),
+        )
+        self.kernel(
+            tma_k, k_tma, tma_prefetch, k_prefetch, q, block_table, seqlens, work, splits, partial_o, partial_lse, out,
+            lse, h_kv, k_cache.shape[1] // BLOCK, scale_log2, causal, batch_invariant,
+        ).launch(
+            grid=(row_tiles, work.shape[0] - 1, 1),
+            block=(3 * WARPGROUP, 1, 1),
+            cluster=(self.cluster, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )  # fmt: skip
+        self.combine(partial_o, partial_lse, work, splits, out, lse, h_kv, combine_by_unit, combine_many_rows, stream)
+
+    @cute.jit
+    def combine(
+        self,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        work: cute.Tensor,
+        splits: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        h_kv: Int32,
+        by_unit: Int32,
+        many_rows: Int32,
+        stream,
+    ):
+        """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done."""
+        (b, s_q, h_q, _), (out_b, out_s, out_h, _) = out.shape, out.stride
+        lse_b, lse_h, lse_s = lse.stride
+        group = h_q // h_kv
+        rows_out = cute.make_tensor(
+            out.iterator,
+            cute.make_layout((b, h_kv, s_q, group, D_V), stride=(out_b, out_h * group, out_s, out_h, 1)),
+        )
+        rows_lse = cute.make_tensor(
+            lse.iterator, cute.make_layout((b, h_kv, s_q, group), stride=(lse_b, lse_h * group, lse_s, lse_h))
+        )
+        candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
+        arguments = (partial_o, partial_lse, work, splits, None, rows_out, rows_lse, candidates, by_unit, stream)
+        if many_rows != 0:
+            Combine(self.dtype, D_V, warps_per_row=1)(*arguments)
+        else:
+            Combine(self.dtype, D_V, warps_per_row=8)(*arguments)
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_k: cute.CopyAtom,
+        k_tma: cute.Tensor,
+        tma_prefetch: cute.CopyAtom,
+        k_prefetch: cute.Tensor,
+        q: cute.Tensor,
+        block_table: cute.Tensor,
+        seqlens: cute.Tensor,
+        work: cute.Tensor,
+        splits: cute.Tensor,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        h_kv: Int32,
+        blocks_per_page: Int32,
+        scale_log2: Float32,
+        causal: Int32,
+        batch_invariant: Int32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        shared = utils.SmemAllocator().allocate(self.Shared)
+        barriers = Barriers(
+            shared.k_full.data_ptr(),
+            shared.k_empty.data_ptr(),
+            shared.q_full.data_ptr(),
+            shared.q_empty.data_ptr(),
+            self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
+        )
+        self.init_barriers(barriers, warp)
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp >= K_WARP:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp == K_WARP:
+                self.load_k(
+                    shared, barriers, tma_k, k_tma, tma_prefetch, k_prefetch, q, block_table, seqlens, work, h_kv,
+                    blocks_per_page, batch_invariant,
+                )  # fmt: skip
+            else:
+                self.load_q(shared, barriers, q, seqlens, work, h_kv, batch_invariant, thread - (K_WARP + 1) * 32)
+        elif warp < 4:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            self.consume(
+                LEFT, shared, barriers, q, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv, scale_log2,
+                causal, batch_invariant, thread,
+            )  # fmt: skip
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            self.consume(
+                RIGHT, shared, barriers, q, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv, scale_log2,
+                causal, batch_invariant, thread - WARPGROUP,
+            )  # fmt: skip
+        if const_expr(self.cluster > 1):  # the peer may still signal our barriers
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+
+    @cute.jit
+    def init_barriers(self, barriers: Barriers, warp: Int32):
+        if warp == 0:
+            with cute.arch.elect_one():
+                for i in range_constexpr(2 * self.chunks):
+                    cute.arch.mbarrier_init(barriers.k_full + i, 1)
+                for i in range_constexpr(2 * len(self.groups)):
+                    cute.arch.mbarrier_init(barriers.k_empty + i, 4 * self.cluster)
+                cute.arch.mbarrier_init(barriers.q_full, Q_WARPS)
+                cute.arch.mbarrier_init(barriers.q_empty, 8)
+        cute.arch.mbarrier_init_fence()
+        if const_expr(self.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+
+    # ---------------------------------------------------------------------------------------------- producers
+
+    @cute.jit
+    def load_k(
+        self,
+        shared,
+        barriers,
+        tma_k: cute.CopyAtom,
+        k_tma: cute.Tensor,
+        tma_prefetch: cute.CopyAtom,
+        k_prefetch: cute.Tensor,
+        q: cute.Tensor,
+        block_table: cute.Tensor,
+        seqlens: cute.Tensor,
+        work: cute.Tensor,
+        h_kv: Int32,
+        blocks_per_page: Int32,
+        batch_invariant: Int32,
+    ):
+        """Bring K blocks, a pair at a time; each chunk as soon as its group of the buffer is free."""
+        smem_layout = cute.tile_to_shape(k_major_layout(self.dtype), (ROWS, CHUNK, 2 * self.chunks), (0, 1, 2))
+        smem = shared.k.get_tensor(smem_layout.outer, swizzle=smem_layout.inner)
+        to, source = cpasync.tma_partition(
+            tma_k,
+            self.cluster_rank() if const_expr(self.cluster > 1) else 0,
+            cute.make_layout(self.cluster),
+            cute.group_modes(smem, 0, 2),
+            cute.group_modes(cute.local_tile(k_tma, (BLOCK, CHUNK), (None, None, None, None)), 0, 2),
+        )
+        _, ahead = cpasync.tma_partition(
+            tma_prefetch,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(smem, 0, 2),
+            cute.group_modes(cute.local_tile(k_prefetch, (BLOCK, CHUNK), (None, None, None, None)), 0, 2),
+        )
+        lane_cta, row_tiles = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        passes = self.passes(q, h_kv)
+
+        pairs = Int32(0)
+        piece, end = first_piece(work), end_of_work(work)
+        while remains(piece, end):
+            unit = piece.unit // passes
+            request, kv_head = unit // h_kv, unit % h_kv
+            seqlen = seqlens[request]
+            blocks = (seqlen + (BLOCK - 1)) // BLOCK
+            tiles = (blocks + 1) // 2
+            stop = piece_stop(piece, end, tiles, batch_invariant)
+            for tile in cutlass.range(piece.tile, stop, unroll=1):
+                parity = (pairs & 1) ^ 1
+                block0 = tile * 2
+                has1 = block0 + 1 < blocks
+                # Entries of the table beyond the request's blocks are never read.
+                block1 = cutlass.select_(has1, block0 + 1, block0)
+                page0 = block_table[request, block0 // blocks_per_page]
+                page1 = block_table[request, block1 // blocks_per_page]
+                at = ((block0 % blocks_per_page, page0), (block1 % blocks_per_page, page1))
+                if const_expr(self.cluster > 1):
+                    # A pair ahead into L2, shared among the CTAs of this worker.
+                    if tile + 1 < stop:
+                        self.prefetch_pair(
+                            tma_prefetch, ahead, block_table, request, kv_head, block0 + 2, blocks, blocks_per_page,
+                            lane_cta, row_tiles,
+                        )  # fmt: skip
+                for buffer, group in self.load_order():
+                    cute.arch.mbarrier_wait(barriers.k_empty + (buffer * len(self.groups) + group), parity)
+                    for chunk in self.groups[group]:
+                        full = barriers.k_full + (buffer * self.chunks + chunk)
+                        row, page = at[buffer]
+                        if const_expr(buffer == 0):
+                            self.load_chunk(tma_k, source[None, row, chunk, kv_head, page], to[None, chunk], full)
+                        elif has1:
+                            self.load_chunk(
+                                tma_k,
+                                source[None, row, chunk, kv_head, page],
+                                to[None, self.chunks + chunk],
+                                full,
+                            )
+                        else:  # every token of the missing block is masked, whatever its buffer holds
+                            with cute.arch.elect_one():
+                                cute.arch.mbarrier_arrive(full)
+                pairs += 1
+            piece = next_piece(piece, stop, tiles)
+
+    def load_order(self):
+        """(buffer, group) in the order in which the consumers free and then need them."""
+        rope = ((0, ROPE), (1, ROPE)) if self.has_rope else ()
+        return (*rope, (0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))
+
+    def load_chunk(self, tma_k, source, to, full):
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK_ELEMENTS * 2)
+        if self.cluster > 1:
+            cute.copy(tma_k, source, to, tma_bar_ptr=full, mcast_mask=cutlass.Int16(3))
+        else:
+            cute.copy(tma_k, source, to, tma_bar_ptr=full)
+
+    @cute.jit
+    def prefetch_pair(
+        self,
+        tma_prefetch: cute.CopyAtom,
+        ahead: cute.Tensor,
+        block_table: cute.Tensor,
+        request: Int32,
+        kv_head: Int32,
+        block0: Int32,
+        blocks: Int32,
+        blocks_per_page: Int32,
+        lane_cta: Int32,
+        row_tiles: Int32,
+    ):
+        block1 = cutlass.min(block0 + 1, blocks - 1)
+        page0 = block_table[request, block0 // blocks_per_page]
+        page1 = block_table[request, block1 // blocks_per_page]
+        for chunk in cutlass.range(lane_cta, self.chunks, row_tiles, unroll=1):
+            cute.prefetch(tma_prefetch, ahead[None, block0 % blocks_per_page, chunk, kv_head, page0])
+            cute.prefetch(tma_prefetch, ahead[None, block1 % blocks_per_page, chunk, kv_head, page1])
+
+    @cute.jit
+    def load_q(
+        self,
+        shared,
+        barriers,
+        q: cute.Tensor,
+        seqlens: cute.Tensor,
+        work: cute.Tensor,
+        h_kv: Int32,
+        batch_invariant: Int32,
+        thread: Int32,
+    ):
+        """Bring the 512 V columns of Q by 16-byte asynchronous copies: rows have any stride."""
+        lane = thread % 32
+        smem = Int32(shared.q.data_ptr().toint())
+        pieces = Int32(0)
+        piece, end = first_piece(work), end_of_work(work)
+        while remains(piece, end):
+            rows = self.rows(piece, q, h_kv)
+            tiles = (seqlens[rows.request] + (TILE - 1)) // TILE
+            stop = piece_stop(piece, end, tiles, batch_invariant)
+            if stop > piece.tile:
+                cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
+                for row in cutlass.range(thread // 32, ROWS, Q_WARPS, unroll=2):
+                    # A row that does not exist reads nothing and is filled with zeros.
+                    exists = row < rows.count
+                    token, head = rows.query(cutlass.select_(exists, row, Int32(0)))
+                    source = q[rows.request, token, head, None].iterator.toint() + Int64(lane * 16)
+                    size = cutlass.select_(exists, Int32(16), Int32(0))
+                    # Lane l copies 8 columns of chunks l / 8 and l / 8 + 4; the swizzle permutes 16-byte units.
+                    to = smem + (lane // 8) * (CHUNK_ELEMENTS * 2) + row * 128 + ((lane % 8) ^ (row % 8)) * 16
+                    for half in range_constexpr(2):
+                        cute.arch.inline_ptx(
+                            "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
+                            read_only_args=[to + half * 4 * CHUNK_ELEMENTS * 2, source + half * 512, size],
+                        )
+                cute.arch.cp_async_commit_group()
+                cute.arch.cp_async_wait_group(0)
+                cute.arch.fence_proxy("async.shared", space="cta")
+                cute.arch.sync_warp()
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(barriers.q_full)
+                pieces += 1
+            piece = next_piece(piece, stop, tiles)
+
+    # ---------------------------------------------------------------------------------------------- consumers
+
+    @cute.jit
+    def consume(
+        self,
+        side: cutlass.Constexpr,
+        shared,
+        barriers,
+        q: cute.Tensor,
+        seqlens: cute.Tensor,
+        work: cute.Tensor,
+        splits: cute.Tensor,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        h_kv: Int32,
+        scale_log2: Float32,
+        causal: Int32,
+        batch_invariant: Int32,
+        thread: Int32,
+    ):
+        """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns."""
+        lane = thread % 32
+        row0 = thread // 32 * 16 + lane // 4  # of this thread's two rows, row0 and row0 + 8
+        f = self.fragments(side, shared, thread)
+        m = cute.make_rmem_tensor(2, Float32)
+        row_sum = cute.make_rmem_tensor(2, Float32)
+        s_q = q.shape[1]
+
+        pairs = Int32(0)
+        pieces = Int32(0)
+        piece, end = first_piece(work), end_of_work(work)
+        while remains(piece, end):
+            rows = self.rows(piece, q, h_kv)
+            seqlen = uniform(seqlens[rows.request])
+            tiles = (seqlen + (TILE - 1)) // TILE
+            stop = piece_stop(piece, end, tiles, batch_invariant)
+            f.o.fill(0.0)
+            m.fill(NO_SCORE)
+            row_sum.fill(0.0)
+            if stop > piece.tile:
+                # Row r sees the tokens below its limit; no row of this CTA needs a mask below `mask_from`.
+                hidden = cutlass.select_(causal != 0, s_q - 1, Int32(0))
+                shown = cutlass.select_(causal != 0, Int32(1), Int32(0))
+                limit0 = seqlen - hidden + shown * rows.query(row0)[0]
+                limit1 = seqlen - hidden + shown * rows.query(row0 + 8)[0]
+                mask_from = seqlen - hidden + shown * rows.query(0)[0]
+                bounds = (limit0, limit1, mask_from, seqlen)
+
+                if const_expr(self.has_rope):
+                    self.load_q_rope(f.q_rope, q, rows, row0, lane)
+                cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
+                warpgroup.fence()
+                self.issue_qk(side, f, barriers, 0, self.chunks, pairs & 1)
+                warpgroup.commit_group()
+                warpgroup.wait_group(0)
+                # A wgmma in flight over a loop's back edge makes ptxas serialise all of them.
+                for tile in cutlass.range(piece.tile, stop - 1, unroll=1):
+                    self.pair(side, False, shared, barriers, f, m, row_sum, tile, bounds, scale_log2, pairs, thread)
+                    pairs += 1
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(barriers.q_empty)
+                self.pair(side, True, shared, barriers, f, m, row_sum, stop - 1, bounds, scale_log2, pairs, thread)
+                pairs += 1
+                pieces += 1
+
+            self.write(
+                side,
+                shared,
+                f.o,
+                m,
+                row_sum,
+                piece,
+                rows,
+                splits,
+                partial_o,
+                partial_lse,
+                out,
+                lse,
+                scale_log2,
+                row0,
+                lane,
+            )
+            piece = next_piece(piece, stop, tiles)
+
+    @dataclass(frozen=True)
+    class Fragments:
+        """Operands and accumulators of a consumer warpgroup."""
+
+        q: list  # descriptors of Q's eight V chunks
+        q_rope: cute.Tensor  # the RoPE chunk, in registers
+        k: list  # descriptors of the chunks of this side's K buffer
+        v: list  # descriptors of this side's half of V in both buffers
+        p_in: cute.Tensor  # descriptor of the other side's probabilities
+        p_out: tuple  # how to store this side's probabilities: (tiled copy, registers, shared memory)
+        p: cute.Tensor  # this side's probabilities as an A operand
+        p_scores: cute.Tensor  # the same registers, in the scores' order
+        s: cute.Tensor
+        o: cute.Tensor
+
+    def fragments(self, side: int, shared, thread) -> "DenseDecode.Fragments":
+        dtype = self.dtype
+        chunk, v = k_major_layout(dtype), v_layout(dtype)
+        qk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))
+        pv = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM))
+        qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
+        q, k = shared.q.data_ptr(), shared.k.data_ptr()
+        p = [tile_at(shared.p0.data_ptr(), 0, chunk), tile_at(shared.p1.data_ptr(), 0, chunk)]
+
+        s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, BLOCK)))
+        p_scores = cute.make_rmem_tensor(s.layout, dtype)
+        # An A operand takes its registers in the order of the accumulator.
+        p_operand = cute.make_tensor(p_scores.iterator, cute.make_layout(((2, 2, 2), 1, 4), stride=((1, 2, 4), 0, 8)))
+        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), qk)
+        store_slice = store.get_slice(thread)
+        return DenseDecode.Fragments(
+            q=[qk_slice.make_fragment_A(qk_slice.partition_A(tile_at(q, c, chunk))) for c in range(V_CHUNKS)],
+            q_rope=cute.make_rmem_tensor(p_operand.layout, dtype),
+            k=[
+                qk_slice.make_fragment_B(qk_slice.partition_B(tile_at(k, side * self.chunks + c, chunk)))
+                for c in range(self.chunks)
+            ],
+            v=[
+                pv_slice.make_fragment_B(pv_slice.partition_B(tile_at(k, buffer * self.chunks + 4 * side, v)))
+                for buffer in range(2)
+            ],
+            p_in=pv_slice.make_fragment_A(pv_slice.partition_A(p[1 - side])),
+            p_out=(store, store_slice.retile(p_scores), store_slice.partition_D(p[side])),
+            p=p_operand,
+            p_scores=p_scores,
+            s=s,
+            o=pv_slice.make_fragment_C(pv_slice.partition_shape_C((ROWS, D_V // 2))),
+        )
+
+    @cute.jit
+    def load_q_rope(self, q_rope: cute.Tensor, q: cute.Tensor, rows, row0: Int32, lane: Int32):
+        """Q's RoPE chunk straight into the registers of an A operand: its shared memory holds P."""
+        for r in range_constexpr(2):
+            row = cutlass.min(row0 + 8 * r, cutlass.max(rows.count - 1, 0))
+            token, head = rows.query(row)
+            start = q[rows.request, token, head, None].iterator + (D_V + 2 * (lane % 4))
+            source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
+            to = cute.make_tensor(q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
+            cute.autovec_copy(source, to)
+
+    def issue_qk(self, side: int, f, barriers: Barriers, begin: int, end: int, parity):
+        """Issue S = Q K^T for a range of this side's chunk order, each as soon as it has arrived."""
+        for i in range(begin, end):
+            chunk = self.qk_order[side][i]
+            cute.arch.mbarrier_wait(barriers.k_full + (side * self.chunks + chunk), parity)
+            if chunk == V_CHUNKS:
+                gemm(qk_op(self.dtype, OperandSource.RMEM), f.s, f.q_rope, f.k[chunk], overwrite=i == 0)
+            else:
+                gemm(qk_op(self.dtype, OperandSource.SMEM), f.s, f.q[chunk], f.k[chunk], overwrite=i == 0)
+
+    def issue_pv(self, f, a, buffer: int):
+        """Issue O += P V for this side's half of a buffer; P in registers or as the other side left it."""
+        source = OperandSource.RMEM if a is f.p else OperandSource.SMEM
+        gemm(pv_op(self.dtype, source), f.o, a, f.v[buffer])
+
+    def free(self, barriers: Barriers, buffer: int, group: int):
+        """Tell the producers, the peer's too, that a group of chunks has been read."""
+        if group == ROPE and not self.has_rope:
+            return
+        empty = barriers.k_empty + (buffer * len(self.groups) + group)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(empty)
+            if self.cluster > 1:
+                cute.arch.mbarrier_arrive(empty, barriers.peer)
+
+    def pair(self, side, last, shared, barriers, f, m, row_sum, tile, bounds, scale, pairs, thread):
+        """One pair of K blocks: its scores are complete on entry; unless `last`, those of the next pair are on exit."""
+        role = self.pair_left if side == LEFT else self.pair_right
+        role(last, shared, barriers, f, m, row_sum, tile * TILE, bounds, scale, (pairs + 1) & 1, thread)
+
+    def pair_left(self, last, shared, barriers, f, m, row_sum, token, bounds, scale, next_parity, thread):
+        n = cute.make_rmem_tensor(2, Float32)
+        sums = cute.make_rmem_tensor(2, Float32)
+        row = thread // 32 * 16 + thread % 32 // 4
+        max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
+        max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
+
+        n[0], n[1] = m[0], m[1]
+        self.mask_block(f.s, token, bounds, thread)
+        optimistic_softmax(f.s, f.p_scores, sums, n, scale)
+        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
+        max0[row], max0[row + 8] = n[0], n[1]
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier_arrive(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
+        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        self.clear_unused(LEFT, shared, 0, token, bounds, thread)
+        warpgroup.fence()
+        self.issue_pv(f, f.p, 0)
+        warpgroup.commit_group()
+        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
+        self.free(barriers, 0, ROPE)
+        warpgroup.wait_group(0)
+        self.free(barriers, 0, LEFT)
+
+        cute.arch.barrier(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
+        rescale(f.o, row_sum, m, max1[row], max1[row + 8], scale)
+        self.clear_unused(LEFT, shared, 1, token + BLOCK, bounds, thread)
+        warpgroup.fence()
+        self.issue_pv(f, f.p_in, 1)
+        warpgroup.commit_group()
+        if last:
+            warpgroup.wait_group(0)
+            self.free(barriers, 1, LEFT)
+        else:
+            self.issue_qk(LEFT, f, barriers, 0, 4, next_parity)
+            warpgroup.commit_group()
+            warpgroup.wait_group(1)
+            self.free(barriers, 1, LEFT)
+            self.issue_qk(LEFT, f, barriers, 4, self.chunks, next_parity)
+            warpgroup.commit_group()
+            warpgroup.wait_group(0)
+
+    def pair_right(self, last, shared, barriers, f, m, row_sum, token, bounds, scale, next_parity, thread):
+        n = cute.make_rmem_tensor(2, Float32)
+        sums = cute.make_rmem_tensor(2, Float32)
+        row = thread // 32 * 16 + thread % 32 // 4
+        max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
+        max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
+
+        cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
+        n[0], n[1] = max0[row], max0[row + 8]
+        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        self.clear_unused(RIGHT, shared, 0, token, bounds, thread)
+        warpgroup.fence()
+        self.issue_pv(f, f.p_in, 0)
+        warpgroup.commit_group()
+        self.mask_block(f.s, token + BLOCK, bounds, thread)
+        optimistic_softmax(f.s, f.p_scores, sums, n, scale)
+        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
+        max1[row], max1[row + 8] = n[0], n[1]
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
+        self.free(barriers, 1, ROPE)
+        warpgroup.wait_group(0)
+        self.free(barriers, 0, RIGHT)
+
+        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        self.clear_unused(RIGHT, shared, 1, token + BLOCK, bounds, thread)
+        warpgroup.fence()
+        self.issue_pv(f, f.p, 1)
+        warpgroup.commit_group()
+        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
+        warpgroup.wait_group(0)
+        self.free(barriers, 1, RIGHT)
+        if not last:
+            warpgroup.fence()
+            self.issue_qk(RIGHT, f, barriers, 0, self.chunks, next_parity)
+            warpgroup.commit_group()
+            warpgroup.wait_group(0)
+
+    @cute.jit
+    def mask_block(self, s: cute.Tensor, token: Int32, bounds, thread: Int32):
+        """Hide what the rows must not see of the block that begins at `token`, if there is any."""
+        limit0, limit1, mask_from, _ = bounds
+        if token + BLOCK > mask_from:
+            mask(s, token, limit0, limit1, thread % 32)
+
+    @cute.jit
+    def clear_unused(
+        self, side: cutlass.Constexpr, shared, buffer: cutlass.Constexpr, token: Int32, bounds, thread: Int32
+    ):
+        """Zero this side's half of V in the rows beyond the request: 0 * NaN must not reach the output."""
+        seqlen = bounds[3]
+        if token + BLOCK > seqlen:
+            row = thread // 2
+            if row >= seqlen - token:
+                base = shared.k.data_ptr() + (buffer * self.chunks + 4 * side) * CHUNK_ELEMENTS
+                start = base + row * CHUNK + thread % 2 * (CHUNK // 2)
+                zeros = cute.make_rmem_tensor((CHUNK // 2, 4), self.dtype)
+                zeros.fill(0.0)
+                layout = cute.make_layout((CHUNK // 2, 4), stride=(1, CHUNK_ELEMENTS))
+                cute.autovec_copy(zeros, cute.make_tensor(start.align(16), layout))
+            cute.arch.fence_proxy("async.shared", space="cta")
+            barrier = LEFT_ONLY if const_expr(side == LEFT) else RIGHT_ONLY
+            cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
+
+    @cute.jit
+    def write(
+        self,
+        side: cutlass.Constexpr,
+        shared,
+        o: cute.Tensor,
+        m: cute.Tensor,
+        row_sum: cute.Tensor,
+        piece,
+        rows,
+        splits: cute.Tensor,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        scale_log2: Float32,
+        row0: Int32,
+        lane: Int32,
+    ):
+        """Normalise and write a whole unit to the outputs, a piece of one to its slot of the workspace."""
+        sum0 = shared.sum0.get_tensor(cute.make_layout(ROWS))
+        sum1 = shared.sum1.get_tensor(cute.make_layout(ROWS))
+        mine, other = (sum0, sum1) if const_expr(side == LEFT) else (sum1, sum0)
+        row_sum[0], row_sum[1] = quad_sum(row_sum[0]), quad_sum(row_sum[1])
+        if lane % 4 == 0:
+            mine[row0], mine[row0 + 8] = row_sum[0], row_sum[1]
+        cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
+        first_slot = splits[piece.unit]
+        whole = splits[piece.unit + 1] == first_slot
+        slot = first_slot + piece.split
+        tile_row = cute.arch.block_idx()[0] * ROWS
+        for r in range_constexpr(2):
+            row = row0 + 8 * r
+            total = row_sum[r] + other[row]
+            seen = total > 0.0
+            inv = cutlass.select_(seen, cute.arch.rcp_approx(total), Float32(0.0))
+            lse2 = cute.math.log2(total, fastmath=True) + m[r] * scale_log2
+            if row < rows.count:
+                if whole:
+                    token, head = rows.query(row)
+                    if const_expr(side == LEFT):
+                        if lane % 4 == 0:
+                            lse[rows.request, head, token] = cutlass.select_(seen, lse2 * LN2, Float32.inf)
+                    self.write_row(o, r, inv, out[rows.request, token, head, None], side, lane)
+                else:
+                    if const_expr(side == LEFT):
+                        if lane % 4 == 0:
+                            partial_lse[slot, tile_row + row] = cutlass.select_(seen, lse2, -Float32.inf)
+                    self.write_row(o, r, inv, partial_o[slot, tile_row + row, None], side, lane)
+        # The sums are read before the next piece may overwrite them.
+        cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
+
+    def write_row(self, o, r: int, inv, row: cute.Tensor, side: int, lane):
+        """Write this thread's 32 column pairs of its row r, scaled by inv."""
+        values = cute.make_rmem_tensor(cute.make_layout((2, 32)), row.element_type)
+        for j in range(32):
+            for c in range(2):
+                values[c, j] = (o[4 * j + 2 * r + c] * inv).to(row.element_type)
+        start = row.iterator + (side * (D_V // 2) + lane % 4 * 2)
+        aligned = start.align(2 * row.element_type.width // 8)
+        cute.autovec_copy(values, cute.make_tensor(aligned, cute.make_layout((2, 32), stride=(1, 8))))
+
+    # ---------------------------------------------------------------------------------------------- geometry
+
+    def cluster_rank(self) -> Int32:
+        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+
+    def passes(self, q: cute.Tensor, h_kv):
+        """Passes that a worker's CTAs take over the packed rows of a request and KV head."""
+        rows = q.shape[1] * (q.shape[2] // h_kv)
+        tile = cute.arch.grid_dim()[0] * ROWS
+        return (rows + tile - 1) // tile
+
+    def rows(self, piece: Piece, q: cute.Tensor, h_kv) -> Rows:
+        passes = self.passes(q, h_kv)
+        unit, turn = piece.unit // passes, piece.unit % passes
+        group = q.shape[2] // h_kv
+        first = (turn * cute.arch.grid_dim()[0] + cute.arch.block_idx()[0]) * ROWS
+        return Rows(unit // h_kv, unit % h_kv, first, q.shape[1] * group - first, group)
+
+
+def compile_variant(dtype: str, d: int, cluster: int) -> aot.Compiled:
+    """Compile for tensors of any extents whose rows are 16-byte aligned, and pages of a multiple of 64 tokens."""
+    element = getattr(cutlass, dtype)
+    b, s_q, h_q, h_kv = (cute.sym_int() for _ in range(4))
+    q = aot.strided(element, (b, s_q, h_q, d), dense_last=True, align=16)
+    k_cache = aot.strided(
+        element, (cute.sym_int(), cute.sym_int(divisibility=BLOCK), h_kv, d), dense_last=True, align=16
+    )
+    block_table = aot.strided(Int32, (b, cute.sym_int()), dense_last=True)
+    seqlens = aot.strided(Int32, (b,))
+    work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
+    splits = aot.compact(Int32, (cute.sym_int(),))
+    workspace = aot.compact(Float32, (cute.sym_int(),), align=16)
+    out = aot.strided(element, (b, s_q, h_q, D_V), dense_last=True, align=16)
+    lse = aot.strided(Float32, (b, h_q, s_q))
+    return aot.compile_kernel(
+        DenseDecode(element, d, cluster), q, k_cache, block_table, seqlens, work, splits, workspace, out, lse,
+        Float32(1.0), *[Int32(0)] * 6,
+    )  # fmt: skip

@@ -1,0 +1,48 @@
+"""Warpgroup matrix multiplies and the shared-memory layouts that their operands take."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32
+from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource
+
+ROWS = 64  # rows of a warpgroup's product
+CHUNK = 64  # columns of a K-major chunk: the 128 bytes that one swizzle atom spans
+
+
+def qk_op(dtype: type[cutlass.Numeric], a_source: OperandSource) -> warpgroup.MmaF16BF16Op:
+    """S[64, 64] += Q[64, 16] K[64, 16]^T."""
+    return warpgroup.MmaF16BF16Op(dtype, Float32, (ROWS, 64, 16), a_source, OperandMajorMode.K, OperandMajorMode.K)
+
+
+def pv_op(dtype: type[cutlass.Numeric], a_source: OperandSource) -> warpgroup.MmaF16BF16Op:
+    """O[64, 256] += P[64, 16] V[16, 256], V as it lies in the K tile."""
+    return warpgroup.MmaF16BF16Op(dtype, Float32, (ROWS, 256, 16), a_source, OperandMajorMode.K, OperandMajorMode.MN)
+
+
+def gemm(op: warpgroup.MmaF16BF16Op, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, overwrite: bool = False):
+    """Issue acc (+)= a b over all k-blocks of the fragments a, b (MMA, 1, K), without waiting.
+
+    The tiled MMA is made here because setting ACCUMULATE mutates it, which must not cross a staged region.
+    """
+    tiled = cute.make_tiled_mma(op)
+    for k in range(cute.size(a, mode=[2])):
+        tiled.set(warpgroup.Field.ACCUMULATE, not (overwrite and k == 0))
+        cute.gemm(tiled, acc, a[None, None, k], b[None, None, k], acc)
+
+
+def k_major_layout(dtype: type[cutlass.Numeric], columns: int = CHUNK):
+    """Swizzled layout of 64 rows x `columns`, dense in the columns: a chunk of Q or K, or P."""
+    atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+    return cute.tile_to_shape(atom, (ROWS, columns), (0, 1))
+
+
+def v_layout(dtype: type[cutlass.Numeric]):
+    """The bytes of four consecutive K chunks seen as V[256 columns, 64 tokens]."""
+    atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.MN_SW128, dtype)
+    return cute.tile_to_shape(atom, (4 * CHUNK, ROWS), (1, 0))
+
+
+def tile_at(base: cute.Pointer, chunk: int, layout) -> cute.Tensor:
+    """The tensor of `layout` that begins at chunk number `chunk` of shared memory."""
+    return cute.make_tensor(cute.recast_ptr(base + chunk * ROWS * CHUNK, layout.inner), layout.outer)

@@ -1,0 +1,81 @@
+"""Dense decode on Hopper against the fp32 reference: a seeded sweep of shapes, and the ugly corners."""
+
+import random
+
+import pytest
+import torch
+from helpers import assert_close_lse, assert_close_out
+
+from flash_mla import flash_mla_with_kvcache, get_mla_metadata, reference
+
+pytestmark = pytest.mark.gpu
+
+
+def case(b, s_q, h_q, h_kv, lengths, *, d=576, page=64, dtype=torch.bfloat16, scale=1.0, extra_pages=3):
+    """Inputs whose unused rows are NaN and whose unused table entries are garbage."""
+    lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    pages = (lengths + page - 1) // page
+    width = int(pages.max()) + 1
+    total = int(pages.sum()) + extra_pages
+    k = torch.randn(total, page, h_kv, d, device="cuda").mul_(scale).to(dtype)
+    order = torch.randperm(total, device="cuda").int()
+    table = torch.randint(-(2**31), 2**31 - 1, (b, width), dtype=torch.int64, device="cuda").int()
+    used = torch.zeros(total, page, dtype=torch.bool, device="cuda")
+    begin = 0
+    for i, (n, count) in enumerate(zip(lengths.tolist(), pages.tolist(), strict=True)):
+        mine = order[begin : begin + count]
+        table[i, :count] = mine
+        tokens = torch.arange(count * page, device="cuda").view(count, page) < n
+        used[mine.long()] = tokens
+        begin += count
+    k[~used] = torch.nan
+    q = torch.randn(b, s_q, h_q, d, device="cuda").mul_(scale).to(dtype)
+    return q, k, table, lengths
+
+
+def expected(q, k, table, lengths, **options):
+    """The reference, given a cache without NaN and a table without garbage."""
+    pages = (lengths + k.shape[1] - 1) // k.shape[1]
+    clean = torch.where(torch.arange(table.shape[1], device="cuda") < pages[:, None], table, 0)
+    return reference.decode(q, k.nan_to_num(0.0), clean, lengths, 512, **options)
+
+
+def run(q, k, table, lengths, **options):
+    return flash_mla_with_kvcache(q, k, table, lengths, 512, get_mla_metadata()[0], **options)
+
+
+def check(inputs, **options):
+    out, lse = run(*inputs, **options)
+    again, lse_again = run(*inputs, **options)
+    assert torch.equal(out, again), "results are deterministic"
+    assert torch.equal(lse, lse_again)
+    reference_options = {name: value for name, value in options.items() if name in ("softmax_scale", "causal")}
+    want, want_lse = expected(*inputs, **reference_options)
+    assert_close_out(out, want)
+    assert_close_lse(lse, want_lse)
+
+
+def random_lengths(rng, b):
+    longest = rng.choice([1, 63, 64, 65, 200, 1000, 3000])
+    kinds = [0, 1, 64, 128, longest]
+    return [rng.choice([*kinds, rng.randint(0, longest), rng.randint(0, longest)]) for _ in range(b)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_shapes(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(50):
+        h_kv = rng.choice([1, 1, 1, 2, 3])
+        h_q = h_kv * rng.choice([1, 2, 8, 16, 20, 64, 128] if h_kv == 1 else [1, 4, 16, 33])
+        b = rng.choice([1, 2, 3, 9, 40])
+        s_q = rng.choice([1, 1, 2, 3, 5])
+        dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16])
+        inputs = case(
+            b, s_q, h_q, h_kv, random_lengths(rng, b), d=rng.choice([576, 576, 512]), page=rng.choice([64, 64, 128, 256]),
+            dtype=dtype, scale=rng.choice([0.1, 1.0]),
+        )  # fmt: skip
+        options = {"causal": rng.random() < 0.5, "enable_batch_invariant": rng.random() < 0.2}
+        if rng.random() < 0.3:
+            options["softmax_scale"] = rng.choice([0.5, 0.01, -0.04, 0.0])
+        check(inputs, **options)
