@@ -107,10 +107,10 @@ def _ptxas() -> Path | None:
 
 def _compile_all(names: Sequence[str], folder: Path, jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each kernel and its manifest entry, in order; the first that fails stops those that wait."""
-    columns = (TextColumn("compiling kernels"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    columns = TextColumn("compiling kernels"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     pool = ThreadPoolExecutor(jobs)
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not names) as progress:
-        task = progress.add_task(f"into {folder}", total=len(names))
+    with Progress(*columns, console=Console(stderr=True), disable=not names) as progress:
+        task = progress.add_task("", total=len(names))
         futures = {name: pool.submit(_compile_in_process, name, folder) for name in names}
         try:
             for name, future in futures.items():

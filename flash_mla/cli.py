@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from flash_mla import __version__, backends, checks, kernels
 from flash_mla.backends.hopper.variants import ARCH, VARIANTS
@@ -170,8 +170,10 @@ def _build(options: argparse.Namespace) -> int:
     if not names:
         raise ValueError(f"--only: got {options.only!r}, need the beginning of one of {', '.join(VARIANTS)}")
     jobs = checks.positive_int("--jobs", options.jobs)
-    manifest = build(names, options.out or kernels.package_dir(), jobs)
-    table = Table("kernel", "registers", "budget", "spilled bytes", "ptxas warnings", title=f"{ARCH} kernels")
+    folder = options.out or kernels.package_dir()
+    manifest = build(names, folder, jobs)
+    kernel = Column("kernel", overflow="fold")
+    table = Table(kernel, "registers", "budget", "spilled bytes", "warnings", title=f"{ARCH} kernels in {folder}")
     for name in names:
         entry = manifest["kernels"][name]
         warnings = "; ".join(entry["warnings"]) or "none"
