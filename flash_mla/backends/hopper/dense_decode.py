@@ -44,6 +44,9 @@ Q_WARPS = 3
 LEFT, RIGHT, ROPE = 0, 1, 2
 GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
 
+# Kinds of tiles that a consumer takes: all of it visible to every row, or perhaps not, or the last of a piece.
+PLAIN, MASKED, LAST = 0, 1, 2
+
 # Named barriers of the two consumer warpgroups.
 P0_READY, P1_READY, SUMS_READY, LEFT_ONLY, RIGHT_ONLY = 1, 2, 3, 4, 5
 
@@ -57,6 +60,37 @@ class Barriers:
     q_full: cute.Pointer
     q_empty: cute.Pointer
     peer: Int32 | None  # rank of the cluster's other CTA
+
+
+class BlockPair:
+    """Where the two blocks of a tile lie: row of blocks within the page, and page. Lives in registers, across loops."""
+
+    def __init__(self, row0: Int32, page0: Int32, row1: Int32, page1: Int32):
+        self.row0, self.page0, self.row1, self.page1 = row0, page0, row1, page1
+
+    def __extract_mlir_values__(self):
+        return [value.ir_value() for value in (self.row0, self.page0, self.row1, self.page1)]
+
+    def __new_from_mlir_values__(self, values):
+        return BlockPair(*(Int32(value) for value in values))
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The pages of a request."""
+
+    block_table: cute.Tensor
+    request: Int32
+    blocks: Int32
+    blocks_per_page: Int32
+
+    def locate(self, tile: Int32) -> BlockPair:
+        """Blocks beyond the request stand for its last one: no table entry beyond its pages is read."""
+        return BlockPair(*self.locate_block(2 * tile), *self.locate_block(2 * tile + 1))
+
+    def locate_block(self, block: Int32) -> tuple[Int32, Int32]:
+        block = cutlass.min(block, self.blocks - 1)
+        return block % self.blocks_per_page, self.block_table[self.request, block // self.blocks_per_page]
 
 
 @dataclass(frozen=True)
@@ -312,40 +346,30 @@ class DenseDecode:
             blocks = (seqlen + (BLOCK - 1)) // BLOCK
             tiles = (blocks + 1) // 2
             stop = piece_stop(piece, end, tiles, batch_invariant)
-            for tile in cutlass.range(piece.tile, stop, unroll=1):
-                parity = (pairs & 1) ^ 1
-                block0 = tile * 2
-                has1 = block0 + 1 < blocks
-                # Entries of the table beyond the request's blocks are never read.
-                block1 = cutlass.select_(has1, block0 + 1, block0)
-                page0 = block_table[request, block0 // blocks_per_page]
-                page1 = block_table[request, block1 // blocks_per_page]
-                at = ((block0 % blocks_per_page, page0), (block1 % blocks_per_page, page1))
-                if const_expr(self.cluster > 1):
-                    # A pair ahead into L2, shared among the CTAs of this worker.
-                    if tile + 1 < stop:
-                        self.prefetch_pair(
-                            tma_prefetch, ahead, block_table, request, kv_head, block0 + 2, blocks, blocks_per_page,
-                            lane_cta, row_tiles,
-                        )  # fmt: skip
-                for buffer, group in self.load_order():
-                    cute.arch.mbarrier_wait(barriers.k_empty + (buffer * len(self.groups) + group), parity)
-                    for chunk in self.groups[group]:
-                        full = barriers.k_full + (buffer * self.chunks + chunk)
-                        row, page = at[buffer]
-                        if const_expr(buffer == 0):
-                            self.load_chunk(tma_k, source[None, row, chunk, kv_head, page], to[None, chunk], full)
-                        elif has1:
+            if stop > piece.tile:
+                pages = Pages(block_table, request, blocks, blocks_per_page)
+                # Two pairs ahead, so that no load of a table entry delays a load of K.
+                now, then = pages.locate(piece.tile), pages.locate(piece.tile + 1)
+                for tile in cutlass.range(piece.tile, stop, unroll=1):
+                    later = pages.locate(tile + 2)
+                    if const_expr(self.cluster > 1):
+                        # The next pair into L2, shared among the CTAs of this worker.
+                        for chunk in cutlass.range(lane_cta, self.chunks, row_tiles, unroll=1):
+                            cute.prefetch(tma_prefetch, ahead[None, then.row0, chunk, kv_head, then.page0])
+                            cute.prefetch(tma_prefetch, ahead[None, then.row1, chunk, kv_head, then.page1])
+                    rows, at = (now.row0, now.row1), (now.page0, now.page1)
+                    for buffer, group in self.load_order():
+                        empty = barriers.k_empty + (buffer * len(self.groups) + group)
+                        cute.arch.mbarrier_wait(empty, (pairs & 1) ^ 1)
+                        for chunk in self.groups[group]:
                             self.load_chunk(
                                 tma_k,
-                                source[None, row, chunk, kv_head, page],
-                                to[None, self.chunks + chunk],
-                                full,
+                                source[None, rows[buffer], chunk, kv_head, at[buffer]],
+                                to[None, buffer * self.chunks + chunk],
+                                barriers.k_full + (buffer * self.chunks + chunk),
                             )
-                        else:  # every token of the missing block is masked, whatever its buffer holds
-                            with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive(full)
-                pairs += 1
+                    now, then = then, later
+                    pairs += 1
             piece = next_piece(piece, stop, tiles)
 
     def load_order(self):
@@ -360,27 +384,6 @@ class DenseDecode:
             cute.copy(tma_k, source, to, tma_bar_ptr=full, mcast_mask=cutlass.Int16(3))
         else:
             cute.copy(tma_k, source, to, tma_bar_ptr=full)
-
-    @cute.jit
-    def prefetch_pair(
-        self,
-        tma_prefetch: cute.CopyAtom,
-        ahead: cute.Tensor,
-        block_table: cute.Tensor,
-        request: Int32,
-        kv_head: Int32,
-        block0: Int32,
-        blocks: Int32,
-        blocks_per_page: Int32,
-        lane_cta: Int32,
-        row_tiles: Int32,
-    ):
-        block1 = cutlass.min(block0 + 1, blocks - 1)
-        page0 = block_table[request, block0 // blocks_per_page]
-        page1 = block_table[request, block1 // blocks_per_page]
-        for chunk in cutlass.range(lane_cta, self.chunks, row_tiles, unroll=1):
-            cute.prefetch(tma_prefetch, ahead[None, block0 % blocks_per_page, chunk, kv_head, page0])
-            cute.prefetch(tma_prefetch, ahead[None, block1 % blocks_per_page, chunk, kv_head, page1])
 
     @cute.jit
     def load_q(
@@ -484,13 +487,19 @@ class DenseDecode:
                 self.issue_qk(side, f, barriers, 0, self.chunks, pairs & 1)
                 warpgroup.commit_group()
                 warpgroup.wait_group(0)
-                # A wgmma in flight over a loop's back edge makes ptxas serialise all of them.
-                for tile in cutlass.range(piece.tile, stop - 1, unroll=1):
-                    self.pair(side, False, shared, barriers, f, m, row_sum, tile, bounds, scale_log2, pairs, thread)
+                # The last tile, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
+                # makes ptxas serialise all of them. So are the tiles that need masks, whose tests cost 4 % elsewhere.
+                last = stop - 1
+                plain_end = cutlass.max(piece.tile, cutlass.min(last, mask_from // TILE))
+                for tile in cutlass.range(piece.tile, plain_end, unroll=1):
+                    self.pair(side, PLAIN, shared, barriers, f, m, row_sum, tile, bounds, scale_log2, pairs, thread)
+                    pairs += 1
+                for tile in cutlass.range(plain_end, last, unroll=1):
+                    self.pair(side, MASKED, shared, barriers, f, m, row_sum, tile, bounds, scale_log2, pairs, thread)
                     pairs += 1
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(barriers.q_empty)
-                self.pair(side, True, shared, barriers, f, m, row_sum, stop - 1, bounds, scale_log2, pairs, thread)
+                self.pair(side, LAST, shared, barriers, f, m, row_sum, last, bounds, scale_log2, pairs, thread)
                 pairs += 1
                 pieces += 1
 
@@ -598,12 +607,12 @@ class DenseDecode:
             if self.cluster > 1:
                 cute.arch.mbarrier_arrive(empty, barriers.peer)
 
-    def pair(self, side, last, shared, barriers, f, m, row_sum, tile, bounds, scale, pairs, thread):
-        """One pair of K blocks: its scores are complete on entry; unless `last`, those of the next pair are on exit."""
+    def pair(self, side, kind, shared, barriers, f, m, row_sum, tile, bounds, scale, pairs, thread):
+        """One pair of K blocks: its scores are complete on entry; unless LAST, those of the next pair are on exit."""
         role = self.pair_left if side == LEFT else self.pair_right
-        role(last, shared, barriers, f, m, row_sum, tile * TILE, bounds, scale, (pairs + 1) & 1, thread)
+        role(kind, shared, barriers, f, m, row_sum, tile * TILE, bounds, scale, (pairs + 1) & 1, thread)
 
-    def pair_left(self, last, shared, barriers, f, m, row_sum, token, bounds, scale, next_parity, thread):
+    def pair_left(self, kind, shared, barriers, f, m, row_sum, token, bounds, scale, next_parity, thread):
         n = cute.make_rmem_tensor(2, Float32)
         sums = cute.make_rmem_tensor(2, Float32)
         row = thread // 32 * 16 + thread % 32 // 4
@@ -611,14 +620,14 @@ class DenseDecode:
         max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
 
         n[0], n[1] = m[0], m[1]
-        self.mask_block(f.s, token, bounds, thread)
+        self.mask_block(kind, f.s, token, bounds, thread)
         optimistic_softmax(f.s, f.p_scores, sums, n, scale)
         cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
         max0[row], max0[row + 8] = n[0], n[1]
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier_arrive(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
         rescale(f.o, row_sum, m, n[0], n[1], scale)
-        self.clear_unused(LEFT, shared, 0, token, bounds, thread)
+        self.clear_unused(kind, LEFT, shared, 0, token, bounds, thread)
         warpgroup.fence()
         self.issue_pv(f, f.p, 0)
         warpgroup.commit_group()
@@ -629,11 +638,11 @@ class DenseDecode:
 
         cute.arch.barrier(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
         rescale(f.o, row_sum, m, max1[row], max1[row + 8], scale)
-        self.clear_unused(LEFT, shared, 1, token + BLOCK, bounds, thread)
+        self.clear_unused(kind, LEFT, shared, 1, token + BLOCK, bounds, thread)
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 1)
         warpgroup.commit_group()
-        if last:
+        if kind == LAST:
             warpgroup.wait_group(0)
             self.free(barriers, 1, LEFT)
         else:
@@ -645,7 +654,7 @@ class DenseDecode:
             warpgroup.commit_group()
             warpgroup.wait_group(0)
 
-    def pair_right(self, last, shared, barriers, f, m, row_sum, token, bounds, scale, next_parity, thread):
+    def pair_right(self, kind, shared, barriers, f, m, row_sum, token, bounds, scale, next_parity, thread):
         n = cute.make_rmem_tensor(2, Float32)
         sums = cute.make_rmem_tensor(2, Float32)
         row = thread // 32 * 16 + thread % 32 // 4
@@ -655,11 +664,11 @@ class DenseDecode:
         cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
         n[0], n[1] = max0[row], max0[row + 8]
         rescale(f.o, row_sum, m, n[0], n[1], scale)
-        self.clear_unused(RIGHT, shared, 0, token, bounds, thread)
+        self.clear_unused(kind, RIGHT, shared, 0, token, bounds, thread)
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 0)
         warpgroup.commit_group()
-        self.mask_block(f.s, token + BLOCK, bounds, thread)
+        self.mask_block(kind, f.s, token + BLOCK, bounds, thread)
         optimistic_softmax(f.s, f.p_scores, sums, n, scale)
         cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
         max1[row], max1[row + 8] = n[0], n[1]
@@ -670,44 +679,53 @@ class DenseDecode:
         self.free(barriers, 0, RIGHT)
 
         rescale(f.o, row_sum, m, n[0], n[1], scale)
-        self.clear_unused(RIGHT, shared, 1, token + BLOCK, bounds, thread)
+        self.clear_unused(kind, RIGHT, shared, 1, token + BLOCK, bounds, thread)
         warpgroup.fence()
         self.issue_pv(f, f.p, 1)
         warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
         warpgroup.wait_group(0)
         self.free(barriers, 1, RIGHT)
-        if not last:
+        if kind != LAST:
             warpgroup.fence()
             self.issue_qk(RIGHT, f, barriers, 0, self.chunks, next_parity)
             warpgroup.commit_group()
             warpgroup.wait_group(0)
 
     @cute.jit
-    def mask_block(self, s: cute.Tensor, token: Int32, bounds, thread: Int32):
+    def mask_block(self, kind: cutlass.Constexpr, s: cute.Tensor, token: Int32, bounds, thread: Int32):
         """Hide what the rows must not see of the block that begins at `token`, if there is any."""
         limit0, limit1, mask_from, _ = bounds
-        if token + BLOCK > mask_from:
-            mask(s, token, limit0, limit1, thread % 32)
+        if const_expr(kind != PLAIN):
+            if token + BLOCK > mask_from:
+                mask(s, token, limit0, limit1, thread % 32)
 
     @cute.jit
     def clear_unused(
-        self, side: cutlass.Constexpr, shared, buffer: cutlass.Constexpr, token: Int32, bounds, thread: Int32
+        self,
+        kind: cutlass.Constexpr,
+        side: cutlass.Constexpr,
+        shared,
+        buffer: cutlass.Constexpr,
+        token: Int32,
+        bounds,
+        thread: Int32,
     ):
         """Zero this side's half of V in the rows beyond the request: 0 * NaN must not reach the output."""
         seqlen = bounds[3]
-        if token + BLOCK > seqlen:
-            row = thread // 2
-            if row >= seqlen - token:
-                base = shared.k.data_ptr() + (buffer * self.chunks + 4 * side) * CHUNK_ELEMENTS
-                start = base + row * CHUNK + thread % 2 * (CHUNK // 2)
-                zeros = cute.make_rmem_tensor((CHUNK // 2, 4), self.dtype)
-                zeros.fill(0.0)
-                layout = cute.make_layout((CHUNK // 2, 4), stride=(1, CHUNK_ELEMENTS))
-                cute.autovec_copy(zeros, cute.make_tensor(start.align(16), layout))
-            cute.arch.fence_proxy("async.shared", space="cta")
-            barrier = LEFT_ONLY if const_expr(side == LEFT) else RIGHT_ONLY
-            cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
+        if const_expr(kind != PLAIN):
+            if token + BLOCK > seqlen:
+                row = thread // 2
+                if row >= seqlen - token:
+                    base = shared.k.data_ptr() + (buffer * self.chunks + 4 * side) * CHUNK_ELEMENTS
+                    start = base + row * CHUNK + thread % 2 * (CHUNK // 2)
+                    zeros = cute.make_rmem_tensor((CHUNK // 2, 4), self.dtype)
+                    zeros.fill(0.0)
+                    layout = cute.make_layout((CHUNK // 2, 4), stride=(1, CHUNK_ELEMENTS))
+                    cute.autovec_copy(zeros, cute.make_tensor(start.align(16), layout))
+                cute.arch.fence_proxy("async.shared", space="cta")
+                barrier = LEFT_ONLY if const_expr(side == LEFT) else RIGHT_ONLY
+                cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
 
     @cute.jit
     def write(
