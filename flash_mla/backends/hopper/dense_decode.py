@@ -18,6 +18,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import Combine
+from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_fp32_row
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains, uniform
 from flash_mla.backends.hopper.softmax import (
     LN2,
@@ -60,6 +61,47 @@ class Barriers:
     q_full: cute.Pointer
     q_empty: cute.Pointer
     peer: Int32 | None  # rank of the cluster's other CTA
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What every role reads of the call; shapes at `DenseDecode.__call__`."""
+
+    q: cute.Tensor
+    block_table: cute.Tensor
+    seqlens: cute.Tensor
+    work: cute.Tensor
+    splits: cute.Tensor
+    partial_o: cute.Tensor
+    partial_lse: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    h_kv: Int32
+    blocks_per_page: Int32
+    scale_log2: Float32
+    causal: Int32
+    batch_invariant: Int32
+
+    @property
+    def group(self):
+        """Query heads per KV head."""
+        return self.q.shape[2] // self.h_kv
+
+    @property
+    def passes(self):
+        """Passes that a worker's CTAs take over the packed rows of a request and KV head."""
+        tile = cute.arch.grid_dim()[0] * ROWS
+        return (self.q.shape[1] * self.group + tile - 1) // tile
+
+    def rows(self, piece: Piece) -> "Rows":
+        """The rows of this CTA in the piece's unit."""
+        unit, turn = piece.unit // self.passes, piece.unit % self.passes
+        first = (turn * cute.arch.grid_dim()[0] + cute.arch.block_idx()[0]) * ROWS
+        count = self.q.shape[1] * self.group - first
+        return Rows(unit // self.h_kv, unit % self.h_kv, first, count, self.group)
+
+    def seqlen(self, piece: Piece) -> Int32:
+        return uniform(self.seqlens[piece.unit // self.passes // self.h_kv])
 
 
 class BlockPair:
@@ -253,30 +295,25 @@ class DenseDecode:
             shared.q_empty.data_ptr(),
             self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
+        args = Arguments(
+            q, block_table, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv, blocks_per_page, scale_log2,
+            causal, batch_invariant,
+        )  # fmt: skip
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp >= K_WARP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == K_WARP:
-                self.load_k(
-                    shared, barriers, tma_k, k_tma, tma_prefetch, k_prefetch, q, block_table, seqlens, work, h_kv,
-                    blocks_per_page, batch_invariant,
-                )  # fmt: skip
+                self.load_k(args, shared, barriers, tma_k, k_tma, tma_prefetch, k_prefetch)
             else:
-                self.load_q(shared, barriers, q, seqlens, work, h_kv, batch_invariant, thread - (K_WARP + 1) * 32)
+                self.load_q(args, shared, barriers, thread - (K_WARP + 1) * 32)
         elif warp < 4:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            self.consume(
-                LEFT, shared, barriers, q, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv, scale_log2,
-                causal, batch_invariant, thread,
-            )  # fmt: skip
+            self.consume(LEFT, args, shared, barriers, thread)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            self.consume(
-                RIGHT, shared, barriers, q, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv, scale_log2,
-                causal, batch_invariant, thread - WARPGROUP,
-            )  # fmt: skip
+            self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
@@ -303,19 +340,13 @@ class DenseDecode:
     @cute.jit
     def load_k(
         self,
+        args,
         shared,
         barriers,
         tma_k: cute.CopyAtom,
         k_tma: cute.Tensor,
         tma_prefetch: cute.CopyAtom,
         k_prefetch: cute.Tensor,
-        q: cute.Tensor,
-        block_table: cute.Tensor,
-        seqlens: cute.Tensor,
-        work: cute.Tensor,
-        h_kv: Int32,
-        blocks_per_page: Int32,
-        batch_invariant: Int32,
     ):
         """Bring K blocks, a pair at a time; each chunk as soon as its group of the buffer is free."""
         smem_layout = cute.tile_to_shape(k_major_layout(self.dtype), (ROWS, CHUNK, 2 * self.chunks), (0, 1, 2))
@@ -335,19 +366,17 @@ class DenseDecode:
             cute.group_modes(cute.local_tile(k_prefetch, (BLOCK, CHUNK), (None, None, None, None)), 0, 2),
         )
         lane_cta, row_tiles = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        passes = self.passes(q, h_kv)
 
         pairs = Int32(0)
-        piece, end = first_piece(work), end_of_work(work)
+        piece, end = first_piece(args.work), end_of_work(args.work)
         while remains(piece, end):
-            unit = piece.unit // passes
-            request, kv_head = unit // h_kv, unit % h_kv
-            seqlen = seqlens[request]
-            blocks = (seqlen + (BLOCK - 1)) // BLOCK
+            request = piece.unit // args.passes // args.h_kv
+            kv_head = piece.unit // args.passes % args.h_kv
+            blocks = (args.seqlen(piece) + (BLOCK - 1)) // BLOCK
             tiles = (blocks + 1) // 2
-            stop = piece_stop(piece, end, tiles, batch_invariant)
+            stop = piece_stop(piece, end, tiles, args.batch_invariant)
             if stop > piece.tile:
-                pages = Pages(block_table, request, blocks, blocks_per_page)
+                pages = Pages(args.block_table, request, blocks, args.blocks_per_page)
                 # Two pairs ahead, so that no load of a table entry delays a load of K.
                 now, then = pages.locate(piece.tile), pages.locate(piece.tile + 1)
                 for tile in cutlass.range(piece.tile, stop, unroll=1):
@@ -386,33 +415,23 @@ class DenseDecode:
             cute.copy(tma_k, source, to, tma_bar_ptr=full)
 
     @cute.jit
-    def load_q(
-        self,
-        shared,
-        barriers,
-        q: cute.Tensor,
-        seqlens: cute.Tensor,
-        work: cute.Tensor,
-        h_kv: Int32,
-        batch_invariant: Int32,
-        thread: Int32,
-    ):
+    def load_q(self, args, shared, barriers, thread: Int32):
         """Bring the 512 V columns of Q by 16-byte asynchronous copies: rows have any stride."""
         lane = thread % 32
         smem = Int32(shared.q.data_ptr().toint())
         pieces = Int32(0)
-        piece, end = first_piece(work), end_of_work(work)
+        piece, end = first_piece(args.work), end_of_work(args.work)
         while remains(piece, end):
-            rows = self.rows(piece, q, h_kv)
-            tiles = (seqlens[rows.request] + (TILE - 1)) // TILE
-            stop = piece_stop(piece, end, tiles, batch_invariant)
+            rows = args.rows(piece)
+            tiles = (args.seqlen(piece) + (TILE - 1)) // TILE
+            stop = piece_stop(piece, end, tiles, args.batch_invariant)
             if stop > piece.tile:
                 cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
                 for row in cutlass.range(thread // 32, ROWS, Q_WARPS, unroll=2):
                     # A row that does not exist reads nothing and is filled with zeros.
                     exists = row < rows.count
                     token, head = rows.query(cutlass.select_(exists, row, Int32(0)))
-                    source = q[rows.request, token, head, None].iterator.toint() + Int64(lane * 16)
+                    source = args.q[rows.request, token, head, None].iterator.toint() + Int64(lane * 16)
                     size = cutlass.select_(exists, Int32(16), Int32(0))
                     # Lane l copies 8 columns of chunks l / 8 and l / 8 + 4; the swizzle permutes 16-byte units.
                     to = smem + (lane // 8) * (CHUNK_ELEMENTS * 2) + row * 128 + ((lane % 8) ^ (row % 8)) * 16
@@ -433,55 +452,32 @@ class DenseDecode:
     # ---------------------------------------------------------------------------------------------- consumers
 
     @cute.jit
-    def consume(
-        self,
-        side: cutlass.Constexpr,
-        shared,
-        barriers,
-        q: cute.Tensor,
-        seqlens: cute.Tensor,
-        work: cute.Tensor,
-        splits: cute.Tensor,
-        partial_o: cute.Tensor,
-        partial_lse: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        h_kv: Int32,
-        scale_log2: Float32,
-        causal: Int32,
-        batch_invariant: Int32,
-        thread: Int32,
-    ):
+    def consume(self, side: cutlass.Constexpr, args, shared, barriers, thread: Int32):
         """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns."""
         lane = thread % 32
         row0 = thread // 32 * 16 + lane // 4  # of this thread's two rows, row0 and row0 + 8
         f = self.fragments(side, shared, thread)
         m = cute.make_rmem_tensor(2, Float32)
         row_sum = cute.make_rmem_tensor(2, Float32)
-        s_q = q.shape[1]
+        scale = args.scale_log2
 
         pairs = Int32(0)
         pieces = Int32(0)
-        piece, end = first_piece(work), end_of_work(work)
+        seqlen = Int32(0)
+        piece, end = first_piece(args.work), end_of_work(args.work)
+        if remains(piece, end):
+            seqlen = self.begin_piece(args, f, piece, row0, lane)
         while remains(piece, end):
-            rows = self.rows(piece, q, h_kv)
-            seqlen = uniform(seqlens[rows.request])
+            rows = args.rows(piece)
             tiles = (seqlen + (TILE - 1)) // TILE
-            stop = piece_stop(piece, end, tiles, batch_invariant)
+            stop = piece_stop(piece, end, tiles, args.batch_invariant)
+            following = next_piece(piece, stop, tiles)
+            next_seqlen = Int32(0)
             f.o.fill(0.0)
             m.fill(NO_SCORE)
             row_sum.fill(0.0)
             if stop > piece.tile:
-                # Row r sees the tokens below its limit; no row of this CTA needs a mask below `mask_from`.
-                hidden = cutlass.select_(causal != 0, s_q - 1, Int32(0))
-                shown = cutlass.select_(causal != 0, Int32(1), Int32(0))
-                limit0 = seqlen - hidden + shown * rows.query(row0)[0]
-                limit1 = seqlen - hidden + shown * rows.query(row0 + 8)[0]
-                mask_from = seqlen - hidden + shown * rows.query(0)[0]
-                bounds = (limit0, limit1, mask_from, seqlen)
-
-                if const_expr(self.has_rope):
-                    self.load_q_rope(f.q_rope, q, rows, row0, lane)
+                bounds = self.bounds(args, rows, seqlen, row0)
                 cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
                 warpgroup.fence()
                 self.issue_qk(side, f, barriers, 0, self.chunks, pairs & 1)
@@ -490,37 +486,48 @@ class DenseDecode:
                 # The last tile, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
                 # makes ptxas serialise all of them. So are the tiles that need masks, whose tests cost 4 % elsewhere.
                 last = stop - 1
-                plain_end = cutlass.max(piece.tile, cutlass.min(last, mask_from // TILE))
+                plain_end = cutlass.max(piece.tile, cutlass.min(last, bounds.plain // TILE))
                 for tile in cutlass.range(piece.tile, plain_end, unroll=1):
-                    self.pair(side, PLAIN, shared, barriers, f, m, row_sum, tile, bounds, scale_log2, pairs, thread)
+                    self.pair(side, PLAIN, shared, barriers, f, m, row_sum, tile, bounds, scale, pairs, thread)
                     pairs += 1
                 for tile in cutlass.range(plain_end, last, unroll=1):
-                    self.pair(side, MASKED, shared, barriers, f, m, row_sum, tile, bounds, scale_log2, pairs, thread)
+                    self.pair(side, MASKED, shared, barriers, f, m, row_sum, tile, bounds, scale, pairs, thread)
                     pairs += 1
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(barriers.q_empty)
-                self.pair(side, LAST, shared, barriers, f, m, row_sum, last, bounds, scale_log2, pairs, thread)
+                if remains(following, end):
+                    next_seqlen = self.begin_piece(args, f, following, row0, lane)
+                self.pair(side, LAST, shared, barriers, f, m, row_sum, last, bounds, scale, pairs, thread)
                 pairs += 1
                 pieces += 1
+            elif remains(following, end):
+                next_seqlen = self.begin_piece(args, f, following, row0, lane)
 
-            self.write(
-                side,
-                shared,
-                f.o,
-                m,
-                row_sum,
-                piece,
-                rows,
-                splits,
-                partial_o,
-                partial_lse,
-                out,
-                lse,
-                scale_log2,
-                row0,
-                lane,
-            )
-            piece = next_piece(piece, stop, tiles)
+            self.write(side, args, shared, f, m, row_sum, piece, rows, thread)
+            piece, seqlen = following, next_seqlen
+
+    @cute.jit
+    def begin_piece(self, args, f, piece, row0: Int32, lane: Int32) -> Int32:
+        """Start what a piece needs from global memory, early: Q's RoPE chunk and the request's length, returned."""
+        if const_expr(self.has_rope):
+            self.load_q_rope(f.q_rope, args.q, args.rows(piece), row0, lane)
+        return args.seqlen(piece)
+
+    def bounds(self, args, rows: Rows, seqlen: Int32, row0: Int32) -> "DenseDecode.Bounds":
+        """Causality is aligned to the bottom right: query token j sees the tokens below seqlen - s_q + j + 1."""
+        hidden = cutlass.select_(args.causal != 0, args.q.shape[1] - 1, Int32(0))
+        shown = cutlass.select_(args.causal != 0, Int32(1), Int32(0))
+        limits = [seqlen - hidden + shown * rows.query(row)[0] for row in (row0, row0 + 8, 0)]
+        return DenseDecode.Bounds(*limits, seqlen)
+
+    @dataclass(frozen=True)
+    class Bounds:
+        """Which tokens count: those below a limit for each of a thread's rows, below `plain` for all of the CTA's."""
+
+        row0: Int32
+        row1: Int32
+        plain: Int32
+        seqlen: Int32
 
     @dataclass(frozen=True)
     class Fragments:
@@ -695,10 +702,9 @@ class DenseDecode:
     @cute.jit
     def mask_block(self, kind: cutlass.Constexpr, s: cute.Tensor, token: Int32, bounds, thread: Int32):
         """Hide what the rows must not see of the block that begins at `token`, if there is any."""
-        limit0, limit1, mask_from, _ = bounds
         if const_expr(kind != PLAIN):
-            if token + BLOCK > mask_from:
-                mask(s, token, limit0, limit1, thread % 32)
+            if token + BLOCK > bounds.plain:
+                mask(s, token, bounds.row0, bounds.row1, thread % 32)
 
     @cute.jit
     def clear_unused(
@@ -712,7 +718,7 @@ class DenseDecode:
         thread: Int32,
     ):
         """Zero this side's half of V in the rows beyond the request: 0 * NaN must not reach the output."""
-        seqlen = bounds[3]
+        seqlen = bounds.seqlen
         if const_expr(kind != PLAIN):
             if token + BLOCK > seqlen:
                 row = thread // 2
@@ -731,81 +737,105 @@ class DenseDecode:
     def write(
         self,
         side: cutlass.Constexpr,
+        args,
         shared,
-        o: cute.Tensor,
+        f,
         m: cute.Tensor,
         row_sum: cute.Tensor,
         piece,
         rows,
-        splits: cute.Tensor,
-        partial_o: cute.Tensor,
-        partial_lse: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        scale_log2: Float32,
-        row0: Int32,
-        lane: Int32,
+        thread: Int32,
     ):
         """Normalise and write a whole unit to the outputs, a piece of one to its slot of the workspace."""
+        lane = thread % 32
+        row0 = thread // 32 * 16 + lane // 4
+        first_slot = args.splits[piece.unit]
+        whole = args.splits[piece.unit + 1] == first_slot
         sum0 = shared.sum0.get_tensor(cute.make_layout(ROWS))
         sum1 = shared.sum1.get_tensor(cute.make_layout(ROWS))
         mine, other = (sum0, sum1) if const_expr(side == LEFT) else (sum1, sum0)
         row_sum[0], row_sum[1] = quad_sum(row_sum[0]), quad_sum(row_sum[1])
         if lane % 4 == 0:
             mine[row0], mine[row0 + 8] = row_sum[0], row_sum[1]
+        # Behind this barrier the other side has also read its last P: the buffers of P are free.
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
-        first_slot = splits[piece.unit]
-        whole = splits[piece.unit + 1] == first_slot
-        slot = first_slot + piece.split
-        tile_row = cute.arch.block_idx()[0] * ROWS
+        inv = cute.make_rmem_tensor(2, Float32)
         for r in range_constexpr(2):
-            row = row0 + 8 * r
-            total = row_sum[r] + other[row]
-            seen = total > 0.0
-            inv = cutlass.select_(seen, cute.arch.rcp_approx(total), Float32(0.0))
-            lse2 = cute.math.log2(total, fastmath=True) + m[r] * scale_log2
-            if row < rows.count:
-                if whole:
-                    token, head = rows.query(row)
-                    if const_expr(side == LEFT):
-                        if lane % 4 == 0:
-                            lse[rows.request, head, token] = cutlass.select_(seen, lse2 * LN2, Float32.inf)
-                    self.write_row(o, r, inv, out[rows.request, token, head, None], side, lane)
-                else:
-                    if const_expr(side == LEFT):
-                        if lane % 4 == 0:
-                            partial_lse[slot, tile_row + row] = cutlass.select_(seen, lse2, -Float32.inf)
-                    self.write_row(o, r, inv, partial_o[slot, tile_row + row, None], side, lane)
+            total = row_sum[r] + other[row0 + 8 * r]
+            inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
+            # lse in base 2; an empty row's is -inf here.
+            row_sum[r] = cute.math.log2(total) + m[r] * args.scale_log2
         # The sums are read before the next piece may overwrite them.
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
+        if whole:
+            self.write_outputs(side, args, shared, f, row_sum, inv, rows, thread)
+        else:
+            self.write_partials(side, args, f, row_sum, inv, first_slot + piece.split, rows, thread)
 
-    def write_row(self, o, r: int, inv, row: cute.Tensor, side: int, lane):
-        """Write this thread's 32 column pairs of its row r, scaled by inv."""
-        values = cute.make_rmem_tensor(cute.make_layout((2, 32)), row.element_type)
-        for j in range(32):
-            for c in range(2):
-                values[c, j] = (o[4 * j + 2 * r + c] * inv).to(row.element_type)
-        start = row.iterator + (side * (D_V // 2) + lane % 4 * 2)
-        aligned = start.align(2 * row.element_type.width // 8)
-        cute.autovec_copy(values, cute.make_tensor(aligned, cute.make_layout((2, 32), stride=(1, 8))))
+    @cute.jit
+    def write_outputs(
+        self,
+        side: cutlass.Constexpr,
+        args,
+        shared,
+        f,
+        lse2: cute.Tensor,
+        inv: cute.Tensor,
+        rows,
+        thread: Int32,
+    ):
+        lane, first_row = thread % 32, thread // 32 * 16
+        if const_expr(side == LEFT):
+            for r in range_constexpr(2):
+                row = first_row + lane // 4 + 8 * r
+                if row < rows.count and lane % 4 == 0:
+                    token, head = rows.query(row)
+                    seen = lse2[r] > -Float32.inf
+                    args.lse[rows.request, head, token] = cutlass.select_(seen, lse2[r] * LN2, Float32.inf)
+
+        destinations = []
+        for i in range_constexpr(4):
+            row = first_row + lane // 8 + 4 * i
+            exists = row < rows.count
+            token, head = rows.query(cutlass.select_(exists, row, Int32(0)))
+            destinations.append((exists, args.out[rows.request, token, head, None].iterator + side * (D_V // 2)))
+        # Each warp stages its own rows, so warps need not wait for each other.
+        staging = (shared.p0 if const_expr(side == LEFT) else shared.p1).data_ptr()
+        for chunk in range_constexpr(D_V // 2 // CHUNK):
+            chunk_of(f.o, chunk, inv, f.p_scores)
+            cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
+            cute.arch.sync_warp()
+            at = [(exists, to + chunk * CHUNK) for exists, to in destinations]
+            copy_rows_of_warp(staging, first_row, at, lane)
+            cute.arch.sync_warp()
+
+    @cute.jit
+    def write_partials(
+        self,
+        side: cutlass.Constexpr,
+        args,
+        f,
+        lse2: cute.Tensor,
+        inv: cute.Tensor,
+        slot: Int32,
+        rows,
+        thread: Int32,
+    ):
+        lane = thread % 32
+        tile_row = cute.arch.block_idx()[0] * ROWS
+        for r in range_constexpr(2):
+            row = thread // 32 * 16 + lane // 4 + 8 * r
+            exists = row < rows.count
+            if const_expr(side == LEFT):
+                if exists and lane % 4 == 0:
+                    args.partial_lse[slot, tile_row + row] = lse2[r]
+            to = args.partial_o[slot, tile_row + row, None].iterator + side * (D_V // 2)
+            write_fp32_row(f.o, r, inv[r], to, exists, lane)
 
     # ---------------------------------------------------------------------------------------------- geometry
 
     def cluster_rank(self) -> Int32:
         return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-
-    def passes(self, q: cute.Tensor, h_kv):
-        """Passes that a worker's CTAs take over the packed rows of a request and KV head."""
-        rows = q.shape[1] * (q.shape[2] // h_kv)
-        tile = cute.arch.grid_dim()[0] * ROWS
-        return (rows + tile - 1) // tile
-
-    def rows(self, piece: Piece, q: cute.Tensor, h_kv) -> Rows:
-        passes = self.passes(q, h_kv)
-        unit, turn = piece.unit // passes, piece.unit % passes
-        group = q.shape[2] // h_kv
-        first = (turn * cute.arch.grid_dim()[0] + cute.arch.block_idx()[0]) * ROWS
-        return Rows(unit // h_kv, unit % h_kv, first, q.shape[1] * group - first, group)
 
 
 def compile_variant(dtype: str, d: int, cluster: int) -> aot.Compiled:
