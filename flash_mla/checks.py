@@ -8,6 +8,7 @@ microseconds and never synchronise a device.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,6 @@ __all__ = [
     "real_number",
     "same_device",
     "same_plan",
-    "softmax_scale",
     "sparse_prefill",
     "tensor",
 ]
@@ -97,7 +97,7 @@ def real_number(name: str, value: object) -> float:
     """Require a finite float or int."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, need a float")
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         raise ValueError(f"{name}: got {value}, need a finite number")
     return float(value)
 
@@ -165,7 +165,6 @@ def no_dropout(dropout_p: object) -> None:
 
 _FLOAT16 = (torch.bfloat16, torch.float16)
 _CACHE_DTYPES = (*_FLOAT16, torch.float8_e4m3fn, torch.uint8, torch.int8)
-_DECODE_Q = "b s_q h_q d"
 
 
 def instance(name: str, value: object, kind: type, hint: str) -> None:
@@ -213,11 +212,6 @@ def mqa_value_dim(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value}, need 512")
 
 
-def softmax_scale(value: object, q: object) -> float:
-    """The given scale, a finite number, or d ** -0.5 for None."""
-    return mqa_query(q, _DECODE_Q).shape[-1] ** -0.5 if value is None else real_number("softmax_scale", value)
-
-
 def attn_sink(value: object, h_q: int, device: torch.device) -> None:
     """Require [h_q] fp32 sink logits."""
     tensor("attn_sink", value, "h_q", torch.float32, device=device, h_q=h_q)
@@ -227,7 +221,7 @@ def decode(
     inputs: DecodeInputs, head_dim_v: object, causal: object, is_fp8_kvcache: object, enable_batch_invariant: object
 ) -> None:
     """Require arguments of `flash_mla_with_kvcache` that fit together, but for the caches' formats."""
-    q = mqa_query(inputs.q, _DECODE_Q)
+    q = mqa_query(inputs.q, "b s_q h_q d")
     b, s_q, h_q, _ = q.shape
     mqa_value_dim("head_dim_v", head_dim_v)
     causal = flag("causal", causal)

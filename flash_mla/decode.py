@@ -24,12 +24,15 @@ class _Flags(NamedTuple):
     enable_batch_invariant: bool
 
 
-class _Served(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Served:
     """What the last call looked like from outside, what its checks made of it, and who ran it."""
 
-    signature: tuple[object, ...]
+    layouts: list[object]
+    flags: _Flags
     problem: DecodeProblem
     backend: ModuleType
+    default_scale: float
 
 
 @dataclasses.dataclass
@@ -151,22 +154,31 @@ def flash_mla_with_kvcache(
     meta = tile_scheduler_metadata
     checks.instance("tile_scheduler_metadata", meta, FlashMLASchedMeta, "make one with get_mla_metadata()")
     checks.no_num_splits(num_splits)
-    inputs = DecodeInputs(
-        q=q,
-        k_cache=k_cache,
-        block_table=block_table,
-        cache_seqlens=cache_seqlens,
-        softmax_scale=checks.softmax_scale(softmax_scale, q),
-        indices=indices,
-        attn_sink=attn_sink,
-        extra_k_cache=extra_k_cache,
-        extra_indices=extra_indices_in_kvcache,
-        topk_length=topk_length,
-        extra_topk_length=extra_topk_length,
-        out=out,
+    if softmax_scale is not None:
+        softmax_scale = checks.real_number("softmax_scale", softmax_scale)
+    tensors = (
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        indices,
+        attn_sink,
+        extra_k_cache,
+        extra_indices_in_kvcache,
+        topk_length,
+        extra_topk_length,
+        out,
     )
-    flags = _Flags(head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
-    _, problem, backend = _serve(meta, inputs, flags)
+    # A call that looks like the last one is like it. Checking everything takes longer than launching kernels does,
+    # comparing layouts does not; hence also a plain tuple here, which equals a named one.
+    flags = (head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
+    layouts = _layouts(tensors)
+    served = meta._served
+    if served is None or served.layouts != layouts or served.flags != flags:
+        inputs = DecodeInputs(*tensors, softmax_scale=1.0)  # stands in, as checks read the tensors alone
+        served = _serve(meta, inputs, _Flags(*flags), layouts)
+    problem, backend = served.problem, served.backend
+    inputs = DecodeInputs(*tensors, served.default_scale if softmax_scale is None else softmax_scale)
     if problem.b == 0 or problem.s_q == 0:
         return _no_rows(problem, inputs)
     if meta.tile_scheduler_metadata is None or meta.num_splits is None:
@@ -175,30 +187,27 @@ def flash_mla_with_kvcache(
     return backend.decode(problem, inputs, meta.tile_scheduler_metadata, meta.num_splits)
 
 
-def _layout(value: object) -> object:
-    """All that a check reads of a tensor."""
-    if value is None:
-        return None
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    return type(value)
+def _layouts(tensors: tuple[object, ...]) -> list[object]:
+    """All that checks read of tensors."""
+    return [
+        None
+        if value is None
+        else (value.shape, value.stride(), value.dtype, value.device)
+        if isinstance(value, torch.Tensor)
+        else type(value)
+        for value in tensors
+    ]
 
 
-def _serve(meta: FlashMLASchedMeta, inputs: DecodeInputs, flags: _Flags) -> _Served:
-    """Check a call, against its metadata too, and choose its backend; a call that looks like the last one is like it.
-
-    Checking everything takes longer than launching kernels does, comparing layouts does not.
-    """
-    signature = (*map(_layout, inputs), flags)
-    if meta._served is not None and meta._served.signature == signature:
-        return meta._served
+def _serve(meta: FlashMLASchedMeta, inputs: DecodeInputs, flags: _Flags, layouts: list[object]) -> _Served:
+    """Check a call, against its metadata too, choose its backend, and note what came of it in the metadata."""
     checks.decode(inputs, *flags)
     problem = _problem(inputs, flags)
     checks.decode_formats(problem)
     config = _config(problem, flags)
     if meta.config is not None:
         checks.same_plan(meta.config, config)
-    served = _Served(signature, problem, backends.choose(problem))
+    served = _Served(layouts, flags, problem, backends.choose(problem), problem.d_qk**-0.5)
     meta.have_initialized, meta.config, meta._served = True, config, served
     return served
 

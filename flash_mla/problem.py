@@ -45,14 +45,14 @@ class DecodeInputs(NamedTuple):
     k_cache: torch.Tensor
     block_table: torch.Tensor | None
     cache_seqlens: torch.Tensor | None
+    indices: torch.Tensor | None
+    attn_sink: torch.Tensor | None
+    extra_k_cache: torch.Tensor | None
+    extra_indices: torch.Tensor | None
+    topk_length: torch.Tensor | None
+    extra_topk_length: torch.Tensor | None
+    out: torch.Tensor | None
     softmax_scale: float
-    indices: torch.Tensor | None = None
-    attn_sink: torch.Tensor | None = None
-    extra_k_cache: torch.Tensor | None = None
-    extra_indices: torch.Tensor | None = None
-    topk_length: torch.Tensor | None = None
-    extra_topk_length: torch.Tensor | None = None
-    out: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def make(lengths, **schedule):
 
 @given(lengths_lists, schedules, st.booleans())
 def test_every_tile_exactly_once_and_no_empty_work(lengths, schedule, batch_invariant):
-    plan, tiles, pieces = make(lengths, batch_invariant=batch_invariant, **schedule)
+    _, tiles, pieces = make(lengths, batch_invariant=batch_invariant, **schedule)
     covered = [0] * len(tiles)
     for piece in pieces:
         assert piece.begin == covered[piece.unit], "pieces come in order, without gap or overlap"

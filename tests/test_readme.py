@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import torch
 
 import flash_mla
 from flash_mla import KVCacheFormat, backends, cli, kernels
+from flash_mla.backends import hopper
+from flash_mla.problem import DecodeProblem
 
 README = (kernels.PACKAGE.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -34,14 +37,45 @@ def test_every_public_name_is_mentioned():
     assert missing == []
 
 
+def support_table() -> dict[str, tuple[str, str, str]]:
+    """Mode -> its formats, and where it runs: on the CPU, on Hopper."""
+    rows = [line.strip("|").split("|") for line in README.splitlines() if line.count("|") == 5]
+    return {mode.split(",")[0].strip(): (formats, cpu.strip(), hopper) for mode, formats, cpu, hopper in rows[2:]}
+
+
 def test_the_support_table_has_a_row_for_each_mode_and_names_each_format():
-    cells = [line.strip("|").split("|") for line in README.splitlines() if line.count("|") == 5]
-    rows = {mode.split(",")[0].strip(): (formats, cpu.strip()) for mode, formats, cpu, _ in cells[2:]}
+    rows = support_table()
     problems = [problem for _, problem in cli._sample_problems(torch.device("cpu"))]
     assert rows.keys() == {problem.mode for problem in problems}
     assert all(backends.explain(problem)["cpu"] is None for problem in problems)
-    assert {cpu for _, cpu in rows.values()} == {"yes"}
+    assert {cpu for _, cpu, _ in rows.values()} == {"yes"}
     assert all(kv_format.name in rows["sparse decode"][0] for kv_format in KVCacheFormat)
+
+
+def test_the_support_table_is_right_about_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "unavailable", lambda name: None)
+    device = torch.device("cuda", 99)  # for which no other test asks, as the backend keeps its answers
+    served: dict[str, set[str]] = {mode: set() for mode in support_table()}
+    problems = [problem for _, problem in cli._sample_problems(device)]
+    for problem in problems:
+        formats = [problem.kv_format] if isinstance(problem, DecodeProblem) else [None]
+        if formats == [KVCacheFormat.BF16]:
+            formats.append(KVCacheFormat.FP16)
+        for kv_format in formats:
+            if kv_format is KVCacheFormat.FP16:
+                problem = dataclasses.replace(problem, kv_format=kv_format, dtype=torch.float16)
+            if hopper.why_not(problem) is None:
+                served[problem.mode].add("yes" if kv_format is None else kv_format.name)
+    promised = {
+        mode: {word for word in re.findall(r"\w+", cell) if word == "yes" or word in KVCacheFormat.__members__}
+        for mode, (_, _, cell) in support_table().items()
+    }
+    assert served == promised
+    assert all("not yet" in support_table()[mode][2] for mode, formats in served.items() if not formats)
+    dense = problems[0]
+    assert hopper.why_not(dataclasses.replace(dense, page_size=192)) is None
+    assert "multiples of 64" in (hopper.why_not(dataclasses.replace(dense, page_size=96)) or "")
 
 
 @pytest.mark.parametrize("flags", re.findall(r"flash-mla (.*?)(?:  |`|$)", README, re.MULTILINE))

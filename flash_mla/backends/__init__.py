@@ -1,8 +1,8 @@
 """The ways to run a problem, and the choice between them.
 
-Each backend is a module with a `NAME` and `why_not(problem) -> str | None`: the reason it cannot serve a problem, or None
-when it can. `choose` takes the first that can, in order of speed; `explain` tells the reasons of all.
-`FLASH_MLA_BACKEND=cpu|triton|hopper` forces one.
+Each backend is a module with a `NAME` and `why_not(problem) -> str | None`: the reason it cannot serve a problem, or
+None when it can. `choose` takes the first that can, in order of speed; `explain` tells the reasons of all.
+`FLASH_MLA_BACKEND=cpu|hopper` forces one.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ def choose(problem: Problem) -> ModuleType:
         RuntimeError: no backend, or not the forced one, serves the problem; the message gives each reason.
     """
     forced = os.environ.get("FLASH_MLA_BACKEND")
-    names = [backend.NAME for backend in BACKENDS]
-    if forced and forced not in names:
-        raise ValueError(f"FLASH_MLA_BACKEND: got {forced!r}, need one of {', '.join(names)}")
+    candidates = [backend for backend in BACKENDS if forced in (None, "", backend.NAME)]
+    if forced and not candidates:
+        names = ", ".join(backend.NAME for backend in BACKENDS)
+        raise ValueError(f"FLASH_MLA_BACKEND: got {forced!r}, need one of {names}")
     reasons = []
-    for backend in BACKENDS:
-        if forced and backend.NAME != forced:
-            continue
+    for backend in candidates:
         reason = backend.why_not(problem)
         if reason is None:
             return backend

@@ -1,0 +1,63 @@
+"""The layout of dense decode on a GPU: plain functions of shapes, for GPUs of several sizes."""
+
+import pytest
+
+from flash_mla.backends.hopper.heuristics import ROWS, dense_decode_config
+
+H200, H800_PCIE, H20 = 132, 114, 78  # SMs
+GPUS = pytest.mark.parametrize("num_sms", [H200, H800_PCIE, H20])
+
+
+@GPUS
+def test_every_row_is_covered_and_no_sm_counted_twice(num_sms):
+    for rows in range(1, 2001):
+        config = dense_decode_config(rows, num_sms)
+        assert config.row_tiles * config.passes * ROWS >= rows, rows
+        assert config.row_tiles * (config.passes - 1) * ROWS < rows, f"{rows} rows: a pass without rows"
+        assert config.num_workers >= 1, rows
+        assert config.num_workers * config.row_tiles <= num_sms, rows
+        assert config.cluster in (1, 2), f"{rows} rows: a kernel is compiled for no other cluster"
+        assert config.row_tiles % config.cluster == 0, rows
+        assert config.unit_rows == config.row_tiles * ROWS, rows
+        assert config.fixed_cost >= 1, f"{rows} rows: a piece without cost, hence empty units without a worker"
+        assert config.min_cost >= 1, rows
+
+
+@GPUS
+def test_few_sms_are_left_idle(num_sms):
+    for rows in range(1, 2001):
+        config = dense_decode_config(rows, num_sms)
+        tiles = -(-rows // ROWS)
+        sms_at_work = tiles / (config.passes * config.row_tiles) * config.num_workers * config.row_tiles
+        # Reading KV once for two tiles of rows takes an SM less than half the time, which pays for idle ones.
+        assert sms_at_work > num_sms / 2, rows
+
+
+@GPUS
+@pytest.mark.parametrize(
+    ("rows", "row_tiles", "cluster"),
+    [
+        (16, 1, 1),  # 128 heads over 8 GPUs
+        (64, 1, 1),
+        (128, 2, 2),  # all heads of DeepSeek-V3
+    ],
+)
+def test_typical_calls(num_sms, rows, row_tiles, cluster):
+    config = dense_decode_config(rows, num_sms)
+    assert (config.row_tiles, config.cluster, config.passes) == (row_tiles, cluster, 1)
+    assert config.num_workers == num_sms // row_tiles
+
+
+def test_two_tokens_of_all_heads_share_a_read_of_kv_where_sms_divide_by_four():
+    config = dense_decode_config(256, H200)
+    assert (config.row_tiles, config.cluster, config.passes, config.num_workers) == (4, 2, 1, 33)
+    # Elsewhere four side by side would leave two SMs idle: two, taking two turns, are as fast at compute.
+    for num_sms in (H800_PCIE, H20):
+        config = dense_decode_config(256, num_sms)
+        assert (config.row_tiles, config.cluster, config.passes, config.num_workers) == (2, 2, 2, num_sms // 2)
+
+
+def test_more_rows_than_a_gpu_holds_take_more_passes():
+    config = dense_decode_config(ROWS * 1000, H20)
+    assert config.passes > 1
+    assert config.row_tiles * config.passes >= 1000
