@@ -7,7 +7,8 @@ import dataclasses
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -147,14 +148,22 @@ def _version(package: str) -> str:
 def _check(options: argparse.Namespace) -> int:
     from flash_mla.selfcheck import run_checks
 
-    table = Table("device", "mode", "backend", "worst error", "verdict", title="against the fp32 reference")
+    console = Console()
     failed = 0
     for device in _devices():
+        errors = Column("worst errors", no_wrap=True)
+        table = Table("mode", "backend", errors, "verdict", title=f"{device} against the fp32 reference")
         for row in run_checks(device, options.seed):
-            table.add_row(str(device), row.mode, row.backend, row.error, row.verdict)
+            style = "red" if row.verdict == "WRONG" else None
+            table.add_row(row.mode, row.backend, _two_a_line(row.errors), row.verdict, style=style)
             failed += row.verdict == "WRONG"
-    Console().print(table)
+        console.print(table)
     return 1 if failed else 0
+
+
+def _two_a_line(errors: Mapping[str, float]) -> str:
+    texts = [f"{name} {error:.1e}" for name, error in errors.items()]
+    return "\n".join("  ".join(pair) for pair in zip_longest(texts[::2], texts[1::2], fillvalue=""))
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -37,11 +37,15 @@ NAN_BYTE = 0xFF  # repeated, a NaN in every cache format
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What `flash-mla check` prints of a mode: `verdict` is "ok", "WRONG" or "not served: ..."."""
+    """What `flash-mla check` prints of a mode.
+
+    errors: the largest absolute error of each tensor that calls gave.
+    verdict: "ok", "WRONG" or "not served: ...".
+    """
 
     mode: str
     backend: str
-    error: str
+    errors: dict[str, float]
     verdict: str
 
 
@@ -126,8 +130,7 @@ def _row(mode: str, used: list[str], unserved: list[str], results: list[Result])
             verdict = f"ok where served; of {len(used) + len(unserved)} cases {len(unserved)} {verdict}"
     if not all(result.is_right for result in results):
         verdict = "WRONG"
-    error = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    return Row(mode, ", ".join(dict.fromkeys(used)) or "none", error, verdict)
+    return Row(mode, ", ".join(dict.fromkeys(used)) or "none", errors, verdict)
 
 
 def _nan_is_largest(error: float) -> float:

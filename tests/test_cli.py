@@ -91,10 +91,10 @@ class TestCheck:
     def test_passes_on_the_cpu(self, run):
         ran = run("check", "--seed", "17")
         assert ran.status == 0, ran.out
-        assert ran.out.count("│ ok │") == len(re.findall(r"│ cpu │ .* │ cpu │", ran.out)) >= 15
+        assert ran.out.count("│ ok │") == len(re.findall(r"│ cpu │ out ", ran.out)) >= 15
 
     def test_fails_if_a_mode_is_wrong(self, run, monkeypatch):
-        rows = [selfcheck.Row("good", "cpu", "", "ok"), selfcheck.Row("bad", "cpu", "out 1.0", "WRONG")]
+        rows = [selfcheck.Row("good", "cpu", {}, "ok"), selfcheck.Row("bad", "cpu", {"out": 1.0}, "WRONG")]
         monkeypatch.setattr(selfcheck, "run_checks", lambda device, seed: rows)
         assert run("check").status == 1
         rows.pop()
