@@ -103,6 +103,11 @@ class Arguments:
     def seqlen(self, piece: Piece) -> Int32:
         return uniform(self.seqlens[piece.unit // self.passes // self.h_kv])
 
+    def slot(self, piece: Piece) -> Int32:
+        """Where the piece's partial result goes, or -1 if it is a whole unit."""
+        first, after = self.splits[piece.unit], self.splits[piece.unit + 1]
+        return uniform(cutlass.select_(first == after, Int32(-1), first + piece.split))
+
 
 class BlockPair:
     """Where the two blocks of a tile lie: row of blocks within the page, and page. Lives in registers, across loops."""
@@ -426,20 +431,29 @@ class DenseDecode:
             tiles = (args.seqlen(piece) + (TILE - 1)) // TILE
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             if stop > piece.tile:
+                # Lane l looks up row warp + 3 l, and has its lines brought to L2 while the piece before still uses Q.
+                mine = thread // 32 + Q_WARPS * lane
+                exists = mine < cutlass.min(rows.count, ROWS)
+                token, head = rows.query(cutlass.select_(exists, mine, Int32(0)))
+                address = args.q[rows.request, token, head, None].iterator.toint()
+                # A row that does not exist reads nothing and is filled with zeros.
+                size = cutlass.select_(exists, Int32(16), Int32(0))
+                if exists:
+                    for line in range_constexpr(self.d * 2 // 128):
+                        cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address + line * 128])
                 cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
-                for row in cutlass.range(thread // 32, ROWS, Q_WARPS, unroll=2):
-                    # A row that does not exist reads nothing and is filled with zeros.
-                    exists = row < rows.count
-                    token, head = rows.query(cutlass.select_(exists, row, Int32(0)))
-                    source = args.q[rows.request, token, head, None].iterator.toint() + Int64(lane * 16)
-                    size = cutlass.select_(exists, Int32(16), Int32(0))
+                for i in cutlass.range(-(-ROWS // Q_WARPS), unroll=2):
+                    row = thread // 32 + Q_WARPS * i
+                    source = cute.arch.shuffle_sync(address, i) + Int64(lane * 16)
+                    row_size = cute.arch.shuffle_sync(size, i)
                     # Lane l copies 8 columns of chunks l / 8 and l / 8 + 4; the swizzle permutes 16-byte units.
                     to = smem + (lane // 8) * (CHUNK_ELEMENTS * 2) + row * 128 + ((lane % 8) ^ (row % 8)) * 16
-                    for half in range_constexpr(2):
-                        cute.arch.inline_ptx(
-                            "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
-                            read_only_args=[to + half * 4 * CHUNK_ELEMENTS * 2, source + half * 512, size],
-                        )
+                    if row < ROWS:
+                        for half in range_constexpr(2):
+                            cute.arch.inline_ptx(
+                                "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
+                                read_only_args=[to + half * 4 * CHUNK_ELEMENTS * 2, source + half * 512, row_size],
+                            )
                 cute.arch.cp_async_commit_group()
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.fence_proxy("async.shared", space="cta")
@@ -463,16 +477,16 @@ class DenseDecode:
 
         pairs = Int32(0)
         pieces = Int32(0)
-        seqlen = Int32(0)
+        seqlen, slot = Int32(0), Int32(0)
         piece, end = first_piece(args.work), end_of_work(args.work)
         if remains(piece, end):
-            seqlen = self.begin_piece(args, f, piece, row0, lane)
+            seqlen, slot = self.begin_piece(args, f, piece, row0, lane)
         while remains(piece, end):
             rows = args.rows(piece)
             tiles = (seqlen + (TILE - 1)) // TILE
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             following = next_piece(piece, stop, tiles)
-            next_seqlen = Int32(0)
+            next_seqlen, next_slot = Int32(0), Int32(0)
             f.o.fill(0.0)
             m.fill(NO_SCORE)
             row_sum.fill(0.0)
@@ -496,22 +510,22 @@ class DenseDecode:
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(barriers.q_empty)
                 if remains(following, end):
-                    next_seqlen = self.begin_piece(args, f, following, row0, lane)
+                    next_seqlen, next_slot = self.begin_piece(args, f, following, row0, lane)
                 self.pair(side, LAST, shared, barriers, f, m, row_sum, last, bounds, scale, pairs, thread)
                 pairs += 1
                 pieces += 1
             elif remains(following, end):
-                next_seqlen = self.begin_piece(args, f, following, row0, lane)
+                next_seqlen, next_slot = self.begin_piece(args, f, following, row0, lane)
 
-            self.write(side, args, shared, f, m, row_sum, piece, rows, thread)
-            piece, seqlen = following, next_seqlen
+            self.write(side, args, shared, f, m, row_sum, slot, rows, thread)
+            piece, seqlen, slot = following, next_seqlen, next_slot
 
     @cute.jit
-    def begin_piece(self, args, f, piece, row0: Int32, lane: Int32) -> Int32:
-        """Start what a piece needs from global memory, early: Q's RoPE chunk and the request's length, returned."""
+    def begin_piece(self, args, f, piece, row0: Int32, lane: Int32):
+        """Start early what a piece needs from global memory: Q's RoPE chunk; (length, slot) are returned."""
         if const_expr(self.has_rope):
             self.load_q_rope(f.q_rope, args.q, args.rows(piece), row0, lane)
-        return args.seqlen(piece)
+        return args.seqlen(piece), args.slot(piece)
 
     def bounds(self, args, rows: Rows, seqlen: Int32, row0: Int32) -> "DenseDecode.Bounds":
         """Causality is aligned to the bottom right: query token j sees the tokens below seqlen - s_q + j + 1."""
@@ -742,15 +756,13 @@ class DenseDecode:
         f,
         m: cute.Tensor,
         row_sum: cute.Tensor,
-        piece,
+        slot: Int32,
         rows,
         thread: Int32,
     ):
         """Normalise and write a whole unit to the outputs, a piece of one to its slot of the workspace."""
         lane = thread % 32
         row0 = thread // 32 * 16 + lane // 4
-        first_slot = args.splits[piece.unit]
-        whole = args.splits[piece.unit + 1] == first_slot
         sum0 = shared.sum0.get_tensor(cute.make_layout(ROWS))
         sum1 = shared.sum1.get_tensor(cute.make_layout(ROWS))
         mine, other = (sum0, sum1) if const_expr(side == LEFT) else (sum1, sum0)
@@ -767,10 +779,10 @@ class DenseDecode:
             row_sum[r] = cute.math.log2(total) + m[r] * args.scale_log2
         # The sums are read before the next piece may overwrite them.
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
-        if whole:
+        if slot < 0:
             self.write_outputs(side, args, shared, f, row_sum, inv, rows, thread)
         else:
-            self.write_partials(side, args, f, row_sum, inv, first_slot + piece.split, rows, thread)
+            self.write_partials(side, args, f, row_sum, inv, slot, rows, thread)
 
     @cute.jit
     def write_outputs(

@@ -1,0 +1,57 @@
+"""From a warpgroup's 64 x 256 output accumulator to global memory in full sectors.
+
+A thread holds columns 8 j + 2 (lane % 4) + {0, 1} of its rows lane / 4 + {0, 8} in elements 4 j + 2 r + {0, 1}: written
+as they are, rows of 16-bit values would go out in 4-byte pieces.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, range_constexpr
+
+from flash_mla.backends.hopper.wgmma import CHUNK
+
+COLUMNS = 256
+
+
+@cute.jit
+def chunk_of(o: cute.Tensor, chunk: cutlass.Constexpr, inv: cute.Tensor, to: cute.Tensor):
+    """Columns 64 chunk ... + 63 of the accumulator, scaled by inv[r] and rounded, in the order of a 64 x 64 one."""
+    for e in range_constexpr(cute.size(to)):
+        to[e] = (o[32 * chunk + e] * inv[e // 2 % 2]).to(to.element_type)
+
+
+@cute.jit
+def copy_rows_of_warp(staging: cute.Pointer, first_row: Int32, destinations: list, lane: Int32):
+    """16 staged rows of 64 columns (swizzled, written by this warp) to where `destinations` say, 16 bytes a lane.
+
+    destinations: (exists, global pointer of the chunk's first column) of this lane's rows: first_row + lane / 8 + 4 i.
+    """
+    for i in range_constexpr(4):
+        row = first_row + lane // 8 + 4 * i
+        exists, to = destinations[i]
+        if exists:
+            unit = (lane % 8) ^ (row % 8)
+            values = cute.make_rmem_tensor(8, staging.dtype)
+            layout = cute.make_layout(8)
+            cute.autovec_copy(cute.make_tensor((staging + row * CHUNK + unit * 8).align(16), layout), values)
+            cute.autovec_copy(values, cute.make_tensor((to + lane % 8 * 8).align(16), layout))
+
+
+@cute.jit
+def write_fp32_row(o: cute.Tensor, r: cutlass.Constexpr, inv: Float32, to: cute.Pointer, exists, lane: Int32):
+    """This thread's part of its row r as fp32: neighbouring lanes trade pairs, so each writes 16 bytes at once."""
+    odd = lane % 2
+    start = to + 8 * odd + 4 * (lane % 4 // 2)
+    for j in range_constexpr(0, COLUMNS // 8, 2):
+        # The even lane takes column group j, the odd one group j + 1.
+        mine, theirs = [], []
+        for c in range_constexpr(2):
+            low, high = o[4 * j + 2 * r + c] * inv, o[4 * (j + 1) + 2 * r + c] * inv
+            mine.append(cutlass.select_(odd != 0, high, low))
+            theirs.append(cute.arch.shuffle_sync_bfly(cutlass.select_(odd != 0, low, high), 1))
+        values = cute.make_rmem_tensor(4, Float32)
+        for c in range_constexpr(2):
+            values[c] = cutlass.select_(odd != 0, theirs[c], mine[c])
+            values[2 + c] = cutlass.select_(odd != 0, mine[c], theirs[c])
+        if exists:
+            cute.autovec_copy(values, cute.make_tensor((start + 8 * j).align(16), cute.make_layout(4)))
