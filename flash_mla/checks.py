@@ -21,7 +21,9 @@ __all__ = [
     "decode",
     "decode_formats",
     "dtype_name",
+    "flag",
     "instance",
+    "integer",
     "max_seqlen",
     "mha_packed",
     "mha_tensors",
@@ -78,19 +80,24 @@ def tensor(
     return value
 
 
-def same_device(name: str, value: torch.Tensor, device: torch.device) -> None:
-    """Require `value` on `device`."""
+def same_device(name: str, value: torch.Tensor, device: torch.device, *, like: str = "q") -> None:
+    """Require `value` on `device`, that of the argument `like`."""
     if value.device != device:
-        raise ValueError(f"{name}: got a tensor on {value.device}, need it on {device} like q")
+        raise ValueError(f"{name}: got a tensor on {value.device}, need it on {device} like {like}")
+
+
+def integer(name: str, value: object, *, least: int) -> int:
+    """Require an int >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, need an int")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, need at least {least}")
+    return value
 
 
 def positive_int(name: str, value: object) -> int:
     """Require an int >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, need an int")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, need at least 1")
-    return value
+    return integer(name, value, least=1)
 
 
 def real_number(name: str, value: object) -> float:
@@ -344,9 +351,3 @@ def sparse_prefill(inputs: SparsePrefillInputs, d_v: object) -> None:
     if inputs.out is not None:
         tensor("out", inputs.out, "s_q h_q d_v", q.dtype, device=q.device, s_q=s_q, h_q=h_q, d_v=512)
         writable("out", inputs.out)
-
-
-def like_cache(name: str, value: torch.Tensor, cache: torch.Tensor) -> None:
-    """Require `value` on the device of a KV cache."""
-    if value.device != cache.device:
-        raise ValueError(f"{name}: got a tensor on {value.device}, need it on {cache.device} like the cache")

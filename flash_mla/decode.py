@@ -75,7 +75,12 @@ class FlashMLASchedMeta:
     tile_scheduler_metadata: torch.Tensor | None = None
     num_splits: torch.Tensor | None = None
 
-    _served: _Served | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    def __post_init__(self) -> None:
+        self._served: _Served | None = None  # not a field: clients may take a schedule apart and compare it
+
+    def __getstate__(self) -> dict[str, object]:
+        """What copies keep: all but the backend, a module, which their next call chooses again."""
+        return {**self.__dict__, "_served": None}
 
 
 def get_mla_metadata(*args: object, **kwargs: object) -> tuple[FlashMLASchedMeta, None]:

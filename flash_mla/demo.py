@@ -256,14 +256,14 @@ class Server:
             self.waiting.popleft()
             number = self.result.requests - len(self.waiting)
             self.pool.allocate(number, request.total)
-            self.pool.append([number], self._random(request.context, self.pool.d), [request.context])
+            self.pool.append([number], self._latents(request.context), [request.context])
             self.running[number] = request.generated
             self.result.prompt_tokens += request.context
 
     def _step(self) -> int:
         """One token for everybody in the batch."""
         batch = list(self.running)
-        latents = self._random(len(batch), self.pool.d)
+        latents = self._latents(len(batch))
         q = self._random(len(batch), 1, NUM_HEADS, self.pool.d)
         if self.options.kv_format in DENSE_FORMATS:
             positions = None
@@ -325,6 +325,10 @@ class Server:
             return self.options.verify > 0
         return bool(torch.rand((), generator=self.choices) < self.options.verify)
 
+    def _latents(self, count: int) -> torch.Tensor:
+        """[count, d] of the size for which `Verification`'s absolute tolerance is meant."""
+        return self._random(count, self.pool.d) / 10
+
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=self.dtype, device=self.device, generator=self.generator)
 
@@ -354,6 +358,8 @@ def _table(result: DemoResult, options: DemoOptions) -> Table:
     table = Table(
         "", "", title=f"flash-mla demo: {options.kv_format.name}, {mode}, {options.device}", show_header=False
     )
+    d = options.kv_format.head_dims[0]
+    table.add_row("geometry", f"{NUM_HEADS} query heads over latents of {d}, of which {D_V} are V")
     table.add_row("requests finished", f"{result.finished} of {result.requests}")
     table.add_row("prompt tokens", f"{result.prompt_tokens:,}")
     table.add_row("generated tokens", f"{result.generated_tokens:,} in {result.steps:,} steps")

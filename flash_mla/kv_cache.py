@@ -160,8 +160,7 @@ class KVCacheFormat(enum.Enum):
 
         Pages lie `page_bytes(page_size, d)` bytes apart, which for FP8_V4 leaves a gap between them.
         """
-        if not isinstance(num_pages, int) or num_pages < 0:
-            raise ValueError(f"num_pages: got {num_pages!r}, need an int of at least 0")
+        checks.integer("num_pages", num_pages, least=0)
         checks.positive_int("page_size", page_size)
         data = torch.zeros((num_pages, self.page_bytes(page_size, d)), dtype=torch.uint8, device=device)
         nbytes = self.bytes_per_token(d)
@@ -216,10 +215,10 @@ class KVCacheFormat(enum.Enum):
         if isinstance(kv, torch.Tensor) and kv.dim() == 3:
             kv = checks.tensor("kv", kv, "n h_kv d", KV_DTYPES, h_kv=1, d=layout.d).flatten(1)
         kv = checks.tensor("kv", kv, "n d", KV_DTYPES, d=layout.d)
-        checks.like_cache("kv", kv, cache)
+        checks.same_device("kv", kv, cache.device, like="cache")
         n = kv.shape[0]
         slots = checks.tensor("slots", slots, "n", SLOT_DTYPES, n=n)
-        checks.like_cache("slots", slots, cache)
+        checks.same_device("slots", slots, cache.device, like="cache")
         if n == 0:
             return
         written = slots >= 0
@@ -240,7 +239,7 @@ class KVCacheFormat(enum.Enum):
         """
         layout = self._require_cache(cache, None)
         slots = checks.tensor("slots", slots, "n", SLOT_DTYPES)
-        checks.like_cache("slots", slots, cache)
+        checks.same_device("slots", slots, cache.device, like="cache")
         return _decode([row.read(slots) for row in self._rows(cache, layout)], layout)
 
     def _require_cache(self, cache: torch.Tensor, d: int | None) -> Layout:

@@ -80,14 +80,12 @@ class PagedKVCache:
         """Admit `request`, still without tokens, and set pages aside for its first `num_tokens`.
 
         Raises:
-            ValueError: the request is in the cache already, or `num_tokens` is negative.
+            TypeError, ValueError: `num_tokens` is no int of at least 0, or the request is in the cache already.
             OutOfPages: fewer pages are free than `num_tokens` take.
         """
         if request in self._requests:
             raise ValueError(f"request: {request!r} is in the cache already")
-        if num_tokens < 0:
-            raise ValueError(f"num_tokens: got {num_tokens}, need at least 0")
-        pages = self._peek(self.pages_for(num_tokens))
+        pages = self._peek(self.pages_for(checks.integer("num_tokens", num_tokens, least=0)))
         self._requests[request] = _Request(pages)
         self._take(len(pages))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+import pickle
 import re
 
 import pytest
@@ -21,7 +24,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_mla import FlashMLASchedMeta, KVCacheFormat, flash_mla_with_kvcache, get_mla_metadata, reference
+from flash_mla import (
+    FlashMLASchedMeta,
+    KVCacheFormat,
+    backends,
+    checks,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    reference,
+)
 from flash_mla.backends.cpu import attention
 
 F = KVCacheFormat
@@ -278,6 +289,37 @@ def test_repeated_calls_on_one_metadata_object():
     check(args | {"q": spread(args["q"])}, tile_scheduler_metadata=meta)
     check(args, poisoned_out(3, 2, 4, 512, dtype=torch.bfloat16, strided=False), tile_scheduler_metadata=meta)
     check(args | {"cache_seqlens": torch.tensor([0, 3, 12], dtype=torch.int32)}, tile_scheduler_metadata=meta)
+
+
+def test_a_call_like_the_last_one_is_not_checked_again(monkeypatch):
+    seen = []
+    for module, name in ((checks, "decode"), (backends, "choose")):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, name=name, original=original: (seen.append(name), original(*args))[1]
+        )
+    args = dense_inputs(generator(21), F.BF16, [100, 3])
+    meta, _ = get_mla_metadata()
+    for scale in (None, 0.1, None):
+        check(args, softmax_scale=scale, tile_scheduler_metadata=meta)
+    assert seen == ["decode", "choose"]
+    # The same tensor object, of another layout.
+    args["q"].transpose_(0, 1)
+    with pytest.raises(ValueError, match="block_table: got shape"):
+        call(args, tile_scheduler_metadata=meta)
+
+
+@pytest.mark.parametrize("copy", [copy.copy, copy.deepcopy, lambda meta: pickle.loads(pickle.dumps(meta))])
+def test_copies_of_metadata_serve_the_same_configuration(copy):
+    args = dense_inputs(generator(20), F.BF16, [100, 3])
+    meta, _ = get_mla_metadata()
+    call(args, tile_scheduler_metadata=meta)
+    other = copy(meta)
+    assert other.config == meta.config
+    check(args, tile_scheduler_metadata=other)
+    with pytest.raises(ValueError, match="planned for causal=False"):
+        call(args, causal=True, tile_scheduler_metadata=copy(meta))
+    assert dataclasses.asdict(meta).keys() == {"have_initialized", "config", "tile_scheduler_metadata", "num_splits"}
 
 
 @pytest.mark.parametrize("field", ["tile_scheduler_metadata", "num_splits"])

@@ -423,7 +423,7 @@ def test_misuse_is_named():
         v32.append(cache, torch.zeros(2, 512), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"slots: got shape \[1\], need \[n=2\]"):
         v32.append(cache, torch.zeros(2, 576), torch.tensor([0]))
-    with pytest.raises(ValueError, match="slots: got a tensor on meta, need it on cpu like the cache"):
+    with pytest.raises(ValueError, match="slots: got a tensor on meta, need it on cpu like cache"):
         v32.gather(cache, torch.tensor([0], device="meta"))
     with pytest.raises(TypeError, match="kv: got dtype int32"):
         v32.pack(torch.zeros(1, 1, 1, 576, dtype=torch.int32))
