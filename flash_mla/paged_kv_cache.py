@@ -107,6 +107,8 @@ class PagedKVCache:
             raise ValueError(f"counts: got {len(counts)} of them, need {len(requests)}, one for each request")
         if any(count < 0 for count in counts):
             raise ValueError(f"counts: got {min(counts)}, need at least 0")
+        if isinstance(kv, torch.Tensor) and kv.dim() and len(kv) != sum(counts):
+            raise ValueError(f"kv: got {len(kv)} tokens, need {sum(counts)}, the sum of counts")
         if len(set(requests)) != len(requests):
             raise ValueError("requests: got a request twice, need each once (counts says how many tokens it gets)")
         holders = [self._get(request) for request in requests]

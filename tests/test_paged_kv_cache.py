@@ -61,7 +61,10 @@ class Serving(RuleBasedStateMachine):
     def append(self, chosen, bad_kv):
         requests, counts = [name for name, _ in chosen], [count for _, count in chosen]
         kv = self.random_kv(sum(counts) + bad_kv)
-        if len(set(requests)) != len(requests):
+        if bad_kv:
+            with pytest.raises(ValueError, match=f"kv: got {len(kv)} tokens, need {sum(counts)}"):
+                self.pool.append(requests, kv, counts)
+        elif len(set(requests)) != len(requests):
             with pytest.raises(ValueError, match="got a request twice"):
                 self.pool.append(requests, kv, counts)
         elif not set(requests) <= set(self.tokens):
@@ -69,9 +72,6 @@ class Serving(RuleBasedStateMachine):
                 self.pool.append(requests, kv, counts)
         elif sum(self.held(*one) - self.held(one[0]) for one in chosen) > self.pool.num_free_pages:
             with pytest.raises(OutOfPages, match="more pages of"):
-                self.pool.append(requests, kv, counts)
-        elif bad_kv:
-            with pytest.raises(ValueError, match="slots: got shape"):
                 self.pool.append(requests, kv, counts)
         else:
             self.pool.append(requests, kv, counts)

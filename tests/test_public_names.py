@@ -37,7 +37,7 @@ def test_parameters_are_those_of_flashmla_in_order():
 def test_version_is_that_of_the_project_file():
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     version = re.search(r'^version = "(.*)"$', project, re.MULTILINE)
-    assert version is None or version[1] == flash_mla.__version__
+    assert version[1] == flash_mla.__version__
 
 
 def test_import_loads_no_compiler_and_no_terminal_library():
