@@ -41,6 +41,9 @@ PRODUCER_REGISTERS = 40
 K_WARP = 8  # the producer warpgroup's first warp loads K, the others Q
 Q_WARPS = 3
 
+# L2 cache hints of TMA loads, as CUTLASS encodes them.
+EVICT_NORMAL, EVICT_FIRST = 0x1000000000000000, 0x12F0000000000000
+
 # Chunks of a K block that are freed together: V columns of the left and the right consumer, and RoPE.
 LEFT, RIGHT, ROPE = 0, 1, 2
 GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
@@ -354,6 +357,7 @@ class DenseDecode:
         k_prefetch: cute.Tensor,
     ):
         """Bring K blocks, a pair at a time; each chunk as soon as its group of the buffer is free."""
+        cpasync.prefetch_descriptor(tma_k)
         smem_layout = cute.tile_to_shape(k_major_layout(self.dtype), (ROWS, CHUNK, 2 * self.chunks), (0, 1, 2))
         smem = shared.k.get_tensor(smem_layout.outer, swizzle=smem_layout.inner)
         to, source = cpasync.tma_partition(
@@ -371,6 +375,8 @@ class DenseDecode:
             cute.group_modes(cute.local_tile(k_prefetch, (BLOCK, CHUNK), (None, None, None, None)), 0, 2),
         )
         lane_cta, row_tiles = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        # K that no other cluster reads need not stay in L2, where Q, outputs and partial results are.
+        cache_policy = Int64(cutlass.select_(row_tiles == self.cluster, Int64(EVICT_FIRST), Int64(EVICT_NORMAL)))
 
         pairs = Int32(0)
         piece, end = first_piece(args.work), end_of_work(args.work)
@@ -401,6 +407,7 @@ class DenseDecode:
                                 source[None, rows[buffer], chunk, kv_head, at[buffer]],
                                 to[None, buffer * self.chunks + chunk],
                                 barriers.k_full + (buffer * self.chunks + chunk),
+                                cache_policy,
                             )
                     now, then = then, later
                     pairs += 1
@@ -411,13 +418,11 @@ class DenseDecode:
         rope = ((0, ROPE), (1, ROPE)) if self.has_rope else ()
         return (*rope, (0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))
 
-    def load_chunk(self, tma_k, source, to, full):
+    def load_chunk(self, tma_k, source, to, full, cache_policy):
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK_ELEMENTS * 2)
-        if self.cluster > 1:
-            cute.copy(tma_k, source, to, tma_bar_ptr=full, mcast_mask=cutlass.Int16(3))
-        else:
-            cute.copy(tma_k, source, to, tma_bar_ptr=full)
+        multicast = {"mcast_mask": cutlass.Int16(3)} if self.cluster > 1 else {}
+        cute.copy(tma_k, source, to, tma_bar_ptr=full, cache_policy=cache_policy, **multicast)
 
     @cute.jit
     def load_q(self, args, shared, barriers, thread: Int32):

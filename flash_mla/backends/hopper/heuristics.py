@@ -54,6 +54,6 @@ def dense_decode_config(rows: int, num_sms: int) -> DenseDecodeConfig:
         row_tiles=row_tiles,
         passes=-(-tiles // row_tiles),
         num_workers=num_sms // row_tiles,
-        fixed_cost=1,
+        fixed_cost=4,
         min_cost=1,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -113,13 +115,40 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     )
 
 
+class _DenseDecode(NamedTuple):
+    """What a planned dense decode call needs apart from its tensors."""
+
+    kernel: Callable[..., None]
+    out_shape: tuple[int, int, int, int]
+    lse_shape: tuple[int, int, int]
+    workspace_size: int
+    flags: tuple[int, ...]  # the kernel's integer arguments
+
+
+@functools.cache
+def _dense_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_pages: int) -> _DenseDecode:
+    config = _layout(problem)
+    max_tiles = -(-max_pages * problem.page_size // TILE)
+    slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
+    by_unit = problem.batch_invariant or num_units <= num_workers
+    many_rows = (num_units if by_unit else num_workers) * config.unit_rows >= ROWS_TO_FILL_A_GPU
+    flags = (problem.causal, config.row_tiles, slots, problem.batch_invariant, by_unit, many_rows)
+    return _DenseDecode(
+        kernel=kernels.load(dense_decode_kernel(problem.dtype, problem.d_qk, config.cluster)),
+        out_shape=(problem.b, problem.s_q, problem.h_q, problem.d_v),
+        lse_shape=(problem.b, problem.h_q, problem.s_q),
+        workspace_size=slots * config.unit_rows * (problem.d_v + 1),
+        flags=tuple(map(int, flags)),
+    )
+
+
 def decode(
     problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a planned dense decode call: the attention kernel and, behind it, combine."""
-    config = _layout(problem)
     q, k_cache, block_table, scale = inputs.q, inputs.k_cache, inputs.block_table, inputs.softmax_scale
     assert block_table is not None
+    call = _dense_decode(problem, splits.shape[0] - 1, work.shape[0] - 1, block_table.shape[1])
     if scale <= 0.0:
         # The kernel takes maxima of unscaled scores, so the scale must be positive; negating q is exact.
         q, scale = (-q, -scale) if scale < 0.0 else (q, TINY_SCALE)
@@ -133,37 +162,11 @@ def decode(
     given = inputs.out
     out = given
     if out is None or not _rows_aligned(out):
-        out = torch.empty(problem.b, problem.s_q, problem.h_q, problem.d_v, dtype=problem.dtype, device=problem.device)
-    lse = torch.empty(problem.b, problem.h_q, problem.s_q, dtype=torch.float32, device=problem.device)
-
-    num_workers, num_units = work.shape[0] - 1, splits.shape[0] - 1
-    slots = max_slots(
-        num_units,
-        num_workers,
-        batch_invariant=problem.batch_invariant,
-        max_tiles=-(-block_table.shape[1] * problem.page_size // TILE),
-    )
-    workspace = torch.empty(slots * config.unit_rows * (problem.d_v + 1), dtype=torch.float32, device=problem.device)
-    by_unit = problem.batch_invariant or num_units <= num_workers
-    candidates = num_units if by_unit else num_workers
-    kernel = kernels.load(dense_decode_kernel(problem.dtype, problem.d_qk, config.cluster))
-    kernel(
-        q,
-        k_cache,
-        block_table,
-        inputs.cache_seqlens,
-        work,
-        splits,
-        workspace,
-        out,
-        lse,
-        scale * LOG2_E,
-        int(problem.causal),
-        config.row_tiles,
-        slots,
-        int(problem.batch_invariant),
-        int(by_unit),
-        int(candidates * config.unit_rows >= ROWS_TO_FILL_A_GPU),
+        out = torch.empty(call.out_shape, dtype=problem.dtype, device=problem.device)
+    lse = torch.empty(call.lse_shape, dtype=torch.float32, device=problem.device)
+    workspace = torch.empty(call.workspace_size, dtype=torch.float32, device=problem.device)
+    call.kernel(
+        q, k_cache, block_table, inputs.cache_seqlens, work, splits, workspace, out, lse, scale * LOG2_E, *call.flags
     )
     if given is not None and given is not out:
         given.copy_(out)
@@ -173,4 +176,9 @@ def decode(
 
 def _rows_aligned(tensor: torch.Tensor) -> bool:
     """Whether every row of a 16-bit tensor begins at a multiple of 16 bytes, as TMA and vector copies need."""
-    return tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+    return tensor.data_ptr() % 16 == 0 and _strides_aligned(tensor.stride())
+
+
+@functools.cache
+def _strides_aligned(strides: tuple[int, ...]) -> bool:
+    return all(stride % 8 == 0 for stride in strides[:-1])

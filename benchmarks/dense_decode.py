@@ -1,0 +1,127 @@
+"""Dense decode beside another implementation of the same API, on the same inputs in one process.
+
+python benchmarks/dense_decode.py [--peer MODULE] [--out FOLDER]
+
+MODULE is anything importable with FlashMLA's functions. Lengths are drawn as DeepSeek's own benchmark draws them:
+normal with a standard deviation of half the mean. cold: L2 flushed before each call, median; hot: back to back, mean;
+graph: one call captured and replayed, for batches so small that the host would be measured otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+import measure
+import torch
+
+import flash_mla
+
+D, D_V, PAGE = 576, 512, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape; requests of `s_k` tokens on average."""
+
+    b: int
+    s_q: int
+    s_k: int
+    h_q: int
+    causal: bool = False
+    graph: bool = False
+
+
+CASES = [
+    *(Case(128, s_q, s_k, 128) for s_k in (4096, 8192, 32768) for s_q in (1, 2)),
+    Case(128, 2, 8192, 128, causal=True),
+    *(Case(128, 1, 8192, h_q) for h_q in (16, 32, 64)),
+    Case(32, 1, 16384, 16),
+    Case(1, 1, 8192, 16, graph=True),
+    Case(4, 1, 8192, 128, graph=True),
+    Case(1, 1, 65536, 128, graph=True),
+]
+
+
+def make(case: Case) -> tuple[dict[str, torch.Tensor], int]:
+    """Inputs, and the tokens of all requests together."""
+    rng = random.Random(0)
+    lengths = [case.s_k]
+    if case.b > 4:
+        lengths = [max(case.s_q, int(rng.normalvariate(case.s_k, case.s_k / 2))) for _ in range(case.b)]
+    seqlens = torch.tensor(lengths * (case.b // len(lengths)), dtype=torch.int32, device="cuda")
+    pages = (int(seqlens.max()) + PAGE - 1) // PAGE
+    block_table = torch.randperm(case.b * pages, device="cuda").int().view(case.b, pages)
+    cache = torch.empty(case.b * pages, PAGE, 1, D, dtype=torch.bfloat16, device="cuda")
+    for part in cache.split(4096):
+        part.copy_((torch.randn(part.shape, device="cuda") / 10).clamp(-1, 1))
+    q = torch.randn(case.b, case.s_q, case.h_q, D, dtype=torch.bfloat16, device="cuda")
+    inputs = {"q": q, "k_cache": cache, "block_table": block_table, "cache_seqlens": seqlens}
+    return inputs, int(seqlens.sum())
+
+
+def caller(module: ModuleType, case: Case, inputs: dict[str, torch.Tensor]):
+    """A function that runs the case once, planned, and as a graph if the case says so."""
+    meta, num_splits = module.get_mla_metadata()
+
+    def call() -> torch.Tensor:
+        return module.flash_mla_with_kvcache(
+            **inputs, head_dim_v=D_V, tile_scheduler_metadata=meta, num_splits=num_splits, causal=case.causal
+        )[0]
+
+    call()
+    if not case.graph:
+        return call
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    def replay(keep=call) -> None:  # the graph refers to the plan, which lives in the metadata
+        graph.replay()
+
+    return replay
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="module to compare with")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS)
+    options = parser.parse_args()
+    modules = {"flash-mla": flash_mla}
+    if options.peer:
+        modules["peer"] = importlib.import_module(options.peer)
+    ceilings = {"read_bytes_per_second": measure.read_bandwidth()}
+    ceilings["matmul_cold_flops"], ceilings["matmul_hot_flops"] = measure.matmul_rate()
+    print({name: f"{value / 1e12:.2f}e12" for name, value in ceilings.items()}, flush=True)
+    rows = []
+    for case in CASES:
+        inputs, tokens = make(case)
+        calls = {name: caller(module, case, inputs) for name, module in modules.items()}
+        cold = measure.cold(calls, 15)
+        hot = {name: measure.back_to_back(call, max(5, int(0.05 / cold[name]))) for name, call in calls.items()}
+        row = {
+            **asdict(case),
+            "flops": 2 * case.h_q * case.s_q * tokens * (D + D_V),
+            "bytes": 2 * (tokens * D + case.b * case.s_q * case.h_q * (D + D_V)),
+            "cold_us": {name: seconds * 1e6 for name, seconds in cold.items()},
+            "hot_us": {name: seconds * 1e6 for name, seconds in hot.items()},
+        }
+        rows.append(row)
+        ratios = [row[kind].get("peer", 0) / row[kind]["flash-mla"] for kind in ("cold_us", "hot_us")]
+        ours = row["cold_us"]["flash-mla"]
+        print(
+            f"b{case.b} s_q{case.s_q} s_k{case.s_k} h{case.h_q}{' causal' * case.causal}{' graph' * case.graph}: "
+            f"{ours:.1f} us {row['flops'] / ours / 1e6:.0f} TFLOP/s {row['bytes'] / ours / 1e3:.0f} GB/s, "
+            f"x{ratios[0]:.3f} cold, x{ratios[1]:.3f} hot",
+            flush=True,
+        )
+    print(measure.record("dense_decode", ceilings, rows, options.out))
+
+
+if __name__ == "__main__":
+    main()
