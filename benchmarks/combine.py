@@ -43,7 +43,7 @@ def main() -> None:
         merged_units = int((plan.splits.diff() > 0).sum())
         moved = partial_o.numel() * 4 + partial_lse.numel() * 4 + merged_units * unit_rows * (512 * 2 + 4)
         seconds = measure.cold({"combine": run})["combine"]
-        hot = measure.back_to_back(run, 30)
+        hot = measure.back_to_back({"combine": run})["combine"]
         rows.append(
             {
                 "requests": requests, "slots": slots, "rows": unit_rows, "megabytes": moved / 1e6,

@@ -3,7 +3,7 @@
 python benchmarks/dense_decode.py [--peer MODULE] [--out FOLDER]
 
 MODULE is anything importable with FlashMLA's functions. Lengths are drawn as DeepSeek's own benchmark draws them:
-normal with a standard deviation of half the mean. cold: L2 flushed before each call, median; hot: back to back, mean;
+normal with a standard deviation of half the mean. cold: L2 flushed before each call, median; hot: back to back;
 graph: one call captured and replayed, for batches so small that the host would be measured otherwise.
 """
 
@@ -103,7 +103,7 @@ def main() -> None:
         inputs, tokens = make(case)
         calls = {name: caller(module, case, inputs) for name, module in modules.items()}
         cold = measure.cold(calls, 15)
-        hot = {name: measure.back_to_back(call, max(5, int(0.05 / cold[name]))) for name, call in calls.items()}
+        hot = measure.back_to_back(calls)
         row = {
             **asdict(case),
             "flops": 2 * case.h_q * case.s_q * tokens * (D + D_V),

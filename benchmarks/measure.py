@@ -1,4 +1,4 @@
-"""How every benchmark here measures: medians with the L2 flushed, back-to-back means, and the card's ceilings."""
+"""How every benchmark here measures: with the L2 flushed, back to back, and the card's ceilings in the same run."""
 
 from __future__ import annotations
 
@@ -37,17 +37,25 @@ def cold(functions: Mapping[str, Callable[[], object]], repeats: int = 15, warm_
     return {name: statistics.median(s.elapsed_time(e) for s, e in pairs) * 1e-3 for name, pairs in events.items()}
 
 
-def back_to_back(function: Callable[[], object], calls: int, warm_up: int = 3) -> float:
-    """Mean seconds a call of `calls` calls in a row."""
-    for _ in range(warm_up):
-        function()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        function()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e-3 / calls
+def back_to_back(
+    functions: Mapping[str, Callable[[], object]], seconds: float = 0.05, rounds: int = 4
+) -> dict[str, float]:
+    """Median over rounds of the mean seconds a call, of runs of `seconds` without a pause.
+
+    The functions take turns, in reversed order every other round: the card's power limit slows whoever comes later.
+    """
+    calls = {name: max(5, int(seconds / one)) for name, one in cold(functions, 3).items()}
+    means: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds):
+        for name in list(functions)[:: -1 if turn % 2 else 1]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls[name]):
+                functions[name]()
+            end.record()
+            torch.cuda.synchronize()
+            means[name].append(start.elapsed_time(end) * 1e-3 / calls[name])
+    return {name: statistics.median(values) for name, values in means.items()}
 
 
 @triton.jit
@@ -70,8 +78,9 @@ def read_bandwidth() -> float:
 def matmul_rate() -> tuple[float, float]:
     """FLOP/s of an 8192^3 bf16 cuBLAS product: (with pauses, back to back)."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    matmul = {"matmul": lambda: a @ b}
     flops = 2 * 8192**3
-    return flops / cold({"matmul": lambda: a @ b}, 20)["matmul"], flops / back_to_back(lambda: a @ b, 40)
+    return flops / cold(matmul, 20)["matmul"], flops / back_to_back(matmul)["matmul"]
 
 
 def environment() -> dict[str, str]:

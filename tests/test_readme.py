@@ -82,3 +82,8 @@ def test_the_support_table_is_right_about_hopper(monkeypatch):
 def test_the_commands_exist(flags):
     options = cli._parser().parse_args(flags.replace(" DIR", " .").split())
     assert callable(options.run)
+
+
+def test_the_performance_table_is_what_was_recorded():
+    report = kernels.PACKAGE.parent / "benchmarks" / "report.py"
+    assert subprocess.run([sys.executable, report, "--check"], check=False).returncode == 0
