@@ -182,12 +182,12 @@ def _build(options: argparse.Namespace) -> int:
     folder = options.out or kernels.package_dir()
     manifest = build(names, folder, jobs)
     kernel = Column("kernel", overflow="fold")
-    table = Table(kernel, "registers", "budget", "spilled bytes", "warnings", title=f"{ARCH} kernels in {folder}")
+    table = Table(kernel, "registers", "spilled", "warnings", title=f"{ARCH} kernels in {folder}")
     for name in names:
         entry = manifest["kernels"][name]
         warnings = "; ".join(entry["warnings"]) or "none"
-        budget = VARIANTS[name].registers
-        table.add_row(name, str(entry["registers"]), str(budget), str(entry["spill_bytes"]), warnings)
+        registers = f"{entry['registers']} of {VARIANTS[name].registers}"
+        table.add_row(name, registers, f"{entry['spill_bytes']} bytes", warnings)
     console = Console()
     console.print(table)
     found = complaints(manifest)

@@ -189,7 +189,7 @@ class TestBuild:
     def test_shows_what_ptxas_said(self, run, tmp_path, manifest):
         ran = run("build", "--only", NAME, "--out", str(tmp_path), "--jobs", "3", "--arch", ARCH, "--check")
         assert ran.status == 0
-        assert f"│ {NAME} │ 40 │ {VARIANTS[NAME].registers} │ 0 │ none │" in ran.out
+        assert f"│ {NAME} │ 40 of {VARIANTS[NAME].registers} │ 0 bytes │ none │" in ran.out
 
     @pytest.mark.parametrize(("flags", "status"), [((), 0), (("--check",), 1)])
     def test_complaints_fail_a_check(self, run, tmp_path, manifest, flags, status):
