@@ -104,3 +104,14 @@ def test_batch_invariance():
         alone, lse_alone = run(q[i : i + 1], k, table[i : i + 1], lengths[i : i + 1], enable_batch_invariant=True)
         assert torch.equal(alone[0], together[i])
         assert torch.equal(lse_alone[0], lse[i])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_current():
+    with torch.cuda.device(1):
+        inputs = case(5, 1, 128, 1, [1000, 0, 70, 3000, 64])
+        want, want_lse = expected(*inputs)
+    out, lse = run(*inputs)
+    assert out.device == lse.device == inputs[0].device
+    assert_close_out(out, want)
+    assert_close_lse(lse, want_lse)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from flash_mla.plan import SplitPlan, max_slots
 from flash_mla.problem import DecodeInputs, DecodeProblem
 
 __all__ = ["combine", "decode", "dense_decode_kernel", "plan", "plan_decode"]
+
+Result = TypeVar("Result")
 
 # From this many rows on, a warp each keeps every SM's memory pipeline full.
 ROWS_TO_FILL_A_GPU = 4096
@@ -100,6 +102,20 @@ def dense_decode_kernel(dtype: torch.dtype, d: int, cluster: int) -> str:
     return f"dense_decode_{SHORT_NAME[dtype]}_{d}_cluster{cluster}"
 
 
+def _on_its_device(run: Callable[..., Result]) -> Callable[..., Result]:
+    """Launch on the problem's GPU, whichever is current."""
+
+    @functools.wraps(run)
+    def guarded(problem: DecodeProblem, *arguments: object) -> Result:
+        if problem.device.index == torch.cuda.current_device():
+            return run(problem, *arguments)
+        with torch.cuda.device(problem.device):
+            return run(problem, *arguments)
+
+    return guarded
+
+
+@_on_its_device
 def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     """Plan a decode call on the device."""
     config = _layout(problem)
@@ -142,6 +158,7 @@ def _dense_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_
     )
 
 
+@_on_its_device
 def decode(
     problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
