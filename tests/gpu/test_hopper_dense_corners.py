@@ -19,6 +19,11 @@ def test_many_requests():
     check(case(4096, 1, 16, 1, [i % 7 * 20 for i in range(4096)]))
 
 
+@pytest.mark.parametrize(("s_q", "h_q"), [(13, 64), (17, 64), (9, 128), (50, 100)])
+def test_more_rows_than_fit_into_one_pass(s_q, h_q):
+    check(case(3, s_q, h_q, 1, [300, 0, 1000]), causal=True)
+
+
 def test_huge_scores():
     check(case(3, 1, 64, 1, [500, 77, 129], q_scale=300.0))
 

@@ -601,7 +601,8 @@ class DenseDecode:
     def load_q_rope(self, q_rope: cute.Tensor, q: cute.Tensor, rows, row0: Int32, lane: Int32):
         """Q's RoPE chunk straight into the registers of an A operand: its shared memory holds P."""
         for r in range_constexpr(2):
-            row = cutlass.min(row0 + 8 * r, cutlass.max(rows.count - 1, 0))
+            # The last row there is stands for those that are not; it may be one of another CTA.
+            row = cutlass.min(row0 + 8 * r, rows.count - 1)
             token, head = rows.query(row)
             start = q[rows.request, token, head, None].iterator + (D_V + 2 * (lane % 4))
             source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
