@@ -16,7 +16,7 @@ __all__ = ["NAME", "decode", "plan_decode", "why_not"]
 NAME = "hopper"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def why_not(problem: Problem) -> str | None:
     """The reason this backend cannot serve `problem`, or None."""
     if problem.device.type != "cuda":

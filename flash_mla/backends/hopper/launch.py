@@ -91,7 +91,7 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _layout(problem: DecodeProblem) -> DenseDecodeConfig:
     rows = problem.s_q * problem.h_q // problem.h_kv
     return dense_decode_config(rows, _num_sms(problem.device))
@@ -141,7 +141,7 @@ class _DenseDecode(NamedTuple):
     flags: tuple[int, ...]  # the kernel's integer arguments
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _dense_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_pages: int) -> _DenseDecode:
     config = _layout(problem)
     max_tiles = -(-max_pages * problem.page_size // TILE)
