@@ -2,7 +2,7 @@
 
 Each backend is a module with a `NAME` and `why_not(problem) -> str | None`: the reason it cannot serve a problem, or
 None when it can. `choose` takes the first that can, in order of speed; `explain` tells the reasons of all.
-`FLASH_MLA_BACKEND=cpu|hopper` forces one.
+`FLASH_MLA_BACKEND=hopper|cpu|triton` forces one.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from flash_mla.backends import cpu, hopper
+from flash_mla.backends import cpu, hopper, triton
 from flash_mla.problem import Problem
 
 __all__ = ["BACKENDS", "choose", "explain"]
 
-BACKENDS: tuple[ModuleType, ...] = (hopper, cpu)
+# Triton's interpreter serves CPU tensors too, but only when forced, as the CPU backend comes first.
+BACKENDS: tuple[ModuleType, ...] = (hopper, cpu, triton)
 
 
 def explain(problem: Problem) -> dict[str, str | None]:

@@ -1,0 +1,89 @@
+"""Dense decode: persistent programs walk a split plan over the pages of each request."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flash_mla.backends.triton.dequant import NOPE, load_nope, load_rope, token_offsets
+from flash_mla.backends.triton.softmax import attend, load_q, natural, row_offsets, start, store_out
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_units", "s_q", "h_kv", "group", "passes", "row_tiles", "page_size"])
+def dense_decode_kernel(
+    q_ptr, cache_ptr, block_table_ptr, seqlens_ptr, work_ptr, splits_ptr, out_ptr, lse_ptr, partial_o_ptr,
+    partial_lse_ptr,
+    q_stride_u0, q_stride_u1, q_stride_r0, q_stride_r1,
+    out_stride_u0, out_stride_u1, out_stride_r0, out_stride_r1,
+    page_stride, token_stride, head_stride, table_stride,
+    scale_log2, num_units, s_q, h_kv, group, passes, row_tiles, page_size,
+    FORMAT: tl.constexpr, D_ROPE: tl.constexpr, CAUSAL: tl.constexpr, BATCH_INVARIANT: tl.constexpr,
+    MIN_PIECE: tl.constexpr, MAX_PIECES: tl.constexpr, HAS_FP8: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Attend with the s_q * group query rows of each request and KV head.
+
+    A unit of the plan is (request, KV head, pass); a pass takes row_tiles * ROWS rows, row_tiles programs side by side.
+    q and out are [b, h_kv, s_q, group, d], lse is [b, h_kv * group, s_q] without gaps. The rows of pieces go to
+    partial_o [slots, row_tiles * ROWS, 512] and partial_lse [slots, row_tiles * ROWS], fp32, of base 2.
+    """
+    row_tile = tl.program_id(0) % row_tiles
+    range_ptr = work_ptr + tl.program_id(0) // row_tiles * 4
+    first_unit = tl.load(range_ptr)
+    first_tile = tl.load(range_ptr + 1)
+    first_split = tl.load(range_ptr + 2)
+    last_unit = tl.load(range_ptr + 4)
+    last_stop = tl.load(range_ptr + 5)
+    for unit in range(first_unit, tl.minimum(last_unit + 1, num_units)):
+        request = unit // (h_kv * passes)
+        head = unit // passes % h_kv
+        in_unit = row_tile * ROWS + tl.arange(0, ROWS)
+        rows = unit % passes * (row_tiles * ROWS) + in_unit
+        exists = rows < s_q * group
+        seqlen = tl.load(seqlens_ptr + request)
+        limits = seqlen + tl.zeros([ROWS], tl.int32)
+        if CAUSAL:
+            limits += rows // group - s_q + 1
+        q_rows = row_offsets(request, head, rows, group, q_stride_u0, q_stride_u1, q_stride_r0, q_stride_r1)
+        q, q_rope = load_q(q_ptr, q_rows, exists, NOPE, D_ROPE)
+        head_ptr = cache_ptr + head.to(tl.int64) * head_stride
+        table_ptr = block_table_ptr + request.to(tl.int64) * table_stride
+
+        tiles = (seqlen + TILE - 1) // TILE
+        begin = tl.where(unit == first_unit, first_tile, 0)
+        end = tl.where(unit == last_unit, last_stop, tiles)
+        # An empty unit is a piece all the same, whose rows have to be written; an empty rest of the last one is not.
+        stop = tl.where(unit == last_unit, end, tl.maximum(end, begin + 1))
+        step = tl.maximum(end - begin, 1)
+        if BATCH_INVARIANT:
+            step = tl.maximum(MIN_PIECE, (tiles + MAX_PIECES - 1) // MAX_PIECES)
+        first_slot = tl.load(splits_ptr + unit)
+        is_whole = first_slot == tl.load(splits_ptr + unit + 1)
+        slot = first_slot + tl.where(unit == first_unit, first_split, 0)
+        for piece in range(begin, stop, step):
+            top, total, acc, acc_rope = start(ROWS, 0)
+            for tile in range(piece, tl.minimum(piece + step, end)):
+                tokens = tile * TILE + tl.arange(0, TILE)
+                exist = tokens < seqlen
+                page = tl.load(table_ptr + tokens // page_size, mask=exist, other=0)
+                token, scales = token_offsets(page, tokens % page_size, page_size, page_stride, token_stride, FORMAT)
+                nope = load_nope(head_ptr, token, scales, exist, FORMAT, NOPE, HAS_FP8, q_ptr.dtype.element_ty)
+                rope = load_rope(head_ptr, token, exist, FORMAT, NOPE, D_ROPE, HAS_FP8, q_ptr.dtype.element_ty)
+                seen = tokens[None, :] < limits[:, None]
+                top, total, acc, acc_rope = attend(
+                    q, q_rope, nope, rope, seen, scale_log2, top, total, acc, acc_rope, D_ROPE, 0
+                )
+            lse = top + tl.log2(total)
+            factor = 1.0 / tl.where(total > 0.0, total, 1.0)
+            if is_whole:
+                out_rows = row_offsets(
+                    request, head, rows, group, out_stride_u0, out_stride_u1, out_stride_r0, out_stride_r1
+                )
+                store_out(out_ptr, out_rows, exists, acc, acc_rope, factor, NOPE, 0)
+                lse_rows = row_offsets(request, head, rows, group, h_kv * group * s_q, group * s_q, 1, s_q)
+                tl.store(lse_ptr + lse_rows, natural(lse), mask=exists)
+            else:
+                partial_rows = slot.to(tl.int64) * (row_tiles * ROWS) + in_unit
+                store_out(partial_o_ptr, partial_rows * NOPE, exists, acc, acc_rope, factor, NOPE, 0)
+                tl.store(partial_lse_ptr + partial_rows, lse, mask=exists)
+            slot += 1
