@@ -1,0 +1,120 @@
+"""Launches of the Triton kernels of dense multi-head attention, with the interface of the CPU backend's."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from flash_mla.backends.triton.mha_backward import delta_kernel, dkdv_kernel, dq_kernel
+from flash_mla.backends.triton.mha_forward import forward_kernel
+from flash_mla.backends.triton.mha_heuristics import Capability, dkdv_tiles, dq_tiles, forward_tiles
+from flash_mla.problem import MHAProblem
+
+__all__ = ["mha_backward", "mha_forward"]
+
+DELTA_TILE = 32  # tokens
+
+
+def mha_forward(
+    problem: MHAProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_qo: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query over the keys of its sequence that it sees.
+
+    Args:
+        q: [total_q, h_q, d_qk]; k: [total_kv, h_kv, d_qk]; v: [total_kv, h_kv, d_v].
+        cu_seqlens_qo, cu_seqlens_kv: [b + 1] int32 offsets of the sequences, read on the device alone.
+
+    Returns:
+        out [total_q, h_q, d_v] in q's dtype; lse [total_q, h_q] fp32, contiguous along the tokens.
+    """
+    total_q, h_q, d_qk = q.shape
+    out = q.new_empty(total_q, h_q, problem.d_v)
+    lse = q.new_empty(h_q, total_q, dtype=torch.float32).T
+    tile_q, tile_kv, num_warps, num_stages = forward_tiles(_capability(q), d_qk)
+    tiles = triton.cdiv(max_seqlen_qo, tile_q)
+    programs = tiles * h_q * (len(cu_seqlens_qo) - 1)
+    if programs:
+        with torch.cuda.device_of(q):
+            forward_kernel[(programs,)](
+                q, k, v, out, lse, cu_seqlens_qo, cu_seqlens_kv,
+                q.stride(1), k.stride(1), v.stride(1), out.stride(1), lse.stride(1),
+                softmax_scale, h_q, h_q // problem.h_kv, tiles,
+                q.stride(0), k.stride(0), v.stride(0), out.stride(0),
+                REST=d_qk - 128, D_V=problem.d_v, CAUSAL=problem.causal, NEGATIVE_SCALE=softmax_scale < 0,
+                TILE_Q=tile_q, TILE_KV=tile_kv, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out, lse
+
+
+def mha_backward(
+    problem: MHAProblem,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_qo: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of a loss by q, k and v, given those by `out` and `lse` (None: the loss does not read lse).
+
+    Returns:
+        dq, dk, dv: shaped and typed like q, k, v, contiguous; the same bits on every run.
+    """
+    total_q, h_q, d_qk = q.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = torch.empty(h_q, total_q, dtype=torch.float32, device=q.device)
+    b = len(cu_seqlens_qo) - 1
+    group = h_q // problem.h_kv
+    inputs = (q, k, v, dout, lse, delta)
+    head_strides = (*(x.stride(1) for x in (q, k, v, dout, lse)), delta.stride(0))
+    token_strides = tuple(x.stride(0) for x in (q, k, v, dout))
+    dims = {"REST": d_qk - 128, "D_V": problem.d_v, "CAUSAL": problem.causal}
+    with torch.cuda.device_of(q):
+        if total_q:
+            delta_kernel[(triton.cdiv(total_q, DELTA_TILE) * h_q,)](
+                dout, out, dlse, delta, *_strides(dout), *_strides(out), *_strides(dlse), total_q, h_q,
+                D_V=problem.d_v, HAS_DLSE=dlse is not None, TILE=DELTA_TILE, enable_fp_fusion=True,
+            )  # fmt: skip
+        tile_q, tile_kv, num_warps, num_stages = dq_tiles(_capability(q), d_qk)
+        tiles = triton.cdiv(max_seqlen_qo, tile_q)
+        if tiles * b:
+            dq_kernel[(tiles * h_q * b,)](
+                *inputs, dq, cu_seqlens_qo, cu_seqlens_kv, *head_strides, dq.stride(1),
+                softmax_scale, h_q, group, tiles, *token_strides, dq.stride(0),
+                **dims, TILE_Q=tile_q, TILE_KV=tile_kv,
+                num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+            )  # fmt: skip
+        tile_q, tile_kv, num_warps, num_stages = dkdv_tiles(_capability(q), d_qk)
+        tiles = triton.cdiv(max_seqlen_kv, tile_kv)
+        if tiles * b:
+            dkdv_kernel[(tiles * problem.h_kv * b,)](
+                *inputs, dk, dv, cu_seqlens_qo, cu_seqlens_kv, *head_strides, dk.stride(1), dv.stride(1),
+                softmax_scale, problem.h_kv, group, tiles, *token_strides, dk.stride(0), dv.stride(0),
+                **dims, TILE_Q=tile_q, TILE_KV=tile_kv,
+                num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+            )  # fmt: skip
+    return dq, dk, dv
+
+
+def _strides(x: torch.Tensor | None) -> tuple[int, int]:
+    """Of a token and of a head."""
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
+
+def _capability(q: torch.Tensor) -> Capability:
+    """Of q's GPU; the interpreter's tensors are on the CPU, where any tiles will do."""
+    return torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)

@@ -1,0 +1,95 @@
+"""Dense multi-head attention, forward: a program per tile of queries, head and sequence."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flash_mla.backends.triton.mha_tiles import LOG2_E, load_rest, load_rows, products, sequence, store_rows
+
+
+@triton.jit(do_not_specialize=("lse_stride_h", "h_q", "group", "tiles"))
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_qo_ptr, cu_seqlens_kv_ptr,
+    q_stride_h, k_stride_h, v_stride_h, out_stride_h, lse_stride_h, softmax_scale, h_q, group, tiles,
+    q_stride_t: tl.constexpr, k_stride_t: tl.constexpr, v_stride_t: tl.constexpr, out_stride_t: tl.constexpr,
+    REST: tl.constexpr, D_V: tl.constexpr, CAUSAL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_KV: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys that a tile of queries sees (FlashAttention-2, arXiv 2307.08691, algorithm 1).
+
+    q [total_q, h_q, 128 + REST], k and v likewise with h_q / group heads, out [total_q, h_q, D_V], lse [total_q, h_q]
+    with token stride 1. `tiles` is the number of query tiles of the longest sequence, the grid tiles * h_q * b.
+    """
+    program = tl.program_id(0)
+    tile = program % tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # the tiles with the most keys start first
+    head = (program // tiles % h_q).to(tl.int64)
+    i = program // tiles // h_q
+    start_q, s_q = sequence(cu_seqlens_qo_ptr, i)
+    row = tile * TILE_Q
+    if row >= s_q:
+        return
+    start_kv, s_kv = sequence(cu_seqlens_kv_ptr, i)
+    q_ptr += start_q * q_stride_t + head * q_stride_h
+    k_ptr += start_kv * k_stride_t + head // group * k_stride_h
+    v_ptr += start_kv * v_stride_t + head // group * v_stride_h
+    out_ptr += start_q * out_stride_t + head * out_stride_h
+    lse_ptr += start_q + head * lse_stride_h
+
+    rows = row + tl.arange(0, TILE_Q)
+    q = load_rows(q_ptr, row, s_q, q_stride_t, True, TILE_Q, 128)
+    q_rest = load_rest(q_ptr, row, s_q, q_stride_t, True, TILE_Q, REST)
+    scale = softmax_scale * LOG2_E
+    row_max = tl.full([TILE_Q], float("-inf"), tl.float32)  # of the scaled scores, in units of log 2
+    row_sum = tl.zeros([TILE_Q], tl.float32)
+    acc = tl.zeros([TILE_Q, D_V], tl.float32)
+
+    # All rows see the keys before `whole`, some row those before `stop`.
+    first_sees = s_kv
+    stop = s_kv
+    if CAUSAL:
+        first_sees = tl.minimum(tl.maximum(s_kv - s_q + row + 1, 0), s_kv)
+        stop = tl.minimum(tl.maximum(s_kv - s_q + row + TILE_Q, 0), s_kv)
+    whole = first_sees // TILE_KV * TILE_KV
+    # P meets the values one step after it was computed, so that the product runs beside the next softmax. It is carried
+    # there as bits: Triton would keep a carried operand in shared memory, and fp32 would take twice the registers.
+    p_bits = tl.zeros([TILE_Q, TILE_KV], tl.int16)
+    shrink = tl.full([TILE_Q], 1.0, tl.float32)
+    for MASKED in tl.static_range(2):
+        for key in tl.range(whole if MASKED else 0, stop if MASKED else whole, TILE_KV):
+            k = load_rows(k_ptr, key, s_kv, k_stride_t, MASKED, TILE_KV, 128)
+            k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, MASKED, TILE_KV, REST)
+            v = load_rows(v_ptr, tl.maximum(key - TILE_KV, 0), s_kv, v_stride_t, MASKED, TILE_KV, D_V)
+            s = products(q, q_rest, k, k_rest, REST)
+            acc = tl.dot(p_bits.to(v.dtype, bitcast=True), v, acc * shrink[:, None])
+            if MASKED:
+                keys = key + tl.arange(0, TILE_KV)
+                sees = keys[None, :] < s_kv
+                if CAUSAL:
+                    sees = sees & (keys[None, :] <= (s_kv - s_q + rows)[:, None])
+                s = tl.where(sees, s * scale, float("-inf"))
+                new_max = tl.maximum(row_max, tl.max(s, 1))
+                reference = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may have seen nothing yet
+                p = tl.math.exp2(s - reference[:, None])
+                shrink = tl.math.exp2(row_max - reference)
+            else:
+                # The scale enters with the subtraction, in one instruction.
+                top = tl.min(s, 1) if NEGATIVE_SCALE else tl.max(s, 1)
+                new_max = tl.maximum(row_max, top * scale)
+                p = tl.math.exp2(s * scale - new_max[:, None])
+                shrink = tl.math.exp2(row_max - new_max)
+            row_sum = row_sum * shrink + tl.sum(p, 1)
+            row_max = new_max
+            p_bits = p.to(v.dtype).to(tl.int16, bitcast=True)
+    last = tl.maximum(tl.cdiv(stop, TILE_KV) - 1, 0) * TILE_KV
+    v = load_rows(v_ptr, last, s_kv, v_stride_t, True, TILE_KV, D_V)
+    acc = tl.dot(p_bits.to(v.dtype, bitcast=True), v, acc * shrink[:, None])
+
+    sees_any = row_sum > 0.0
+    row_sum = tl.where(sees_any, row_sum, 1.0)
+    acc = acc * (1.0 / row_sum)[:, None]
+    lse = tl.where(sees_any, row_max / LOG2_E + tl.math.log(row_sum), float("-inf"))
+    store_rows(out_ptr, row, s_q, out_stride_t, acc, TILE_Q, D_V)
+    tl.store(lse_ptr + rows, lse, mask=rows < s_q)

@@ -1,0 +1,61 @@
+"""What the Triton kernels of dense multi-head attention share: sequences, and tiles of their q, k, v and gradients.
+
+Triton's tiles are powers of two wide, so a head dim of 192 is taken as 128 and the `rest` of 64 columns. Where there is
+no rest, its stand-ins are never read and cost nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FIRST = tl.constexpr(128)  # columns before the rest
+LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are of base 2, which is what the hardware has
+
+
+@triton.jit
+def sequence(cu_seqlens_ptr, i):
+    """Where sequence `i` starts, in int64 as an offset built on it may need, and how many tokens it has."""
+    start = tl.load(cu_seqlens_ptr + i)
+    return start.to(tl.int64), tl.load(cu_seqlens_ptr + i + 1) - start
+
+
+@triton.jit
+def tile_at(ptr, row, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to the [ROWS, COLUMNS] elements from `row` on of a matrix that is dense along its columns."""
+    first = ptr + tl.cast(row, tl.int64) * row_stride
+    return first + tl.arange(0, ROWS).to(tl.int64)[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def load_rows(ptr, row, num_rows, row_stride, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows `row` to row + ROWS of a matrix; MASKED: not all of them are under num_rows, and the others read as 0."""
+    ptrs = tile_at(ptr, row, row_stride, ROWS, COLUMNS)
+    if MASKED:
+        return tl.load(ptrs, mask=(row + tl.arange(0, ROWS) < num_rows)[:, None], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def load_rest(ptr, row, num_rows, row_stride, MASKED: tl.constexpr, ROWS: tl.constexpr, REST: tl.constexpr):
+    """The rest of the columns of `load_rows`, or a stand-in."""
+    if REST > 0:
+        return load_rows(ptr + FIRST, row, num_rows, row_stride, MASKED, ROWS, REST)
+    else:  # noqa: RET505 - or Triton would compile what follows the return
+        return 0.0
+
+
+@triton.jit
+def store_rows(ptr, row, num_rows, row_stride, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write value [ROWS, COLUMNS] to the rows from `row` on that are under num_rows."""
+    ptrs = tile_at(ptr, row, row_stride, ROWS, COLUMNS)
+    tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=(row + tl.arange(0, ROWS) < num_rows)[:, None])
+
+
+@triton.jit
+def products(a, a_rest, b, b_rest, REST: tl.constexpr):
+    """a b^T in fp32."""
+    product = tl.dot(a, b.T)
+    if REST > 0:
+        product = tl.dot(a_rest, b_rest.T, product)
+    return product
