@@ -1,0 +1,817 @@
+"""Token-sparse MLA decode over a quantised cache: persistent CTAs that walk a SplitPlan.
+
+A unit of the plan is a query token and up to 64 of its heads. Two consumer warpgroups keep the seesaw of dense_decode:
+of each pair of 64-token blocks the left one scores block 0, the right one block 1; each hands its probabilities to the
+other through shared memory, and each accumulates one half of the output's 512 columns. The producer warpgroup gathers
+the named rows and converts them to 16 bits, half a row at a time and always half a row ahead, across pieces too.
+
+P takes the place of the RoPE chunk, which nobody needs once the scores are complete: of block 0 it is freed with the
+right half of V, of block 1 with the left one, and the producers fill it together with those.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils as utils
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu.warpgroup import OperandSource
+
+from flash_mla.backends.hopper import aot, dequant
+from flash_mla.backends.hopper.combine import Combine
+from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, SLOT_BYTES, THREADS_PER_ROW
+from flash_mla.backends.hopper.epilogue import write_fp32_row
+from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains, uniform
+from flash_mla.backends.hopper.softmax import LN2, LOG2_E, NO_SCORE, optimistic_softmax, quad_sum, rescale
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
+
+BLOCK = 64  # tokens in a KV block
+TILE = 2 * BLOCK  # tokens in a tile of the plan: a pair of blocks, one for each consumer warpgroup
+D_V = 512
+V_CHUNKS = D_V // CHUNK
+K_CHUNKS = V_CHUNKS + 1  # the last is RoPE, then P
+CHUNK_ELEMENTS = ROWS * CHUNK
+WARPGROUP = 128
+OCTET = 32 // THREADS_PER_ROW  # rows that a warp converts at a time
+PRODUCER_WARP = 8
+CONSUMER_REGISTERS = 224
+PRODUCER_REGISTERS = 56
+
+LEFT, RIGHT = 0, 1
+
+# Named barriers of the two consumer warpgroups.
+P0_READY, P1_READY, SUMS_READY, LEFT_ONLY, RIGHT_ONLY = 1, 2, 3, 4, 5
+
+
+@dataclass(frozen=True)
+class Barriers:
+    """Shared-memory barriers; of K, [block][half]."""
+
+    k_full: cute.Pointer
+    k_empty: cute.Pointer
+    q_full: cute.Pointer
+    q_empty: cute.Pointer
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What every role reads of the call; shapes at `SparseDecode.__call__`."""
+
+    q: cute.Tensor
+    k_cache: cute.Tensor
+    indices: cute.Tensor
+    lengths: cute.Tensor
+    sink: cute.Tensor
+    work: cute.Tensor
+    splits: cute.Tensor
+    partial_o: cute.Tensor
+    partial_lse: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    scale_log2: Float32
+    page_size: Int32
+    batch_invariant: Int32
+
+    @property
+    def passes(self):
+        """Units that the heads of a query token make."""
+        tile = cute.arch.grid_dim()[0] * ROWS
+        return (self.q.shape[2] + tile - 1) // tile
+
+    def rows(self, piece) -> "Rows":
+        """The query rows of this CTA in the piece's unit."""
+        query, turn = piece.unit // self.passes, piece.unit % self.passes
+        head_tile = turn * cute.arch.grid_dim()[0] + cute.arch.block_idx()[0]
+        count = self.q.shape[2] - head_tile * ROWS
+        return Rows(query // self.q.shape[1], query % self.q.shape[1], head_tile, count)
+
+    def length(self, piece) -> Int32:
+        """Entries of `indices` that count."""
+        length = self.lengths[piece.unit // self.passes // self.q.shape[1]]
+        return uniform(cutlass.max(0, cutlass.min(length, self.indices.shape[2])))
+
+    def slot(self, piece: Piece) -> Int32:
+        """Where the piece's partial result goes, or -1 if it is a whole unit."""
+        first, after = self.splits[piece.unit], self.splits[piece.unit + 1]
+        return uniform(cutlass.select_(first == after, Int32(-1), first + piece.split))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The heads of one query token that a CTA attends with."""
+
+    request: Int32
+    token: Int32
+    head_tile: Int32
+    count: Int32  # of heads that exist, from the tile's first on; may be <= 0
+
+
+class Cursor:
+    """A tile of a worker's share: in a piece of `unit` that ends before tile `stop`. Lives in registers, across loops.
+
+    Behind the last piece, `exists` is false.
+    """
+
+    def __init__(self, unit: Int32, tile: Int32, stop: Int32, length: Int32, opens: Int32):
+        self.unit, self.tile, self.stop = unit, tile, stop
+        self.length = length  # entries of the unit that count
+        self.opens = opens  # 1 for the first tile of a piece
+
+    @property
+    def exists(self):
+        return self.tile < self.stop
+
+    def __extract_mlir_values__(self):
+        return [value.ir_value() for value in (self.unit, self.tile, self.stop, self.length, self.opens)]
+
+    def __new_from_mlir_values__(self, values):
+        return Cursor(*(Int32(value) for value in values))
+
+
+class SparseDecode:
+    def __init__(self, dtype: type[cutlass.Numeric], kv_format: str):
+        self.dtype = dtype
+        self.loader = getattr(dequant, kv_format)(dtype)
+        self.has_rope = self.loader.d > D_V
+        self.groups = HALF_CHUNKS + self.has_rope  # of copies, for each half row
+        self.octets = BLOCK // OCTET // 4  # that each producer warp converts of a block
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # [b, s_q, h_q, d]
+        k_cache: cute.Tensor,  # [num_pages, bytes of a page]
+        indices: cute.Tensor,  # [b, s_q, topk]
+        lengths: cute.Tensor,  # [b]: entries of indices that count
+        sink: cute.Tensor,  # [h_q] fp32, natural log
+        work: cute.Tensor,  # [workers + 1, 4]: SplitPlan.work over units (request, query token, head tiles)
+        splits: cute.Tensor,  # [units + 1]: SplitPlan.splits
+        workspace: cute.Tensor,  # [slots, row_tiles * 64, d_v + 1] fp32 in all: partial outputs, then their lse
+        out: cute.Tensor,  # [b, s_q, h_q, d_v]
+        lse: cute.Tensor,  # [b, h_q, s_q] fp32, natural log
+        scale_log2: Float32,
+        page_size: Int32,
+        row_tiles: Int32,  # CTAs of a worker
+        slots: Int32,
+        batch_invariant: Int32,
+        combine_by_unit: Int32,
+        combine_many_rows: Int32,
+        stream,
+    ):
+        by_heads = cute.make_tensor(q.iterator, cute.select(q.layout, mode=[2, 3, 1, 0]))
+        tma_q, q_tma = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(), by_heads, k_major_layout(self.dtype), (ROWS, CHUNK)
+        )
+
+        @cute.struct
+        class Shared:
+            k_full: cute.struct.MemRange[Int64, 4]
+            k_empty: cute.struct.MemRange[Int64, 4]
+            q_full: cute.struct.MemRange[Int64, 1]
+            q_empty: cute.struct.MemRange[Int64, 1]
+            attended: cute.struct.MemRange[Int64, 2]  # of each block, a bit a token
+            max0: cute.struct.MemRange[Float32, ROWS]
+            max1: cute.struct.MemRange[Float32, ROWS]
+            sum0: cute.struct.MemRange[Float32, ROWS]
+            sum1: cute.struct.MemRange[Float32, ROWS]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
+            k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
+            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.loader.slots * SLOT_BYTES], 128]
+
+        self.Shared = Shared
+        unit_rows = row_tiles * ROWS
+        partial_o = cute.make_tensor(
+            workspace.iterator, cute.make_ordered_layout((slots, unit_rows, D_V), order=(2, 1, 0))
+        )
+        partial_lse = cute.make_tensor(
+            workspace.iterator + Int64(slots) * unit_rows * D_V,
+            cute.make_ordered_layout((slots, unit_rows), order=(1, 0)),
+        )
+        self.kernel(
+            tma_q, q_tma, q, k_cache, indices, lengths, sink, work, splits, partial_o, partial_lse, out, lse,
+            scale_log2, page_size, batch_invariant,
+        ).launch(
+            grid=(row_tiles, work.shape[0] - 1, 1),
+            block=(3 * WARPGROUP, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )  # fmt: skip
+        self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_many_rows, stream)
+
+    @cute.jit
+    def combine(
+        self,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        work: cute.Tensor,
+        splits: cute.Tensor,
+        sink: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        by_unit: Int32,
+        many_rows: Int32,
+        stream,
+    ):
+        """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done."""
+        (b, s_q, h_q, _), (out_b, out_s, out_h, _) = out.shape, out.stride
+        lse_b, lse_h, lse_s = lse.stride
+        rows_out = cute.make_tensor(
+            out.iterator, cute.make_layout((b, s_q, 1, h_q, D_V), stride=(out_b, out_s, 0, out_h, 1))
+        )
+        rows_lse = cute.make_tensor(lse.iterator, cute.make_layout((b, s_q, 1, h_q), stride=(lse_b, lse_s, 0, lse_h)))
+        rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
+        candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
+        arguments = (
+            partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, candidates, by_unit, stream
+        )  # fmt: skip
+        if many_rows != 0:
+            Combine(self.dtype, D_V, warps_per_row=1)(*arguments)
+        else:
+            Combine(self.dtype, D_V, warps_per_row=8)(*arguments)
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        q_tma: cute.Tensor,
+        q: cute.Tensor,
+        k_cache: cute.Tensor,
+        indices: cute.Tensor,
+        lengths: cute.Tensor,
+        sink: cute.Tensor,
+        work: cute.Tensor,
+        splits: cute.Tensor,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        scale_log2: Float32,
+        page_size: Int32,
+        batch_invariant: Int32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        shared = utils.SmemAllocator().allocate(self.Shared)
+        barriers = Barriers(
+            shared.k_full.data_ptr(), shared.k_empty.data_ptr(), shared.q_full.data_ptr(), shared.q_empty.data_ptr()
+        )
+        args = Arguments(
+            q, k_cache, indices, lengths, sink, work, splits, partial_o, partial_lse, out, lse, scale_log2,
+            page_size, batch_invariant,
+        )  # fmt: skip
+        self.init_barriers(barriers, warp)
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp >= PRODUCER_WARP:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            self.produce(args, shared, barriers, tma_q, q_tma, thread - PRODUCER_WARP * 32)
+        elif warp < 4:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            self.consume(LEFT, args, shared, barriers, thread)
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
+
+    @cute.jit
+    def init_barriers(self, barriers: Barriers, warp: Int32):
+        if warp == 0:
+            with cute.arch.elect_one():
+                for i in range_constexpr(4):
+                    cute.arch.mbarrier_init(barriers.k_full + i, 4)
+                    cute.arch.mbarrier_init(barriers.k_empty + i, 4)
+                cute.arch.mbarrier_init(barriers.q_full, 1)
+                cute.arch.mbarrier_init(barriers.q_empty, 8)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+    # ---------------------------------------------------------------------------------------------- producers
+
+    @cute.jit
+    def produce(self, args, shared, barriers, tma_q: cute.CopyAtom, q_tma: cute.Tensor, thread: Int32):
+        """Fill K blocks in four steps a tile: of block 0 the left half, then the right half and RoPE; of block 1 the
+        right half, then the left half and RoPE. That is the order in which the consumers need and free them."""
+        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        u, row = lane % THREADS_PER_ROW, lane // THREADS_PER_ROW
+        slots = Int32(shared.raw.data_ptr().toint()) + thread * 16
+        # Columns 16 u are the 16-byte units 2 u and 2 u + 1 of a chunk's row, which the swizzle permutes.
+        k = Int32(shared.k.data_ptr().toint()) + row * 128 + ((2 * u) ^ row) * 16
+
+        end = end_of_work(args.work)
+        cursor = self.settle(args, first_piece(args.work), end)
+        exists, opened = cursor.exists, cursor.unit
+        tokens = self.locate(args, self.look_up(args, cursor, lane, warp))
+        cursor = self.next_cursor(args, cursor, end)
+        slot = self.look_up(args, cursor, lane, warp)
+        token = cute.arch.shuffle_sync(tokens, row)
+        for group in range_constexpr(self.groups):
+            if const_expr(group < HALF_CHUNKS):
+                self.loader.fetch(group, Int32(LEFT), token, u, slots)
+            cute.arch.cp_async_commit_group()
+
+        tiles, pieces = Int32(0), Int32(0)
+        while exists:
+            next_tokens = self.locate(args, slot)
+            if next_tokens != 0:
+                for line in range_constexpr(-(-self.loader.token_bytes // 128)):
+                    cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[next_tokens + 128 * line])
+            next_exists = cursor.exists
+            next_opened = cutlass.select_(next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
+            cursor = self.next_cursor(args, cursor, end)
+            slot = self.look_up(args, cursor, lane, warp)
+            attended = cute.arch.vote_ballot_sync(tokens != 0)
+            for step in cutlass.range(4, unroll=1):
+                block, late = step // 2, step % 2
+                half = block ^ late
+                next_block, next_late = (step + 1) // 2 % 2, 1 - late
+                next_half = next_block ^ next_late
+                cute.arch.mbarrier_wait(barriers.k_empty + (2 * block + half), (tiles & 1) ^ 1)
+                if step == 0 and warp == 0 and opened >= 0:
+                    self.load_q(args, shared, barriers, tma_q, q_tma, opened, pieces)
+                if late == 0:
+                    self.note_attended(shared, attended, block, warp)
+                for i in range_constexpr(self.octets):
+                    to = k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(warp, i) * (OCTET * 128)
+                    # Half a row ahead: the next octet of this step, or the first one of the next step.
+                    if const_expr(i + 1 < self.octets):
+                        upcoming = (half, late, cute.arch.shuffle_sync(tokens, block * 16 + (i + 1) * OCTET + row))
+                    else:
+                        source = cutlass.select_(step == 3, next_tokens, tokens)
+                        upcoming = (next_half, next_late, cute.arch.shuffle_sync(source, next_block * 16 + row))
+                    self.convert(half, late, to, upcoming, u, slots)
+                cute.arch.sync_warp()
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(barriers.k_full + (2 * block + half))
+            pieces += cutlass.select_(opened >= 0, Int32(1), Int32(0))
+            tokens, exists, opened = next_tokens, next_exists, next_opened
+            tiles += 1
+
+    @cute.jit
+    def settle(self, args, piece: Piece, end):
+        """The first tile from the beginning of `piece` on."""
+        stop, length = Int32(0), Int32(0)
+        while remains(piece, end) & (stop <= piece.tile):
+            length = args.length(piece)
+            tiles = tiles_of(length)
+            stop = piece_stop(piece, end, tiles, args.batch_invariant)
+            if stop <= piece.tile:
+                piece = next_piece(piece, stop, tiles)
+                stop = Int32(0)
+        return Cursor(piece.unit, piece.tile, stop, length, Int32(1))
+
+    @cute.jit
+    def next_cursor(self, args, cursor: Cursor, end):
+        following = Cursor(cursor.unit, cursor.tile + 1, cursor.stop, cursor.length, Int32(0))
+        if following.tile == following.stop:
+            # Which piece of its unit it is, is of no concern here.
+            piece = next_piece(Piece(cursor.unit, cursor.tile, Int32(0)), cursor.stop, tiles_of(cursor.length))
+            following = self.settle(args, piece, end)
+        return following
+
+    @cute.jit
+    def look_up(self, args, cursor: Cursor, lane: Int32, warp: Int32):
+        """The slot of the token that this lane stands for: of block lane / 16, octet (lane / 8) % 2; -1 if none."""
+        entry = cursor.tile * TILE + lane // 16 * BLOCK + self.octet(warp, lane // OCTET % 2) * OCTET + lane % OCTET
+        slot = Int32(-1)
+        if entry < cutlass.select_(cursor.exists, cursor.length, Int32(0)):
+            rows = args.rows(cursor)
+            slot = args.indices[rows.request, rows.token, entry]
+        return slot
+
+    def octet(self, warp, i):
+        """Number, in a block, of the i-th eight rows that a producer warp looks up."""
+        return 2 * warp + i
+
+    @cute.jit
+    def locate(self, args, slot: Int32):
+        """Address of the token in a slot, or 0 if it is not to be attended to."""
+        num_pages, page_size = args.k_cache.shape[0], args.page_size
+        page = Int32(Uint32(slot) // Uint32(page_size))
+        address = args.k_cache.iterator.toint() + Int64(page) * args.k_cache.stride[0]
+        address += Int64(slot - page * page_size) * self.loader.token_bytes
+        return cutlass.select_((slot >= 0) & (page < num_pages), address, Int64(0))
+
+    @cute.jit
+    def convert(self, half: Int32, late: Int32, to: Int32, upcoming: tuple, u: Int32, slots: Int32):
+        """Half a row of each of the warp's tokens, chunk by chunk; each chunk's slot is filled again at once."""
+        next_half, next_late, next_token = upcoming
+        scales = None
+        for chunk in range_constexpr(HALF_CHUNKS):
+            wait_copies(self.groups - 1)
+            if const_expr(chunk == 0):
+                scales = self.loader.scales(half, slots)
+            codes = self.loader.read(chunk, slots)
+            self.loader.fetch(chunk, next_half, next_token, u, slots)
+            cute.arch.cp_async_commit_group()
+            self.loader.store(codes, scales[chunk], to + (half * HALF_CHUNKS + chunk) * CHUNK_BYTES)
+        if const_expr(self.has_rope):
+            if late != 0:
+                wait_copies(self.groups - 1)
+                self.loader.store_rope(self.loader.read_rope(slots), to + V_CHUNKS * CHUNK_BYTES)
+            if next_late != 0:
+                self.loader.fetch_rope(next_token, u, slots)
+            cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def note_attended(self, shared, attended: Int32, block: Int32, warp: Int32):
+        """Tell the consumers which tokens of a block this warp has looked up to be attended to."""
+        bits = shared.attended.data_ptr()
+        with cute.arch.elect_one():
+            for i in range_constexpr(2):
+                byte = Int32(bits.toint()) + block * 8 + self.octet(warp, i)
+                cute.arch.inline_ptx(
+                    "st.shared.u8 [{$r0}], {$r1};", read_only_args=[byte, attended >> (block * 16 + i * OCTET)]
+                )
+
+    @cute.jit
+    def load_q(self, args, shared, barriers, tma_q: cute.CopyAtom, q_tma: cute.Tensor, unit: Int32, pieces: Int32):
+        """Bring the V columns of a unit's queries by TMA; heads beyond the last are zeros."""
+        rows = args.rows(Piece(unit, Int32(0), Int32(0)))
+        layout = cute.tile_to_shape(k_major_layout(self.dtype), (ROWS, CHUNK, V_CHUNKS), (0, 1, 2))
+        to, source = cpasync.tma_partition(
+            tma_q,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(shared.q.get_tensor(layout.outer, swizzle=layout.inner), 0, 2),
+            cute.group_modes(cute.local_tile(q_tma, (ROWS, CHUNK), (None, None, None, None)), 0, 2),
+        )
+        cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_BYTES)
+        for chunk in range_constexpr(V_CHUNKS):
+            cute.copy(
+                tma_q,
+                source[None, rows.head_tile, chunk, rows.token, rows.request],
+                to[None, chunk],
+                tma_bar_ptr=barriers.q_full,
+            )
+
+    # ---------------------------------------------------------------------------------------------- consumers
+
+    @cute.jit
+    def consume(self, side: cutlass.Constexpr, args, shared, barriers, thread: Int32):
+        """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns."""
+        lane = thread % 32
+        row0 = thread // 32 * 16 + lane // 4  # of this thread's two rows, row0 and row0 + 8
+        f = self.fragments(side, shared, thread)
+        m = cute.make_rmem_tensor(2, Float32)
+        row_sum = cute.make_rmem_tensor(2, Float32)
+        scale = args.scale_log2
+
+        pairs = Int32(0)
+        pieces = Int32(0)
+        length, slot = Int32(0), Int32(0)
+        piece, end = first_piece(args.work), end_of_work(args.work)
+        if remains(piece, end):
+            length, slot = self.begin_piece(args, f, piece, row0, lane)
+        while remains(piece, end):
+            tiles = tiles_of(length)
+            stop = piece_stop(piece, end, tiles, args.batch_invariant)
+            following = next_piece(piece, stop, tiles)
+            next_length, next_slot = Int32(0), Int32(0)
+            f.o.fill(0.0)
+            m.fill(NO_SCORE)
+            row_sum.fill(0.0)
+            if stop > piece.tile:
+                cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
+                warpgroup.fence()
+                self.issue_qk(side, f, barriers, 0, pairs & 1)
+                self.issue_qk(side, f, barriers, 1, pairs & 1)
+                warpgroup.commit_group()
+                warpgroup.wait_group(0)
+                # The last tile, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
+                # makes ptxas serialise all of them.
+                for _ in cutlass.range(piece.tile, stop - 1, unroll=1):
+                    self.pair(side, False, shared, barriers, f, m, row_sum, scale, pairs, thread)
+                    pairs += 1
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(barriers.q_empty)
+                if remains(following, end):
+                    next_length, next_slot = self.begin_piece(args, f, following, row0, lane)
+                self.pair(side, True, shared, barriers, f, m, row_sum, scale, pairs, thread)
+                pairs += 1
+                pieces += 1
+            elif remains(following, end):
+                next_length, next_slot = self.begin_piece(args, f, following, row0, lane)
+
+            self.write(side, args, shared, f, m, row_sum, slot, args.rows(piece), thread)
+            piece, length, slot = following, next_length, next_slot
+
+    @cute.jit
+    def begin_piece(self, args, f, piece: Piece, row0: Int32, lane: Int32):
+        """Start early what a piece needs from global memory: Q's RoPE chunk; (length, slot) are returned."""
+        if const_expr(self.has_rope):
+            rows = args.rows(piece)
+            for r in range_constexpr(2):
+                # The last head there is stands for those that are not.
+                head = cutlass.min(rows.head_tile * ROWS + row0 + 8 * r, args.q.shape[2] - 1)
+                start = args.q[rows.request, rows.token, head, None].iterator + (D_V + 2 * (lane % 4))
+                source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
+                to = cute.make_tensor(f.q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
+                cute.autovec_copy(source, to)
+        return args.length(piece), args.slot(piece)
+
+    @dataclass(frozen=True)
+    class Fragments:
+        """Operands and accumulators of a consumer warpgroup."""
+
+        q: list  # descriptors of Q's eight V chunks
+        q_rope: cute.Tensor  # the RoPE chunk, in registers
+        k: list  # descriptors of the chunks of this side's K block
+        v: list  # descriptors of this side's half of V in both blocks
+        p_in: cute.Tensor  # descriptor of the other side's probabilities
+        p_out: tuple  # how to store this side's probabilities: (tiled copy, registers, shared memory)
+        p: cute.Tensor  # this side's probabilities as an A operand
+        p_scores: cute.Tensor  # the same registers, in the scores' order
+        s: cute.Tensor
+        o: cute.Tensor
+
+    def fragments(self, side: int, shared, thread) -> "SparseDecode.Fragments":
+        dtype = self.dtype
+        chunk, v = k_major_layout(dtype), v_layout(dtype)
+        qk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))
+        pv = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM))
+        qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
+        q, k = shared.q.data_ptr(), shared.k.data_ptr()
+        p = [tile_at(k, block * K_CHUNKS + V_CHUNKS, chunk) for block in range(2)]
+
+        s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, BLOCK)))
+        p_scores = cute.make_rmem_tensor(s.layout, dtype)
+        # An A operand takes its registers in the order of the accumulator.
+        p_operand = cute.make_tensor(p_scores.iterator, cute.make_layout(((2, 2, 2), 1, 4), stride=((1, 2, 4), 0, 8)))
+        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), qk)
+        store_slice = store.get_slice(thread)
+        return SparseDecode.Fragments(
+            q=[qk_slice.make_fragment_A(qk_slice.partition_A(tile_at(q, c, chunk))) for c in range(V_CHUNKS)],
+            q_rope=cute.make_rmem_tensor(p_operand.layout, dtype),
+            k=[
+                qk_slice.make_fragment_B(qk_slice.partition_B(tile_at(k, side * K_CHUNKS + c, chunk)))
+                for c in range(K_CHUNKS)
+            ],
+            v=[
+                pv_slice.make_fragment_B(pv_slice.partition_B(tile_at(k, block * K_CHUNKS + HALF_CHUNKS * side, v)))
+                for block in range(2)
+            ],
+            p_in=pv_slice.make_fragment_A(pv_slice.partition_A(p[1 - side])),
+            p_out=(store, store_slice.retile(p_scores), store_slice.partition_D(p[side])),
+            p=p_operand,
+            p_scores=p_scores,
+            s=s,
+            o=pv_slice.make_fragment_C(pv_slice.partition_shape_C((ROWS, D_V // 2))),
+        )
+
+    def issue_qk(self, side: int, f, barriers: Barriers, part: int, parity):
+        """Issue a part of S = Q K^T: this side's half of the V columns, then the other half and RoPE."""
+        half = side ^ part
+        cute.arch.mbarrier_wait(barriers.k_full + (2 * side + half), parity)
+        # Their stores become visible to wgmma by a fence on this side: on theirs it would wait for copies under way.
+        cute.arch.fence_proxy("async.shared", space="cta")
+        for i in range(HALF_CHUNKS):
+            chunk = half * HALF_CHUNKS + i
+            gemm(qk_op(self.dtype, OperandSource.SMEM), f.s, f.q[chunk], f.k[chunk], overwrite=part == 0 and i == 0)
+        if part == 1 and self.has_rope:
+            gemm(qk_op(self.dtype, OperandSource.RMEM), f.s, f.q_rope, f.k[V_CHUNKS])
+
+    def issue_pv(self, f, a, block: int):
+        """Issue O += P V for this side's half of a block; P in registers or as the other side left it."""
+        source = OperandSource.RMEM if a is f.p else OperandSource.SMEM
+        gemm(pv_op(self.dtype, source), f.o, a, f.v[block])
+
+    def free(self, barriers: Barriers, block: int, half: int):
+        """Tell the producers that half a block has been read."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(barriers.k_empty + (2 * block + half))
+
+    def pair(self, side, last, shared, barriers, f, m, row_sum, scale, pairs, thread):
+        """One pair of K blocks: its scores are complete on entry; unless `last`, those of the next pair are on exit."""
+        role = self.pair_left if side == LEFT else self.pair_right
+        role(last, shared, barriers, f, m, row_sum, scale, (pairs + 1) & 1, thread)
+
+    def pair_left(self, last, shared, barriers, f, m, row_sum, scale, next_parity, thread):
+        n = cute.make_rmem_tensor(2, Float32)
+        sums = cute.make_rmem_tensor(2, Float32)
+        row = thread // 32 * 16 + thread % 32 // 4
+        max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
+        max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
+
+        n[0], n[1] = m[0], m[1]
+        self.hide_unattended(f.s, shared, LEFT, thread % 32)
+        optimistic_softmax(f.s, f.p_scores, sums, n, scale)
+        # P takes the place of RoPE, which every warp of this side has multiplied by now.
+        cute.arch.barrier(barrier_id=LEFT_ONLY, number_of_threads=WARPGROUP)
+        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
+        max0[row], max0[row + 8] = n[0], n[1]
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier_arrive(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
+        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        warpgroup.fence()
+        self.issue_pv(f, f.p, 0)
+        warpgroup.commit_group()
+        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
+        warpgroup.wait_group(0)
+        self.free(barriers, 0, LEFT)
+
+        cute.arch.barrier(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
+        rescale(f.o, row_sum, m, max1[row], max1[row + 8], scale)
+        warpgroup.fence()
+        self.issue_pv(f, f.p_in, 1)
+        warpgroup.commit_group()
+        if last:
+            warpgroup.wait_group(0)
+            self.free(barriers, 1, LEFT)
+        else:
+            self.issue_qk(LEFT, f, barriers, 0, next_parity)
+            warpgroup.commit_group()
+            warpgroup.wait_group(1)
+            self.free(barriers, 1, LEFT)
+            self.issue_qk(LEFT, f, barriers, 1, next_parity)
+            warpgroup.commit_group()
+            warpgroup.wait_group(0)
+
+    def pair_right(self, last, shared, barriers, f, m, row_sum, scale, next_parity, thread):
+        n = cute.make_rmem_tensor(2, Float32)
+        sums = cute.make_rmem_tensor(2, Float32)
+        row = thread // 32 * 16 + thread % 32 // 4
+        max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
+        max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
+
+        cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
+        n[0], n[1] = max0[row], max0[row + 8]
+        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        warpgroup.fence()
+        self.issue_pv(f, f.p_in, 0)
+        warpgroup.commit_group()
+        self.hide_unattended(f.s, shared, RIGHT, thread % 32)
+        optimistic_softmax(f.s, f.p_scores, sums, n, scale)
+        cute.arch.barrier(barrier_id=RIGHT_ONLY, number_of_threads=WARPGROUP)
+        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
+        max1[row], max1[row + 8] = n[0], n[1]
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
+        warpgroup.wait_group(0)
+        self.free(barriers, 0, RIGHT)
+
+        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        warpgroup.fence()
+        self.issue_pv(f, f.p, 1)
+        warpgroup.commit_group()
+        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
+        warpgroup.wait_group(0)
+        self.free(barriers, 1, RIGHT)
+        if not last:
+            warpgroup.fence()
+            self.issue_qk(RIGHT, f, barriers, 0, next_parity)
+            self.issue_qk(RIGHT, f, barriers, 1, next_parity)
+            warpgroup.commit_group()
+            warpgroup.wait_group(0)
+
+    @cute.jit
+    def hide_unattended(self, s: cute.Tensor, shared, block: cutlass.Constexpr, lane: Int32):
+        """Set the scores of a block's tokens that are not attended to, if there are any, to -inf."""
+        bits = cute.make_tensor(cute.recast_ptr(shared.attended.data_ptr() + block, dtype=Int32), cute.make_layout(2))
+        words = (bits[0], bits[1])
+        if words[0] & words[1] != -1:
+            for j in range_constexpr(8):
+                mine = words[j // 4] >> (8 * (j % 4) + 2 * (lane % 4))
+                for c in range_constexpr(2):
+                    for r in range_constexpr(2):
+                        e = 4 * j + 2 * r + c
+                        s[e] = cutlass.select_(mine & (1 << c) != 0, s[e], -Float32.inf)
+
+    @cute.jit
+    def write(
+        self,
+        side: cutlass.Constexpr,
+        args,
+        shared,
+        f,
+        m: cute.Tensor,
+        row_sum: cute.Tensor,
+        slot: Int32,
+        rows,
+        thread: Int32,
+    ):
+        """Normalise and write a whole unit to the outputs, a piece of one to its slot of the workspace."""
+        lane = thread % 32
+        row0 = thread // 32 * 16 + lane // 4
+        sum0 = shared.sum0.get_tensor(cute.make_layout(ROWS))
+        sum1 = shared.sum1.get_tensor(cute.make_layout(ROWS))
+        mine, other = (sum0, sum1) if const_expr(side == LEFT) else (sum1, sum0)
+        row_sum[0], row_sum[1] = quad_sum(row_sum[0]), quad_sum(row_sum[1])
+        if lane % 4 == 0:
+            mine[row0], mine[row0 + 8] = row_sum[0], row_sum[1]
+        cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
+        inv = cute.make_rmem_tensor(2, Float32)
+        for r in range_constexpr(2):
+            total = row_sum[r] + other[row0 + 8 * r]
+            inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
+            # lse in base 2; an empty row's is -inf here.
+            row_sum[r] = cute.math.log2(total) + m[r] * args.scale_log2
+        # The sums are read before the next piece may overwrite them.
+        cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
+        if slot < 0:
+            self.write_outputs(side, args, f, row_sum, inv, rows, row0, lane)
+        else:
+            self.write_partials(side, args, f, row_sum, inv, slot, rows, row0, lane)
+
+    @cute.jit
+    def write_outputs(
+        self,
+        side: cutlass.Constexpr,
+        args,
+        f,
+        lse2: cute.Tensor,
+        inv: cute.Tensor,
+        rows,
+        row0: Int32,
+        lane: Int32,
+    ):
+        for r in range_constexpr(2):
+            exists = row0 + 8 * r < rows.count
+            head = cutlass.select_(exists, rows.head_tile * ROWS + row0 + 8 * r, Int32(0))
+            seen = lse2[r] > -Float32.inf
+            # exp(lse) / (exp(lse) + exp(sink))
+            kept = 1.0 / (1.0 + cute.math.exp2(args.sink[head] * LOG2_E - lse2[r], fastmath=True))
+            factor = cutlass.select_(seen, inv[r] * kept, Float32(0.0))
+            if const_expr(side == LEFT):
+                if exists and lane % 4 == 0:
+                    args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2[r] * LN2, Float32.inf)
+            to = args.out[rows.request, rows.token, head, None].iterator + side * (D_V // 2)
+            write_16bit_row(f.o, r, factor, to, exists, lane)
+
+    @cute.jit
+    def write_partials(
+        self,
+        side: cutlass.Constexpr,
+        args,
+        f,
+        lse2: cute.Tensor,
+        inv: cute.Tensor,
+        slot: Int32,
+        rows,
+        row0: Int32,
+        lane: Int32,
+    ):
+        for r in range_constexpr(2):
+            row = row0 + 8 * r
+            exists = row < rows.count
+            unit_row = cute.arch.block_idx()[0] * ROWS + row
+            if const_expr(side == LEFT):
+                if exists and lane % 4 == 0:
+                    args.partial_lse[slot, unit_row] = lse2[r]
+            to = args.partial_o[slot, unit_row, None].iterator + side * (D_V // 2)
+            write_fp32_row(f.o, r, inv[r], to, exists, lane)
+
+
+def tiles_of(length: Int32) -> Int32:
+    return (length + (TILE - 1)) // TILE
+
+
+def wait_copies(pending: int) -> None:
+    """Wait until at most `pending` of this thread's groups of copies are under way."""
+    cute.arch.inline_ptx(f"cp.async.wait_group {pending};")
+
+
+@cute.jit
+def write_16bit_row(o: cute.Tensor, r: cutlass.Constexpr, factor: Float32, to: cute.Pointer, exists, lane: Int32):
+    """This thread's part of its row r in `to`'s dtype: four neighbours trade words, so that each writes 16 bytes."""
+    odd, upper = lane % 2 != 0, lane % 4 >= 2
+    start = to + lane % 4 * 8
+    for group in range_constexpr(D_V // 2 // 32):
+        values = cute.make_rmem_tensor(8, to.dtype)
+        for j in range_constexpr(4):
+            for c in range_constexpr(2):
+                values[2 * j + c] = (o[16 * group + 4 * j + 2 * r + c] * factor).to(to.dtype)
+        # Word j is of columns 8 j + 2 (lane % 4) ...: a transpose among the four gives lane j columns 8 j ... 8 j + 7.
+        words = cute.recast_tensor(values, Int32)
+        for j in range_constexpr(0, 4, 2):
+            theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, words[j], words[j + 1]), 1)
+            low, high = words[j], words[j + 1]
+            words[j], words[j + 1] = cutlass.select_(odd, theirs, low), cutlass.select_(odd, high, theirs)
+        for j in range_constexpr(2):
+            theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(upper, words[j], words[j + 2]), 2)
+            low, high = words[j], words[j + 2]
+            words[j], words[j + 2] = cutlass.select_(upper, theirs, low), cutlass.select_(upper, high, theirs)
+        if exists:
+            cute.autovec_copy(values, cute.make_tensor((start + group * 32).align(16), cute.make_layout(8)))
+
+
+def compile_variant(dtype: str, kv_format: str) -> aot.Compiled:
+    """Compile for tensors of any extents whose rows, tokens and pages are 16-byte aligned."""
+    element = getattr(cutlass, dtype)
+    loader = getattr(dequant, kv_format)
+    b, s_q, h_q = (cute.sym_int() for _ in range(3))
+    q = aot.strided(element, (b, s_q, h_q, loader.d), dense_last=True, align=16)
+    k_cache = aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16)
+    indices = aot.strided(Int32, (b, s_q, cute.sym_int()), dense_last=True)
+    lengths = aot.strided(Int32, (b,))
+    sink = aot.strided(Float32, (h_q,))
+    work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
+    splits = aot.compact(Int32, (cute.sym_int(),))
+    workspace = aot.compact(Float32, (cute.sym_int(),), align=16)
+    out = aot.strided(element, (b, s_q, h_q, D_V), dense_last=True, align=16)
+    lse = aot.strided(Float32, (b, h_q, s_q))
+    return aot.compile_kernel(
+        SparseDecode(element, kv_format), q, k_cache, indices, lengths, sink, work, splits, workspace, out, lse,
+        Float32(1.0), *[Int32(0)] * 6,
+    )  # fmt: skip

@@ -1,0 +1,52 @@
+"""How token-sparse decode is laid out on a GPU: plain functions of shapes, testable without one."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+__all__ = ["SparseDecodeConfig", "sparse_decode_config"]
+
+ROWS = 64  # query heads of a CTA
+TILE = 128  # tokens in a tile of the plan
+
+# In tiles: what starting a piece costs, and what merging split units adds to a call.
+FIXED_COST = 2
+COMBINE_COST = 3
+
+
+@dataclass(frozen=True)
+class SparseDecodeConfig:
+    """How sparse decode is laid out on a GPU."""
+
+    row_tiles: int  # CTAs of a worker: tiles of 64 heads taken side by side
+    passes: int  # units that the heads of a query token make
+    num_workers: int
+    fixed_cost: int  # of starting a piece, in tiles
+    min_cost: int  # range of the plan that is worth a worker, in tiles
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of a unit of the plan."""
+        return self.row_tiles * ROWS
+
+
+@functools.lru_cache(maxsize=1024)
+def sparse_decode_config(queries: int, h_q: int, tiles: int | None, num_sms: int) -> SparseDecodeConfig:
+    """The layout for `queries` query tokens of h_q heads, of `tiles` tiles each, or None where lengths differ.
+
+    Units of equal length are best kept whole if that leaves few SMs idle for not too long.
+    """
+    row_tiles = 1
+    passes = -(-h_q // (row_tiles * ROWS))
+    units, workers = queries * passes, num_sms // row_tiles
+    num_workers = workers
+    if tiles is not None:
+        rounds = -(-units // workers)
+        whole = rounds * (tiles + FIXED_COST)
+        split = units * (tiles + FIXED_COST) / workers + FIXED_COST + COMBINE_COST
+        if whole <= split:
+            num_workers = -(-units // rounds)
+            # Cuts fall on units only if every worker gets as many.
+            num_workers = num_workers if num_workers * rounds == units else workers
+    return SparseDecodeConfig(row_tiles, passes, num_workers, FIXED_COST, min_cost=1)

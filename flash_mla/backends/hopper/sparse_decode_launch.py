@@ -1,0 +1,148 @@
+"""Torch-level launches of token-sparse decode on Hopper."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from flash_mla import kernels
+from flash_mla.backends.hopper.launch import (
+    LOG2_E,
+    ROWS_TO_FILL_A_GPU,
+    SHORT_NAME,
+    TINY_SCALE,
+    _constant,
+    _num_sms,
+    _on_its_device,
+    _rows_aligned,
+    plan,
+)
+from flash_mla.backends.hopper.sparse_decode_heuristics import TILE, SparseDecodeConfig, sparse_decode_config
+from flash_mla.kv_cache import KVCacheFormat
+from flash_mla.plan import SplitPlan, max_slots
+from flash_mla.problem import DecodeInputs, DecodeProblem
+
+__all__ = ["decode", "plan_decode", "sparse_decode_kernel", "why_not"]
+
+FORMATS = (KVCacheFormat.FP8_V32,)
+
+
+def why_not(problem: DecodeProblem) -> str | None:
+    """The reason there is no kernel for a sparse problem, or None."""
+    if problem.kv_format not in FORMATS:
+        return f"no Hopper kernel for sparse decode over {problem.kv_format.name} yet"
+    if problem.extra_format is not None:
+        return "no Hopper kernel for sparse decode with extra_k_cache yet"
+    if problem.dtype != torch.bfloat16:
+        return f"no Hopper kernel for sparse decode of {problem.dtype} queries over {problem.kv_format.name}"
+    return kernels.unavailable(sparse_decode_kernel(problem))
+
+
+def sparse_decode_kernel(problem: DecodeProblem) -> str:
+    """Name of the variant that serves a problem."""
+    return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{problem.kv_format.value}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(problem: DecodeProblem) -> SparseDecodeConfig:
+    assert problem.topk is not None
+    tiles = None if problem.has_topk_length else -(-problem.topk // TILE)
+    return sparse_decode_config(problem.b * problem.s_q, problem.h_q, tiles, _num_sms(problem.device))
+
+
+def _lengths(problem: DecodeProblem, inputs: DecodeInputs) -> torch.Tensor:
+    """[b] int32: how many entries of `indices` count; perhaps more than there are, or negative."""
+    if inputs.topk_length is not None:
+        return inputs.topk_length
+    return _constant(problem.topk, torch.int32, problem.device).expand(problem.b)
+
+
+@_on_its_device
+def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
+    """Plan a decode call on the device."""
+    config = _layout(problem)
+    lengths = _lengths(problem, inputs)
+    if problem.has_topk_length:
+        lengths = lengths.clamp(0, problem.topk)
+    return plan(
+        lengths,
+        tile=TILE,
+        fixed_cost=config.fixed_cost,
+        num_workers=config.num_workers,
+        units_per_request=problem.s_q * config.passes,
+        min_cost=config.min_cost,
+        batch_invariant=problem.batch_invariant,
+    )
+
+
+class _SparseDecode(NamedTuple):
+    """What a planned sparse decode call needs apart from its tensors."""
+
+    kernel: Callable[..., None]
+    out_shape: tuple[int, int, int, int]
+    lse_shape: tuple[int, int, int]
+    workspace_size: int
+    flags: tuple[int, ...]  # the kernel's integer arguments
+
+
+@functools.lru_cache(maxsize=1024)
+def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int) -> _SparseDecode:
+    config = _layout(problem)
+    assert problem.topk is not None
+    max_tiles = -(-problem.topk // TILE)
+    slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
+    by_unit = problem.batch_invariant or num_units <= num_workers
+    many_rows = (num_units if by_unit else num_workers) * config.unit_rows >= ROWS_TO_FILL_A_GPU
+    flags = (problem.page_size, config.row_tiles, slots, problem.batch_invariant, by_unit, many_rows)
+    return _SparseDecode(
+        kernel=kernels.load(sparse_decode_kernel(problem)),
+        out_shape=(problem.b, problem.s_q, problem.h_q, problem.d_v),
+        lse_shape=(problem.b, problem.h_q, problem.s_q),
+        workspace_size=slots * config.unit_rows * (problem.d_v + 1),
+        flags=tuple(map(int, flags)),
+    )
+
+
+@_on_its_device
+def decode(
+    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a planned sparse decode call: the attention kernel and, behind it, combine."""
+    q, scale = inputs.q, inputs.softmax_scale
+    call = _sparse_decode(problem, splits.shape[0] - 1, work.shape[0] - 1)
+    if scale <= 0.0:
+        # The kernel takes maxima of unscaled scores, so the scale must be positive; negating q is exact.
+        q, scale = (-q, -scale) if scale < 0.0 else (q, TINY_SCALE)
+    if not _rows_aligned(q) or 0 in q.stride():
+        q = q.contiguous()
+    sink = inputs.attn_sink
+    if sink is None:
+        sink = _constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q)
+    given = inputs.out
+    out = given
+    if out is None or not _rows_aligned(out):
+        out = torch.empty(call.out_shape, dtype=problem.dtype, device=problem.device)
+    lse = torch.empty(call.lse_shape, dtype=torch.float32, device=problem.device)
+    workspace = torch.empty(call.workspace_size, dtype=torch.float32, device=problem.device)
+    call.kernel(
+        q, _pages("k_cache", inputs.k_cache), inputs.indices, _lengths(problem, inputs), sink, work, splits,
+        workspace, out, lse, scale * LOG2_E, *call.flags,
+    )  # fmt: skip
+    if given is not None and given is not out:
+        given.copy_(out)
+        out = given
+    return out, lse
+
+
+def _pages(name: str, cache: torch.Tensor) -> torch.Tensor:
+    """The bytes of a cache: [num_pages, bytes of a page] uint8, a view."""
+    pages = cache.view(torch.uint8).flatten(1)
+    if pages.data_ptr() % 16 or pages.stride(0) % 16:
+        raise ValueError(
+            f"{name}: got a page stride of {pages.stride(0)} bytes at address {pages.data_ptr():#x}, "
+            "need pages that begin at multiples of 16 bytes"
+        )
+    return pages

@@ -1,0 +1,178 @@
+"""Token-sparse decode on Hopper against the fp32 reference: a seeded sweep of shapes, and the ugly corners."""
+
+import math
+import random
+
+import pytest
+import torch
+from helpers import assert_close_lse, assert_close_out, poisoned_out, randn, sparse_scope, spread
+
+from flash_mla import KVCacheFormat, flash_mla_with_kvcache, get_mla_metadata, reference
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(tensor):
+    """A copy with the same gaps between its elements, garbage included."""
+    if tensor is None:
+        return None
+    raw = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    return raw.cuda().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def case(
+    b, s_q, h_q, topk, *, kv_format=KVCacheFormat.FP8_V32, lengths=None, page_size=64, num_pages=8, q_scale=1.0,
+    sink=None, seed=0, strided=False,
+):  # fmt: skip
+    """Keyword arguments of a call; every byte that no counting index names is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    d = kv_format.head_dims[0]
+    scope = sparse_scope(
+        generator, kv_format, b, s_q, topk, page_size=page_size, num_pages=num_pages, d=d, lengths=lengths
+    )
+    q = randn(generator, b, s_q, h_q, d) * q_scale
+    indices = scope.indices
+    if strided:
+        q, indices = spread(q), spread(indices)
+    if sink is None:
+        sink = torch.randn(h_q, generator=generator) * 3
+        sink[0], sink[-1] = -math.inf, math.inf
+    return {
+        "q": on_gpu(q),
+        "k_cache": on_gpu(scope.cache.view(torch.uint8)),
+        "block_table": None,
+        "cache_seqlens": None,
+        "head_dim_v": 512,
+        "is_fp8_kvcache": kv_format.is_quantised,
+        "indices": on_gpu(indices),
+        "attn_sink": sink.cuda() if isinstance(sink, torch.Tensor) else None,
+        "topk_length": on_gpu(scope.topk_length),
+    }
+
+
+def run(arguments, **options):
+    return flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=get_mla_metadata()[0], **options)
+
+
+def check(arguments, **options):
+    out, lse = run(arguments, **options)
+    again, lse_again = run(arguments, **options)
+    assert torch.equal(out, again), "results are deterministic"
+    assert torch.equal(lse, lse_again)
+    scale = {name: value for name, value in options.items() if name == "softmax_scale"}
+    want, want_lse = reference.decode(**arguments, **scale)
+    assert_close_out(out, want)
+    assert_close_lse(lse, want_lse)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_shapes(seed):
+    rng = random.Random(seed)
+    for turn in range(10):
+        b = rng.choice([1, 2, 3, 9, 40])
+        topk = rng.choice([1, 5, 63, 64, 65, 128, 129, 200, 512, 1000, 2048])
+        lengths = None
+        if rng.random() < 0.5:
+            lengths = [rng.choice([-3, 0, 1, 64, 65, topk, topk + 7, rng.randint(0, topk)]) for _ in range(b)]
+        arguments = case(
+            b, rng.choice([1, 2, 3]), rng.choice([1, 2, 8, 16, 33, 64, 65, 100, 128, 200]), topk, lengths=lengths,
+            page_size=rng.choice([1, 2, 16, 64, 100]), num_pages=rng.choice([1, 8, 40]),
+            q_scale=rng.choice([0.125, 1.0, 8.0]), sink=rng.choice([None, False]), seed=100 * seed + turn,
+            strided=rng.random() < 0.3,
+        )  # fmt: skip
+        options = {"enable_batch_invariant": rng.random() < 0.3}
+        if rng.random() < 0.3:
+            options["softmax_scale"] = rng.choice([0.5, 0.01, -0.04, 0.0])
+        check(arguments, **options)
+
+
+def test_nothing_to_attend_to():
+    arguments = case(3, 2, 64, 300)
+    arguments["indices"].fill_(-1)
+    out, lse = run(arguments)
+    assert (out == 0).all()
+    assert (lse == math.inf).all()
+
+
+def test_long_and_short_requests():
+    check(case(5, 1, 128, 16384, lengths=[16384, 1, 0, 5000, 129]))
+    check(case(1, 1, 16, 20_000))
+
+
+def test_scales_that_are_no_powers_of_two():
+    arguments = case(4, 1, 64, 256)
+    scales = arguments["k_cache"][..., 512:528]
+    written = scales.ne(255).any(-1, keepdim=True)
+    odd = torch.rand((*scales.shape[:-1], 4), device="cuda") * 3e-2
+    odd[0] *= 1e4
+    arguments["k_cache"][..., 512:528] = torch.where(written, odd.view(torch.uint8), scales)
+    arguments["q"] *= 1e-3
+    check(arguments)
+
+
+def test_out_is_written_in_place():
+    arguments = case(3, 2, 40, 200)
+    want, want_lse = reference.decode(**arguments)
+    out = on_gpu(poisoned_out(3, 2, 40, 512, dtype=torch.bfloat16, strided=True))
+    got, lse = run(arguments, out=out)
+    assert got is out
+    assert_close_out(out, want)
+    assert_close_lse(lse, want_lse)
+
+
+def test_cache_of_more_than_four_gigabytes():
+    num_pages, topk = 120_000, 256
+    cache = torch.full((num_pages, 64, 1, 656), 0xFF, dtype=torch.uint8, device="cuda")
+    slots = torch.randint(num_pages * 64, (2 * topk,), device="cuda").unique()
+    KVCacheFormat.FP8_V32.append(cache, torch.randn(len(slots), 576, device="cuda"), slots)
+    indices = slots[torch.randint(len(slots), (2, 1, topk), device="cuda")].int()
+    q = torch.randn(2, 1, 64, 576, device="cuda").bfloat16()
+    out, lse = flash_mla_with_kvcache(
+        q, cache, None, None, 512, get_mla_metadata()[0], is_fp8_kvcache=True, indices=indices
+    )
+    dense = KVCacheFormat.FP8_V32.gather(cache, indices.flatten()).view(2, topk, 576)
+    scores = q[:, 0].float() @ dense.mT * 576**-0.5
+    assert_close_out(out[:, 0], scores.softmax(-1) @ dense[..., :512])
+    assert_close_lse(lse[..., 0], scores.logsumexp(-1))
+
+
+@pytest.mark.parametrize("lengths", [None, [2048, 100, 700, 0]])
+def test_graph_replay_plans_again(lengths):
+    arguments = case(4, 2, 64, 2048, lengths=lengths)
+    run(arguments)
+    meta = get_mla_metadata()[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=meta)
+    for seed in range(1, 4):
+        changed = case(4, 2, 64, 2048, lengths=lengths and lengths[seed:] + lengths[:seed], seed=seed)
+        for name in ("q", "k_cache", "indices", "topk_length", "attn_sink"):
+            if changed[name] is not None:
+                arguments[name].copy_(changed[name])
+        out.fill_(math.nan)
+        graph.replay()
+        want, want_lse = reference.decode(**arguments)
+        assert_close_out(out, want)
+        assert_close_lse(lse, want_lse)
+
+
+def test_batch_invariance():
+    arguments = case(6, 2, 128, 9000, lengths=[9000, 100, 5000, 0, 4097, 8192])
+    together, lse = run(arguments, enable_batch_invariant=True)
+    for i in range(6):
+        alone = {
+            name: value[i : i + 1] if name in ("q", "indices", "topk_length") else value
+            for name, value in arguments.items()
+        }
+        out, lse_alone = run(alone, enable_batch_invariant=True)
+        assert torch.equal(out[0], together[i])
+        assert torch.equal(lse_alone[0], lse[i])
+
+
+def test_misaligned_pages_are_named():
+    arguments = case(1, 1, 64, 64)
+    cache = arguments["k_cache"]
+    apart = torch.zeros(len(cache), 64 * 656 + 8, dtype=torch.uint8, device="cuda")
+    arguments["k_cache"] = apart[:, : 64 * 656].view(len(cache), 64, 1, 656)
+    with pytest.raises(ValueError, match="k_cache: got a page stride of 41992 bytes"):
+        run(arguments)
