@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import torch
 
 from flash_mla import kernels
-from flash_mla.backends.hopper.launch import decode, dense_decode_kernel, plan_decode
+from flash_mla.backends.hopper import launch, sparse_decode_launch
+from flash_mla.backends.hopper.sparse_prefill_launch import sparse_prefill, sparse_prefill_kernel
 from flash_mla.kv_cache import KVCacheFormat
-from flash_mla.problem import DecodeProblem, Problem
+from flash_mla.plan import SplitPlan
+from flash_mla.problem import DecodeInputs, DecodeProblem, Problem, SparsePrefillProblem
 
-__all__ = ["NAME", "decode", "plan_decode", "why_not"]
+__all__ = ["NAME", "decode", "plan_decode", "sparse_prefill", "why_not"]
 
 NAME = "hopper"
 
@@ -24,10 +27,30 @@ def why_not(problem: Problem) -> str | None:
     major, minor = torch.cuda.get_device_capability(problem.device)
     if (major, minor) != (9, 0):
         return f"{problem.device} is an sm_{major}{minor} GPU, not Hopper (sm_90)"
-    if not isinstance(problem, DecodeProblem) or problem.topk is not None:
+    if isinstance(problem, SparsePrefillProblem):
+        return kernels.unavailable(sparse_prefill_kernel(problem.dtype, problem.d_qk))
+    if not isinstance(problem, DecodeProblem):
         return f"no Hopper kernel for {problem.mode} yet"
+    if problem.topk is not None:
+        return sparse_decode_launch.why_not(problem)
     if problem.kv_format not in (KVCacheFormat.BF16, KVCacheFormat.FP16):
         return f"no Hopper kernel for dense decode over {problem.kv_format.name} yet"
     if problem.page_size % 64:
         return f"no Hopper kernel for pages of {problem.page_size} tokens yet, only for multiples of 64"
-    return kernels.unavailable(dense_decode_kernel(problem.dtype, problem.d_qk, 1))
+    return kernels.unavailable(launch.dense_decode_kernel(problem.dtype, problem.d_qk, 1))
+
+
+def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
+    """Plan a decode call on the device."""
+    return _of_its_mode(problem).plan_decode(problem, inputs)
+
+
+def decode(
+    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [b, s_q, h_q, d_v], lse [b, h_q, s_q] fp32) of a planned call."""
+    return _of_its_mode(problem).decode(problem, inputs, work, splits)
+
+
+def _of_its_mode(problem: DecodeProblem) -> ModuleType:
+    return launch if problem.topk is None else sparse_decode_launch

@@ -43,4 +43,16 @@ DENSE_DECODE = {
     for cluster in (1, 2)
 }
 
-VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER, **DENSE_DECODE}
+SPARSE_PREFILL = {
+    f"sparse_prefill_{short}_{d}": Variant("flash_mla.backends.hopper.sparse_prefill", 168, {"dtype": dtype, "d": d})
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
+    for d in (576, 512)
+}
+
+SPARSE_DECODE = {
+    "sparse_decode_bf16_fp8_v32": Variant(
+        "flash_mla.backends.hopper.sparse_decode", 168, {"dtype": "BFloat16", "kv_format": "Fp8V32"}
+    )
+}
+
+VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER, **DENSE_DECODE, **SPARSE_DECODE, **SPARSE_PREFILL}

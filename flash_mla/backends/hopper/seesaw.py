@@ -1,0 +1,279 @@
+"""Two consumer warpgroups that keep the tensor cores busy in turns: the seesaw of FlashMLA, for 64 query rows.
+
+Of each pair of 64-token KV blocks the left warpgroup scores block 0, the right one block 1; each hands its
+probabilities to the other through shared memory, and each accumulates one half of the output's 512 columns. A block
+lies in shared memory as chunks of 64 columns, K and V at once; the RoPE chunk, if there is one, is the last.
+
+A kernel derives from `Seesaw` and says how K arrives (`wait_chunk`) and what a softmax step is (`softmax`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, range_constexpr
+from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu.warpgroup import OperandSource
+
+from flash_mla.backends.hopper.softmax import NO_SCORE, quad_max, quad_sum, rescale
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
+
+BLOCK = 64  # tokens in a KV block
+TILE = 2 * BLOCK  # tokens in a pair of blocks, one for each consumer warpgroup
+D_V = 512
+V_CHUNKS = D_V // CHUNK
+CHUNK_ELEMENTS = ROWS * CHUNK
+WARPGROUP = 128
+
+# Chunks of a K block that are freed together: V columns of the left and the right consumer, and RoPE.
+LEFT, RIGHT, ROPE = 0, 1, 2
+GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
+
+# Named barriers of the two consumer warpgroups.
+P0_READY, P1_READY, SUMS_READY = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Operands and accumulators of a consumer warpgroup."""
+
+    q: list  # descriptors of Q's eight V chunks
+    q_rope: cute.Tensor  # the RoPE chunk, in registers
+    k: list  # descriptors of the chunks of this side's K buffer
+    v: list  # descriptors of this side's half of V in both buffers
+    p_in: cute.Tensor  # descriptor of the other side's probabilities
+    p_out: tuple  # how to store this side's probabilities: (tiled copy, registers, shared memory)
+    p: cute.Tensor  # this side's probabilities as an A operand
+    p_scores: cute.Tensor  # the same registers, in the scores' order
+    s: cute.Tensor
+    o: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Running:
+    """What an online softmax carries from block to block, for each of a thread's two rows."""
+
+    reference: cute.Tensor  # of the output accumulator and the sums, in unscaled scores
+    row_sum: cute.Tensor  # this thread's and this side's part
+    top: cute.Tensor  # the largest score, this thread's and this side's part
+
+    @staticmethod
+    def allocate() -> Running:
+        return Running(*(cute.make_rmem_tensor(2, Float32) for _ in range(3)))
+
+    def reset(self):
+        self.reference.fill(NO_SCORE)
+        self.row_sum.fill(0.0)
+        self.top.fill(-Float32.inf)
+
+
+class Seesaw:
+    def __init__(self, dtype: type[cutlass.Numeric], d: int):
+        self.dtype = dtype
+        self.d = d
+        self.chunks = d // CHUNK
+        self.has_rope = self.chunks > V_CHUNKS
+        self.groups = GROUPS[: 3 if self.has_rope else 2]
+        # The order in which each consumer takes the chunks: its own half of V first, because that is freed last.
+        rope = (8,) if self.has_rope else ()
+        self.qk_order = ((0, 1, 2, 3, *rope, 4, 5, 6, 7), (4, 5, 6, 7, *rope, 0, 1, 2, 3))
+
+    # What a kernel adds.
+
+    def wait_chunk(self, side: int, chunk: int, barriers, parity):
+        """Wait until a chunk of this side's block has arrived."""
+        raise NotImplementedError
+
+    def softmax(self, side: int, shared, barriers, f: Fragments, n, sums, running: Running, scale, parity, thread):
+        """From f.s: f.p_scores and this thread's `sums` against n, which moves if it must; running.top."""
+        raise NotImplementedError
+
+    # What it gets.
+
+    def fragments(self, side: int, shared, thread) -> Fragments:
+        dtype = self.dtype
+        chunk, v = k_major_layout(dtype), v_layout(dtype)
+        qk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))
+        pv = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM))
+        qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
+        q, k = shared.q.data_ptr(), shared.k.data_ptr()
+        p = [tile_at(shared.p0.data_ptr(), 0, chunk), tile_at(shared.p1.data_ptr(), 0, chunk)]
+
+        s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, BLOCK)))
+        p_scores = cute.make_rmem_tensor(s.layout, dtype)
+        # An A operand takes its registers in the order of the accumulator.
+        p_operand = cute.make_tensor(p_scores.iterator, cute.make_layout(((2, 2, 2), 1, 4), stride=((1, 2, 4), 0, 8)))
+        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), qk)
+        store_slice = store.get_slice(thread)
+        return Fragments(
+            q=[qk_slice.make_fragment_A(qk_slice.partition_A(tile_at(q, c, chunk))) for c in range(V_CHUNKS)],
+            q_rope=cute.make_rmem_tensor(p_operand.layout, dtype),
+            k=[
+                qk_slice.make_fragment_B(qk_slice.partition_B(tile_at(k, side * self.chunks + c, chunk)))
+                for c in range(self.chunks)
+            ],
+            v=[
+                pv_slice.make_fragment_B(pv_slice.partition_B(tile_at(k, buffer * self.chunks + 4 * side, v)))
+                for buffer in range(2)
+            ],
+            p_in=pv_slice.make_fragment_A(pv_slice.partition_A(p[1 - side])),
+            p_out=(store, store_slice.retile(p_scores), store_slice.partition_D(p[side])),
+            p=p_operand,
+            p_scores=p_scores,
+            s=s,
+            o=pv_slice.make_fragment_C(pv_slice.partition_shape_C((ROWS, D_V // 2))),
+        )
+
+    @cute.jit
+    def load_q_rope(self, q_rope: cute.Tensor, rows: list, lane: Int32):
+        """Q's RoPE chunk straight into the registers of an A operand: its shared memory holds P.
+
+        rows: global pointers to this thread's two rows of Q.
+        """
+        for r in range_constexpr(2):
+            start = rows[r] + (D_V + 2 * (lane % 4))
+            source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
+            to = cute.make_tensor(q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
+            cute.autovec_copy(source, to)
+
+    def issue_qk(self, side: int, f: Fragments, barriers, begin: int, end: int, parity):
+        """Issue S = Q K^T for a range of this side's chunk order, each as soon as it has arrived."""
+        for i in range(begin, end):
+            chunk = self.qk_order[side][i]
+            self.wait_chunk(side, chunk, barriers, parity)
+            if chunk == V_CHUNKS:
+                gemm(qk_op(self.dtype, OperandSource.RMEM), f.s, f.q_rope, f.k[chunk], overwrite=i == 0)
+            else:
+                gemm(qk_op(self.dtype, OperandSource.SMEM), f.s, f.q[chunk], f.k[chunk], overwrite=i == 0)
+
+    def issue_pv(self, f: Fragments, a, buffer: int):
+        """Issue O += P V for this side's half of a buffer; P in registers or as the other side left it."""
+        source = OperandSource.RMEM if a is f.p else OperandSource.SMEM
+        gemm(pv_op(self.dtype, source), f.o, a, f.v[buffer])
+
+    def free(self, barriers, buffer: int, group: int):
+        """Tell the producers that a group of chunks has been read."""
+        if group == ROPE and not self.has_rope:
+            return
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(barriers.k_empty + (buffer * len(self.groups) + group))
+
+    def pair(self, side: int, last: bool, shared, barriers, f: Fragments, running: Running, scale, pairs, thread):
+        """One pair of K blocks: its scores are complete on entry; unless `last`, those of the next pair are on exit.
+
+        pairs: how many went before, of this and earlier work.
+        """
+        role = self.pair_left if side == LEFT else self.pair_right
+        role(last, shared, barriers, f, running, scale, pairs & 1, thread)
+
+    def pair_left(self, last, shared, barriers, f, running, scale, parity, thread):
+        n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+        row = thread // 32 * 16 + thread % 32 // 4
+        max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (shared.max0, shared.max1))
+        m, row_sum = running.reference, running.row_sum
+
+        n[0], n[1] = m[0], m[1]
+        self.softmax(LEFT, shared, barriers, f, n, sums, running, scale, parity, thread)
+        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
+        max0[row], max0[row + 8] = n[0], n[1]
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier_arrive(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
+        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        warpgroup.fence()
+        self.issue_pv(f, f.p, 0)
+        warpgroup.commit_group()
+        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
+        self.free(barriers, 0, ROPE)
+        warpgroup.wait_group(0)
+        self.free(barriers, 0, LEFT)
+
+        cute.arch.barrier(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
+        rescale(f.o, row_sum, m, max1[row], max1[row + 8], scale)
+        warpgroup.fence()
+        self.issue_pv(f, f.p_in, 1)
+        warpgroup.commit_group()
+        if last:
+            warpgroup.wait_group(0)
+            self.free(barriers, 1, LEFT)
+        else:
+            self.issue_qk(LEFT, f, barriers, 0, 4, parity ^ 1)
+            warpgroup.commit_group()
+            warpgroup.wait_group(1)
+            self.free(barriers, 1, LEFT)
+            self.issue_qk(LEFT, f, barriers, 4, self.chunks, parity ^ 1)
+            warpgroup.commit_group()
+            warpgroup.wait_group(0)
+
+    def pair_right(self, last, shared, barriers, f, running, scale, parity, thread):
+        n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+        row = thread // 32 * 16 + thread % 32 // 4
+        max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (shared.max0, shared.max1))
+        m, row_sum = running.reference, running.row_sum
+
+        cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
+        n[0], n[1] = max0[row], max0[row + 8]
+        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        warpgroup.fence()
+        self.issue_pv(f, f.p_in, 0)
+        warpgroup.commit_group()
+        self.softmax(RIGHT, shared, barriers, f, n, sums, running, scale, parity, thread)
+        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
+        max1[row], max1[row + 8] = n[0], n[1]
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
+        self.free(barriers, 1, ROPE)
+        warpgroup.wait_group(0)
+        self.free(barriers, 0, RIGHT)
+
+        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        warpgroup.fence()
+        self.issue_pv(f, f.p, 1)
+        warpgroup.commit_group()
+        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
+        warpgroup.wait_group(0)
+        self.free(barriers, 1, RIGHT)
+        if not last:
+            warpgroup.fence()
+            self.issue_qk(RIGHT, f, barriers, 0, self.chunks, parity ^ 1)
+            warpgroup.commit_group()
+            warpgroup.wait_group(0)
+
+    def by_side(self, side: int, left, right) -> tuple:
+        """(this side's, the other side's) of two values per row in shared memory."""
+        left, right = (x.get_tensor(cute.make_layout(ROWS)) for x in (left, right))
+        return (left, right) if side == LEFT else (right, left)
+
+    @cute.jit
+    def merge_sides(self, side: cutlass.Constexpr, shared, running: Running, thread: Int32):
+        """Row sums and largest scores over all threads of a row and over both sides, in place.
+
+        Behind it the other side has also read its last P: the buffers of P are free.
+        """
+        lane = thread % 32
+        row0 = thread // 32 * 16 + lane // 4
+        sums, other_sums = self.by_side(side, shared.sum0, shared.sum1)
+        tops, other_tops = self.by_side(side, shared.top0, shared.top1)
+        row_sum, top = running.row_sum, running.top
+        for r in range_constexpr(2):
+            row_sum[r], top[r] = quad_sum(row_sum[r]), quad_max(top[r])
+            if lane % 4 == 0:
+                sums[row0 + 8 * r], tops[row0 + 8 * r] = row_sum[r], top[r]
+        cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
+        for r in range_constexpr(2):
+            row_sum[r] = row_sum[r] + other_sums[row0 + 8 * r]
+            top[r] = cute.arch.fmax(top[r], other_tops[row0 + 8 * r])
+        # All is read before the next piece of work may overwrite it.
+        cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
+
+
+def mask_by_bits(scores: cute.Tensor, bits: list, lane: Int32):
+    """Set the scores of tokens whose bit is 0 to -inf; bits: two words for the 64 tokens of a block."""
+    mine = [word >> (2 * (lane % 4)) for word in bits]
+    for j in range(8):
+        for c in range(2):
+            counts = (mine[j // 4] & (1 << (8 * (j % 4) + c))) != 0
+            for r in range(2):
+                e = 4 * j + 2 * r + c
+                scores[e] = cutlass.select_(counts, scores[e], -Float32.inf)

@@ -1,0 +1,609 @@
+"""Token-sparse prefill, BF16 or FP16: persistent CTAs take pieces of work, 64 heads of a query token each, in order.
+
+The producer warpgroup gathers the KV rows that a token's indices name, 16 bytes at a time, straight into the swizzled
+chunks that the tensor cores read; it runs ahead into the next piece while the consumers finish one. The consumer
+warpgroups keep the seesaw; they start the next piece's first scores before they write a piece's output.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils as utils
+from cutlass import Float32, Int32, Int64, Uint16, const_expr, range_constexpr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from flash_mla.backends.hopper import aot
+from flash_mla.backends.hopper.combine import Combine
+from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_fp32_row
+from flash_mla.backends.hopper.max_logits import MergeMaxLogits
+from flash_mla.backends.hopper.schedule import uniform
+from flash_mla.backends.hopper.seesaw import (
+    BLOCK,
+    CHUNK_ELEMENTS,
+    D_V,
+    LEFT,
+    RIGHT,
+    ROPE,
+    TILE,
+    V_CHUNKS,
+    WARPGROUP,
+    Running,
+    Seesaw,
+    mask_by_bits,
+)
+from flash_mla.backends.hopper.softmax import LN2, LOG2_E, THRESHOLD, exponentials, quad_max, row_max
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout
+
+CONSUMER_REGISTERS = 232
+PRODUCER_REGISTERS = 40
+PRODUCER_WARP = 8  # the producer warpgroup's first
+WARP_ROWS = 16  # rows of a block that a producer warp gathers
+
+
+@dataclass(frozen=True)
+class Barriers:
+    """Shared-memory barriers. K ones come in pairs of buffers: full per chunk, empty per group of chunks."""
+
+    k_full: cute.Pointer
+    k_empty: cute.Pointer
+    valid_full: cute.Pointer  # per buffer: which of its rows count is known
+    q_full: cute.Pointer
+    q_empty: cute.Pointer
+
+
+class Piece:
+    """The tiles [begin, stop) of a query token for 64 of its heads; lives in registers, across loops."""
+
+    def __init__(self, number: Int32, token: Int32, head_tile: Int32, begin: Int32, stop: Int32, length: Int32):
+        self.number = number  # in the order of the work
+        self.token = token
+        self.head_tile = head_tile
+        self.begin = begin
+        self.stop = stop
+        self.length = length  # indices of the token that count
+
+    def _values(self):
+        return self.number, self.token, self.head_tile, self.begin, self.stop, self.length
+
+    def __extract_mlir_values__(self):
+        return [value.ir_value() for value in self._values()]
+
+    def __new_from_mlir_values__(self, values):
+        return Piece(*(Int32(value) for value in values))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What every role reads of the call; shapes at `SparsePrefill.__call__`."""
+
+    q: cute.Tensor
+    kv: cute.Tensor
+    indices: cute.Tensor
+    lengths: cute.Tensor
+    sink: cute.Tensor
+    out: cute.Tensor
+    max_logits: cute.Tensor
+    lse: cute.Tensor
+    partial_o: cute.Tensor
+    partial_lse: cute.Tensor
+    partial_max: cute.Tensor
+    whole_tokens: Int32
+    splits: Int32
+    scale_log2: Float32
+
+    @property
+    def head_tiles(self):
+        return (self.q.shape[1] + ROWS - 1) // ROWS
+
+    @property
+    def whole_pieces(self):
+        """How many pieces are whole; those behind them are parts of the other tokens."""
+        return self.whole_tokens * self.head_tiles
+
+    @property
+    def pieces(self):
+        return self.whole_pieces + (self.q.shape[0] - self.whole_tokens) * self.head_tiles * self.splits
+
+    def piece(self, number: Int32) -> Piece:
+        """Piece `number`; a split token's are consecutive. Beyond the last one, a piece without rows of KV."""
+        slot = number - self.whole_pieces
+        is_whole = slot < 0
+        unit = cutlass.select_(is_whole, number, self.whole_pieces + slot // self.splits)
+        token = cutlass.min(unit // self.head_tiles, self.q.shape[0] - 1)
+        length = cutlass.min(cutlass.max(uniform(self.lengths[token]), 0), self.indices.shape[1])
+        length = cutlass.select_(number < self.pieces, length, Int32(0))
+        tiles = (length + TILE - 1) // TILE
+        split = cutlass.select_(is_whole, Int32(0), slot % self.splits)
+        count = cutlass.select_(is_whole, Int32(1), self.splits)
+        begin, stop = split * tiles // count, (split + 1) * tiles // count
+        # A piece without tiles takes the one beyond the token's last, which holds no rows: no role has to know.
+        is_empty = begin == stop
+        begin = cutlass.select_(is_empty, tiles, begin)
+        stop = cutlass.select_(is_empty, tiles + 1, stop)
+        return Piece(number, token, unit % self.head_tiles, begin, stop, length)
+
+    def slot(self, piece: Piece) -> Int32:
+        """Where the piece's partial result goes; < 0 if it is whole."""
+        return piece.number - self.whole_pieces
+
+    def rows(self, piece: Piece) -> Int32:
+        """How many of the piece's 64 heads exist."""
+        return self.q.shape[1] - piece.head_tile * ROWS
+
+    def head(self, piece: Piece, row) -> Int32:
+        return piece.head_tile * ROWS + row
+
+
+class SparsePrefill(Seesaw):
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # [s_q, h_q, d]
+        kv: cute.Tensor,  # [s_kv, d]
+        indices: cute.Tensor,  # [s_q, topk] int32
+        lengths: cute.Tensor,  # [s_q] int32, how many leading indices count
+        sink: cute.Tensor,  # [h_q] fp32, natural log
+        out: cute.Tensor,  # [s_q, h_q, d_v]
+        max_logits: cute.Tensor,  # [s_q, h_q] fp32
+        lse: cute.Tensor,  # [s_q, h_q] fp32, natural log
+        workspace: cute.Tensor,  # [slots * 64 * (d_v + 2)] fp32: partial outputs, then their lse and maxima
+        unit_slots: cute.Tensor,  # [split units + 1] int32: first slot of each unit (token, 64 heads) that is split
+        scale_log2: Float32,
+        workers: Int32,
+        whole_tokens: Int32,  # tokens before this one are not split
+        splits: Int32,  # pieces of the others
+        stream,
+    ):
+        chunk_layout = k_major_layout(self.dtype)
+        tma_q, q_tma = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(),
+            cute.make_tensor(q.iterator, cute.select(q.layout, mode=[1, 2, 0])),
+            chunk_layout,
+            (ROWS, CHUNK),
+        )
+
+        @cute.struct
+        class Shared:
+            k_full: cute.struct.MemRange[Int64, 2 * self.chunks]
+            k_empty: cute.struct.MemRange[Int64, 2 * len(self.groups)]
+            valid_full: cute.struct.MemRange[Int64, 2]
+            q_full: cute.struct.MemRange[Int64, 1]
+            q_empty: cute.struct.MemRange[Int64, 1]
+            valid: cute.struct.MemRange[Int64, 2]  # a bit for each row of a buffer
+            max0: cute.struct.MemRange[Float32, ROWS]
+            max1: cute.struct.MemRange[Float32, ROWS]
+            sum0: cute.struct.MemRange[Float32, ROWS]
+            sum1: cute.struct.MemRange[Float32, ROWS]
+            top0: cute.struct.MemRange[Float32, ROWS]
+            top1: cute.struct.MemRange[Float32, ROWS]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
+            p0: cute.struct.Align[cute.struct.MemRange[self.dtype, CHUNK_ELEMENTS], 1024]
+            p1: cute.struct.Align[cute.struct.MemRange[self.dtype, CHUNK_ELEMENTS], 1024]
+            k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * self.chunks * CHUNK_ELEMENTS], 1024]
+
+        self.Shared = Shared
+        units = unit_slots.shape[0] - 1
+        slots = units * splits
+        partial_o = cute.make_tensor(workspace.iterator, cute.make_ordered_layout((slots, ROWS, D_V), order=(2, 1, 0)))
+        row_layout = cute.make_ordered_layout((slots, ROWS), order=(1, 0))
+        partial_lse = cute.make_tensor(workspace.iterator + Int64(slots) * ROWS * D_V, row_layout)
+        partial_max = cute.make_tensor(workspace.iterator + Int64(slots) * ROWS * (D_V + 1), row_layout)
+        self.kernel(
+            tma_q, q_tma, q, kv, indices, lengths, sink, out, max_logits, lse, partial_o, partial_lse, partial_max,
+            whole_tokens, splits, scale_log2,
+        ).launch(grid=(workers, 1, 1), block=(3 * WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+        if units > 0:
+            self.combine(
+                partial_o,
+                partial_lse,
+                partial_max,
+                unit_slots,
+                sink,
+                out,
+                max_logits,
+                lse,
+                whole_tokens,
+                splits,
+                stream,
+            )
+
+    @cute.jit
+    def combine(
+        self,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        partial_max: cute.Tensor,
+        unit_slots: cute.Tensor,
+        sink: cute.Tensor,
+        out: cute.Tensor,
+        max_logits: cute.Tensor,
+        lse: cute.Tensor,
+        whole_tokens: Int32,
+        splits: Int32,
+        stream,
+    ):
+        """Merge the pieces of split tokens; launched while the attention kernel still runs, starts when it is done."""
+        s_q, h_q, _ = out.shape
+        tokens = s_q - whole_tokens
+        (out_s, out_h, _), (lse_s, lse_h), (max_s, max_h) = out.stride, lse.stride, max_logits.stride
+        # A unit is (token, KV head, 64 of its heads); a row of it is (0, head).
+        rows_out = cute.make_tensor(
+            out.iterator + Int64(whole_tokens) * out_s,
+            cute.make_layout((tokens, 1, 1, h_q, D_V), stride=(out_s, 0, 0, out_h, 1)),
+        )
+        rows_lse = cute.make_tensor(
+            lse.iterator + Int64(whole_tokens) * lse_s,
+            cute.make_layout((tokens, 1, 1, h_q), stride=(lse_s, 0, 0, lse_h)),
+        )
+        rows_max = cute.make_tensor(
+            max_logits.iterator + Int64(whole_tokens) * max_s,
+            cute.make_layout((tokens, h_q), stride=(max_s, max_h)),
+        )
+        sinks = cute.make_tensor(sink.iterator, cute.make_layout((1, h_q), stride=(0, sink.stride[0])))
+        units = unit_slots.shape[0] - 1
+        no_work = cute.make_tensor(unit_slots.iterator, cute.make_layout((1, 4)))  # every unit is looked at
+        MergeMaxLogits()(partial_max, rows_max, splits, stream)
+        Combine(self.dtype, D_V, warps_per_row=8)(
+            partial_o, partial_lse, no_work, unit_slots, sinks, rows_out, rows_lse, units, Int32(1), stream
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        q_tma: cute.Tensor,
+        q: cute.Tensor,
+        kv: cute.Tensor,
+        indices: cute.Tensor,
+        lengths: cute.Tensor,
+        sink: cute.Tensor,
+        out: cute.Tensor,
+        max_logits: cute.Tensor,
+        lse: cute.Tensor,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        partial_max: cute.Tensor,
+        whole_tokens: Int32,
+        splits: Int32,
+        scale_log2: Float32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        shared = utils.SmemAllocator().allocate(self.Shared)
+        barriers = Barriers(
+            shared.k_full.data_ptr(),
+            shared.k_empty.data_ptr(),
+            shared.valid_full.data_ptr(),
+            shared.q_full.data_ptr(),
+            shared.q_empty.data_ptr(),
+        )
+        args = Arguments(
+            q, kv, indices, lengths, sink, out, max_logits, lse, partial_o, partial_lse, partial_max, whole_tokens,
+            splits, scale_log2,
+        )  # fmt: skip
+        self.init_barriers(barriers, warp)
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp >= PRODUCER_WARP:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            self.produce(args, shared, barriers, tma_q, q_tma, warp - PRODUCER_WARP, thread % 32)
+        elif warp < 4:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            self.consume(LEFT, args, shared, barriers, thread)
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
+
+    @cute.jit
+    def init_barriers(self, barriers: Barriers, warp: Int32):
+        if warp == 0:
+            with cute.arch.elect_one():
+                for i in range_constexpr(2 * self.chunks):
+                    cute.arch.mbarrier_init(barriers.k_full + i, WARPGROUP)
+                for i in range_constexpr(2 * len(self.groups)):
+                    cute.arch.mbarrier_init(barriers.k_empty + i, 4)
+                for i in range_constexpr(2):
+                    cute.arch.mbarrier_init(barriers.valid_full + i, 4)
+                cute.arch.mbarrier_init(barriers.q_full, 1)
+                cute.arch.mbarrier_init(barriers.q_empty, 8)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+    # ---------------------------------------------------------------------------------------------- producer
+
+    @cute.jit
+    def produce(
+        self,
+        args,
+        shared,
+        barriers,
+        tma_q: cute.CopyAtom,
+        q_tma: cute.Tensor,
+        warp: Int32,
+        lane: Int32,
+    ):
+        """One warp of the producers: rows 16 warp ... + 15 of every block; the first brings Q as well."""
+        if warp == 0:
+            cpasync.prefetch_descriptor(tma_q)
+        workers = cute.arch.grid_dim()[0]
+        number = cute.arch.block_idx()[0]
+        piece = args.piece(number)
+        now = self.load_index(args, piece.token, piece.begin, piece.length, warp, lane)
+        pairs = Int32(0)
+        pieces = Int32(0)
+        while piece.number < args.pieces:
+            following = args.piece(piece.number + workers)
+            if warp == 0:
+                self.load_q(shared, barriers, tma_q, q_tma, piece, pieces)
+            for tile in cutlass.range(piece.begin, piece.stop, unroll=1):
+                # A pair ahead, so that no load of an index delays a load of rows.
+                ends = tile + 1 == piece.stop
+                then = self.load_index(
+                    args,
+                    cutlass.select_(ends, following.token, piece.token),
+                    cutlass.select_(ends, following.begin, tile + 1),
+                    cutlass.select_(ends, following.length, piece.length),
+                    warp,
+                    lane,
+                )
+                valid = cute.arch.vote_ballot_sync(now >= 0)
+                for buffer, group in self.load_order():
+                    empty = barriers.k_empty + (buffer * len(self.groups) + group)
+                    cute.arch.mbarrier_wait(empty, (pairs & 1) ^ 1)
+                    if const_expr(group == buffer):  # the group whose side scores this buffer
+                        self.publish_valid(shared, barriers, buffer, valid, warp)
+                    self.gather(args, shared, barriers, buffer, group, now, warp, lane)
+                now = then
+                pairs += 1
+            pieces += 1
+            piece = following
+        # The CTA's shared memory must outlast the copies into it.
+        cute.arch.cp_async_wait_group(0)
+
+    def load_order(self):
+        """(buffer, group) in the order in which the consumers free and then need them."""
+        rope = ((0, ROPE), (1, ROPE)) if self.has_rope else ()
+        return (*rope, (0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))
+
+    @cute.jit
+    def load_index(self, args, token: Int32, tile: Int32, length: Int32, warp: Int32, lane: Int32):
+        """This lane's row of KV, or -1 if it does not count: lanes 0 ... 15 hold block 0's, the others block 1's."""
+        position = tile * TILE + lane // WARP_ROWS * BLOCK + warp * WARP_ROWS + lane % WARP_ROWS
+        index = Int32(-1)
+        if position < length:
+            index = args.indices[token, position]
+        return cutlass.select_(index < args.kv.shape[0], index, Int32(-1))
+
+    @cute.jit
+    def publish_valid(self, shared, barriers, buffer: cutlass.Constexpr, valid: Int32, warp: Int32):
+        """Tell the consumer of a block which of this warp's rows count."""
+        words = cute.make_tensor(
+            cute.recast_ptr(shared.valid.data_ptr() + buffer, dtype=Uint16), cute.make_layout(BLOCK // WARP_ROWS)
+        )
+        with cute.arch.elect_one():
+            words[warp] = Uint16((valid >> (WARP_ROWS * buffer)) & 0xFFFF)
+            cute.arch.mbarrier_arrive(barriers.valid_full + buffer)
+
+    @cute.jit
+    def gather(
+        self,
+        args,
+        shared,
+        barriers,
+        buffer: cutlass.Constexpr,
+        group: cutlass.Constexpr,
+        index: Int32,
+        warp: Int32,
+        lane: Int32,
+    ):
+        """Start copying this warp's rows of a group of chunks; a row that does not count is filled with zeros."""
+        unit = lane % 8  # of 16 bytes of a row's chunk
+        base = Int32(shared.k.data_ptr().toint()) + (warp * WARP_ROWS + lane // 8) * (CHUNK * 2)
+        sources, sizes, to = [], [], []
+        for i in range_constexpr(WARP_ROWS // 4):
+            row = cute.arch.shuffle_sync(index, WARP_ROWS * buffer + 4 * i + lane // 8)
+            exists = row >= 0
+            start = args.kv[cutlass.select_(exists, row, Int32(0)), None].iterator.toint()
+            sources.append(start + Int64(unit * 16))
+            sizes.append(cutlass.select_(exists, Int32(16), Int32(0)))
+            # The swizzle permutes a row's units by its number modulo 8.
+            to.append(base + 4 * i * (CHUNK * 2) + (unit ^ (lane // 8 + 4 * (i % 2))) * 16)
+        for chunk in self.groups[group]:
+            number = buffer * self.chunks + chunk
+            for i in range_constexpr(WARP_ROWS // 4):
+                cute.arch.inline_ptx(
+                    "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
+                    read_only_args=[
+                        to[i] + number * (CHUNK_ELEMENTS * 2), sources[i] + Int64(chunk * CHUNK * 2), sizes[i],
+                    ],
+                )  # fmt: skip
+            cute.arch.cp_async_mbarrier_arrive_noinc(barriers.k_full + number)
+
+    @cute.jit
+    def load_q(self, shared, barriers, tma_q: cute.CopyAtom, q_tma: cute.Tensor, piece: Piece, pieces: Int32):
+        """Bring the 512 V columns of Q; heads that do not exist become zeros."""
+        smem_layout = cute.tile_to_shape(k_major_layout(self.dtype), (ROWS, CHUNK, V_CHUNKS), (0, 1, 2))
+        smem = shared.q.get_tensor(smem_layout.outer, swizzle=smem_layout.inner)
+        to, source = cpasync.tma_partition(
+            tma_q,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(smem, 0, 2),
+            cute.group_modes(cute.local_tile(q_tma, (ROWS, CHUNK), (None, None, None)), 0, 2),
+        )
+        cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_ELEMENTS * 2)
+        for chunk in range_constexpr(V_CHUNKS):
+            cute.copy(
+                tma_q, source[None, piece.head_tile, chunk, piece.token], to[None, chunk], tma_bar_ptr=barriers.q_full
+            )
+
+    # ---------------------------------------------------------------------------------------------- consumers
+
+    @cute.jit
+    def consume(self, side: cutlass.Constexpr, args, shared, barriers, thread: Int32):
+        """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns."""
+        f = self.fragments(side, shared, thread)
+        running = Running.allocate()
+        workers = cute.arch.grid_dim()[0]
+        pairs = Int32(0)
+        pieces = Int32(0)
+        piece = args.piece(cute.arch.block_idx()[0])
+        self.load_rope(args, f, piece, thread)
+        self.first_scores(side, f, barriers, pairs, pieces)
+        warpgroup.wait_group(0)
+        while piece.number < args.pieces:
+            f.o.fill(0.0)
+            running.reset()
+            # The last pair, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
+            # makes ptxas serialise all of them.
+            for _ in cutlass.range(piece.begin, piece.stop - 1, unroll=1):
+                self.pair(side, False, shared, barriers, f, running, args.scale_log2, pairs, thread)
+                pairs += 1
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barriers.q_empty)
+            following = args.piece(piece.number + workers)
+            pieces += 1
+            if following.number < args.pieces:
+                self.load_rope(args, f, following, thread)
+            self.pair(side, True, shared, barriers, f, running, args.scale_log2, pairs, thread)
+            pairs += 1
+            if following.number < args.pieces:
+                self.first_scores(side, f, barriers, pairs, pieces)
+                self.write(side, args, shared, f, running, piece, thread)
+                warpgroup.wait_group(0)
+            else:
+                self.write(side, args, shared, f, running, piece, thread)
+            piece = following
+
+    def load_rope(self, args, f, piece: Piece, thread: Int32):
+        if self.has_rope:
+            lane = thread % 32
+            row0 = thread // 32 * 16 + lane // 4
+            # The last head there is stands for those that are not.
+            heads = [cutlass.min(args.head(piece, row0 + 8 * r), args.q.shape[1] - 1) for r in range(2)]
+            self.load_q_rope(f.q_rope, [args.q[piece.token, head, None].iterator for head in heads], lane)
+
+    def first_scores(self, side: int, f, barriers, pairs, pieces):
+        """Issue the scores of a piece's first block."""
+        cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
+        warpgroup.fence()
+        self.issue_qk(side, f, barriers, 0, self.chunks, pairs & 1)
+        warpgroup.commit_group()
+
+    def wait_chunk(self, side: int, chunk: int, barriers, parity):
+        cute.arch.mbarrier_wait(barriers.k_full + (side * self.chunks + chunk), parity)
+        # cp.async writes as ordinary stores do; the tensor cores read through the async proxy.
+        cute.arch.fence_proxy("async.shared", space="cta")
+
+    def softmax(self, side: int, shared, barriers, f, n, sums, running, scale, parity, thread):
+        cute.arch.mbarrier_wait(barriers.valid_full + side, parity)
+        words = cute.make_tensor(
+            cute.recast_ptr(shared.valid.data_ptr() + side, dtype=Int32), cute.make_layout(BLOCK // 32)
+        )
+        self.masked_softmax(f.s, f.p_scores, sums, n, running.top, words[0], words[1], scale, thread % 32)
+
+    @cute.jit
+    def masked_softmax(
+        self,
+        scores: cute.Tensor,
+        p: cute.Tensor,
+        sums: cute.Tensor,
+        reference: cute.Tensor,
+        top: cute.Tensor,
+        valid0: Int32,
+        valid1: Int32,
+        scale: Float32,
+        lane: Int32,
+    ):
+        """Exponentials as if all rows counted and the reference need not move; a rare branch redoes them."""
+        top0, top1 = row_max(scores, 0), row_max(scores, 1)
+        exponentials(scores, p, sums, reference, scale)
+        exceeds = cute.arch.fmax(top0 - reference[0], top1 - reference[1]) * scale > THRESHOLD
+        if cute.arch.vote_any_sync(exceeds | ((valid0 & valid1) != -1)):
+            mask_by_bits(scores, [valid0, valid1], lane)
+            top0, top1 = quad_max(row_max(scores, 0)), quad_max(row_max(scores, 1))
+            reference[0] = cutlass.select_((top0 - reference[0]) * scale > THRESHOLD, top0, reference[0])
+            reference[1] = cutlass.select_((top1 - reference[1]) * scale > THRESHOLD, top1, reference[1])
+            exponentials(scores, p, sums, reference, scale)
+        top[0] = cute.arch.fmax(top[0], top0)
+        top[1] = cute.arch.fmax(top[1], top1)
+
+    @cute.jit
+    def write(self, side: cutlass.Constexpr, args, shared, f, running, piece: Piece, thread: Int32):
+        """Normalise and write a whole piece to the outputs, a part of a token to its slot of the workspace."""
+        self.merge_sides(side, shared, running, thread)
+        slot = args.slot(piece)
+        if slot < 0:
+            self.write_outputs(side, args, shared, f, running, piece, thread)
+        else:
+            self.write_partials(side, args, f, running, slot, args.rows(piece), thread)
+
+    @cute.jit
+    def write_outputs(self, side: cutlass.Constexpr, args, shared, f, running, piece: Piece, thread: Int32):
+        lane, first_row, rows = thread % 32, thread // 32 * 16, args.rows(piece)
+        inv = cute.make_rmem_tensor(2, Float32)
+        for r in range_constexpr(2):
+            row = first_row + lane // 4 + 8 * r
+            head = args.head(piece, cutlass.min(row, rows - 1))
+            total, shift = running.row_sum[r], running.reference[r] * args.scale_log2
+            seen = total > 0.0
+            if const_expr(side == LEFT):
+                if row < rows and lane % 4 == 0:
+                    row_lse = (cute.math.log2(total) + shift) * LN2
+                    args.lse[piece.token, head] = cutlass.select_(seen, row_lse, Float32.inf)
+                    args.max_logits[piece.token, head] = running.top[r] * (args.scale_log2 * LN2)
+            # The sink takes part in the normalisation as one more token without a value would.
+            total = total + cute.math.exp2(args.sink[head] * LOG2_E - shift, fastmath=True)
+            inv[r] = cutlass.select_(seen, cute.arch.rcp_approx(total), Float32(0.0))
+
+        destinations = []
+        for i in range_constexpr(4):
+            row = first_row + lane // 8 + 4 * i
+            head = args.head(piece, cutlass.min(row, rows - 1))
+            destinations.append((row < rows, args.out[piece.token, head, None].iterator + side * (D_V // 2)))
+        # Each warp stages its own rows, so warps need not wait for each other.
+        staging = (shared.p0 if const_expr(side == LEFT) else shared.p1).data_ptr()
+        for chunk in range_constexpr(D_V // 2 // CHUNK):
+            chunk_of(f.o, chunk, inv, f.p_scores)
+            cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
+            cute.arch.sync_warp()
+            copy_rows_of_warp(staging, first_row, [(exists, to + chunk * CHUNK) for exists, to in destinations], lane)
+            cute.arch.sync_warp()
+
+    @cute.jit
+    def write_partials(self, side: cutlass.Constexpr, args, f, running, slot: Int32, rows: Int32, thread: Int32):
+        lane = thread % 32
+        for r in range_constexpr(2):
+            row = thread // 32 * 16 + lane // 4 + 8 * r
+            total = running.row_sum[r]
+            if const_expr(side == LEFT):
+                if row < rows and lane % 4 == 0:
+                    # In base 2; -inf for a row that sees nothing.
+                    args.partial_lse[slot, row] = cute.math.log2(total) + running.reference[r] * args.scale_log2
+                    args.partial_max[slot, row] = running.top[r] * (args.scale_log2 * LN2)
+            inv = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
+            to = args.partial_o[slot, row, None].iterator + side * (D_V // 2)
+            write_fp32_row(f.o, r, inv, to, row < rows, lane)
+
+
+def compile_variant(dtype: str, d: int) -> aot.Compiled:
+    """Compile for tensors of any extents whose rows of q, kv and out are 16-byte aligned."""
+    element = getattr(cutlass, dtype)
+    s_q, h_q = cute.sym_int(), cute.sym_int()
+    q = aot.strided(element, (s_q, h_q, d), dense_last=True, align=16)
+    kv = aot.strided(element, (cute.sym_int(), d), dense_last=True, align=16)
+    indices = aot.strided(Int32, (s_q, cute.sym_int()), dense_last=True)
+    lengths = aot.strided(Int32, (s_q,))
+    sink = aot.strided(Float32, (h_q,))
+    out = aot.strided(element, (s_q, h_q, D_V), dense_last=True, align=16)
+    max_logits = aot.strided(Float32, (s_q, h_q))
+    lse = aot.strided(Float32, (s_q, h_q))
+    workspace = aot.compact(Float32, (cute.sym_int(),), align=16)
+    unit_slots = aot.compact(Int32, (cute.sym_int(),))
+    return aot.compile_kernel(
+        SparsePrefill(element, d), q, kv, indices, lengths, sink, out, max_logits, lse, workspace, unit_slots,
+        Float32(1.0), *[Int32(0)] * 3,
+    )  # fmt: skip

@@ -1,0 +1,53 @@
+"""How sparse prefill is laid out on a GPU: plain functions of shapes, testable without one."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+__all__ = ["SparsePrefillConfig", "sparse_prefill_config"]
+
+ROWS = 64  # heads of a piece of work
+TILE = 128  # indices in a tile
+
+# In the time of a tile: what a piece costs beside its tiles, and what merging pieces costs.
+PIECE_COST = 0.7
+MERGE_COST = 1.5
+
+
+@dataclass(frozen=True)
+class SparsePrefillConfig:
+    """The order of the work: whole tokens first, as many as give every SM the same number, then the rest in splits."""
+
+    workers: int  # CTAs
+    whole_tokens: int  # tokens whose heads are taken 64 at a time, over all of their indices
+    splits: int  # pieces of every 64 heads of the other tokens
+    split_units: int  # how many such 64 heads there are
+
+    @property
+    def slots(self) -> int:
+        """Partial results."""
+        return self.split_units * self.splits
+
+
+@functools.lru_cache(maxsize=1024)
+def sparse_prefill_config(s_q: int, h_q: int, topk: int, num_sms: int) -> SparsePrefillConfig:
+    """The layout of a call.
+
+    Work that does not fill the SMs, all of a small call or what is left over of a large one, is split over its indices.
+    """
+    head_tiles = -(-h_q // ROWS)
+    tiles = max(1, -(-topk // TILE))
+    units = s_q * head_tiles
+    whole_tokens = units // num_sms * num_sms // head_tiles
+    rest = units - whole_tokens * head_tiles
+
+    def cost(splits: int) -> float:
+        rounds = -(-rest * splits // num_sms)
+        return rounds * (-(-tiles // splits) + PIECE_COST) + (MERGE_COST if splits > 1 else 0.0)
+
+    splits = min(range(1, tiles + 1), key=cost)
+    if rest == 0 or splits == 1:
+        return SparsePrefillConfig(min(num_sms, units), s_q, 1, 0)
+    pieces = whole_tokens * head_tiles + rest * splits
+    return SparsePrefillConfig(min(num_sms, pieces), whole_tokens, splits, rest)

@@ -1,0 +1,121 @@
+"""Torch-level launch of sparse prefill on Hopper: choose the variant and the layout, allocate, hand over tensors."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from flash_mla import kernels
+from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, SparsePrefillConfig, sparse_prefill_config
+from flash_mla.problem import SparsePrefillInputs, SparsePrefillProblem
+
+__all__ = ["sparse_prefill", "sparse_prefill_kernel"]
+
+LOG2_E = math.log2(math.e)
+TINY_SCALE = 1e-30  # stands for 0, which would turn the -inf of a masked score into NaN
+SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def sparse_prefill_kernel(dtype: torch.dtype, d: int) -> str:
+    """Name of the sparse prefill variant."""
+    return f"sparse_prefill_{SHORT_NAME[dtype]}_{d}"
+
+
+def sparse_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> Results:
+    """(out [s_q, h_q, d_v], max_logits [s_q, h_q] fp32, lse [s_q, h_q] fp32)."""
+    if problem.device.index == torch.cuda.current_device():
+        return _run(problem, inputs)
+    with torch.cuda.device(problem.device):
+        return _run(problem, inputs)
+
+
+class _Call(NamedTuple):
+    """What a call needs apart from its tensors."""
+
+    kernel: Callable[..., None]
+    config: SparsePrefillConfig
+    unit_slots: torch.Tensor  # [split_units + 1] int32
+    all_indices: torch.Tensor  # [s_q] int32: topk, for calls without topk_length
+    no_sink: torch.Tensor  # [h_q] fp32: -inf, for calls without attn_sink
+
+
+@functools.lru_cache(maxsize=1024)
+def _call(problem: SparsePrefillProblem) -> _Call:
+    device = problem.device
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    config = sparse_prefill_config(problem.s_q, problem.h_q, problem.topk, num_sms)
+    return _Call(
+        kernel=kernels.load(sparse_prefill_kernel(problem.dtype, problem.d_qk)),
+        config=config,
+        unit_slots=torch.arange(config.split_units + 1, dtype=torch.int32, device=device) * config.splits,
+        all_indices=torch.tensor([problem.topk], dtype=torch.int32, device=device).expand(problem.s_q),
+        no_sink=torch.tensor([-math.inf], device=device).expand(problem.h_q),
+    )
+
+
+def _run(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> Results:
+    given = inputs.out
+    out = given
+    if out is None or not _rows_aligned(out):
+        out = torch.empty(problem.s_q, problem.h_q, problem.d_v, dtype=problem.dtype, device=problem.device)
+    max_logits = torch.empty(problem.s_q, problem.h_q, dtype=torch.float32, device=problem.device)
+    lse = torch.empty_like(max_logits)
+    if problem.s_kv == 0 or problem.topk == 0:
+        out.zero_()
+        max_logits.fill_(-math.inf)
+        lse.fill_(math.inf)
+    else:
+        _launch(_call(problem), inputs, out, max_logits, lse)
+    if given is not None and given is not out:
+        given.copy_(out)
+        out = given
+    return out, max_logits, lse
+
+
+def _launch(
+    call: _Call, inputs: SparsePrefillInputs, out: torch.Tensor, max_logits: torch.Tensor, lse: torch.Tensor
+) -> None:
+    q, scale = inputs.q, inputs.sm_scale
+    if scale <= 0.0:
+        # The kernel takes maxima of unscaled scores, so the scale must be positive; negating q is exact.
+        q, scale = (-q, -scale) if scale < 0.0 else (q, TINY_SCALE)
+    config = call.config
+    slots = config.slots
+    workspace = torch.empty(slots * ROWS * (out.shape[-1] + 2), dtype=torch.float32, device=out.device)
+    call.kernel(
+        _with_aligned_rows(q),
+        _with_aligned_rows(inputs.kv[:, 0]),
+        inputs.indices[:, 0],
+        call.all_indices if inputs.topk_length is None else inputs.topk_length,
+        call.no_sink if inputs.attn_sink is None else inputs.attn_sink,
+        out,
+        max_logits,
+        lse,
+        workspace,
+        call.unit_slots,
+        scale * LOG2_E,
+        config.workers,
+        config.whole_tokens,
+        config.splits,
+    )
+
+
+def _with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if _rows_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _rows_aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row of a 16-bit tensor begins at a multiple of 16 bytes, as TMA and vector copies need."""
+    return tensor.data_ptr() % 16 == 0 and _strides_aligned(tensor.stride())
+
+
+@functools.cache
+def _strides_aligned(strides: tuple[int, ...]) -> bool:
+    """A TMA descriptor takes no stride of 0, such as an expanded tensor has."""
+    return all(stride % 8 == 0 and stride > 0 for stride in strides[:-1])
