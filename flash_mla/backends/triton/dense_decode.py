@@ -9,16 +9,37 @@ from flash_mla.backends.triton.dequant import NOPE, load_nope, load_rope, token_
 from flash_mla.backends.triton.softmax import attend, load_q, natural, row_offsets, start, store_out
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_units", "s_q", "h_kv", "group", "passes", "row_tiles", "page_size"])
+@triton.jit
+def _pages(table_ptr, tile, seqlen, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """The pages of the tokens of a tile: one if it cannot have more, else [TILE]."""
+    if PAGE_SIZE % TILE == 0:
+        first = tile * TILE
+        page = tl.load(table_ptr + first // PAGE_SIZE, mask=first < seqlen, other=0)
+    else:
+        tokens = _existing(tile, seqlen, TILE)
+        page = tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < seqlen, other=0)
+    return page
+
+
+@triton.jit
+def _existing(tile, seqlen, TILE: tl.constexpr):
+    """The tokens of a tile [TILE], the last one of the request instead of those that do not exist.
+
+    So loads need no mask, and no NaN that lies behind the last token gets into products with 0.
+    """
+    return tl.minimum(tile * TILE + tl.arange(0, TILE), seqlen - 1)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_units", "s_q", "h_kv", "group", "passes", "row_tiles"])
 def dense_decode_kernel(
     q_ptr, cache_ptr, block_table_ptr, seqlens_ptr, work_ptr, splits_ptr, out_ptr, lse_ptr, partial_o_ptr,
     partial_lse_ptr,
     q_stride_u0, q_stride_u1, q_stride_r0, q_stride_r1,
     out_stride_u0, out_stride_u1, out_stride_r0, out_stride_r1,
     page_stride, token_stride, head_stride, table_stride,
-    scale_log2, num_units, s_q, h_kv, group, passes, row_tiles, page_size,
-    FORMAT: tl.constexpr, D_ROPE: tl.constexpr, CAUSAL: tl.constexpr, BATCH_INVARIANT: tl.constexpr,
-    MIN_PIECE: tl.constexpr, MAX_PIECES: tl.constexpr, HAS_FP8: tl.constexpr,
+    scale_log2, num_units, s_q, h_kv, group, passes, row_tiles,
+    FORMAT: tl.constexpr, PAGE_SIZE: tl.constexpr, D_ROPE: tl.constexpr, CAUSAL: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr, MIN_PIECE: tl.constexpr, MAX_PIECES: tl.constexpr, HAS_FP8: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attend with the s_q * group query rows of each request and KV head.
@@ -41,9 +62,9 @@ def dense_decode_kernel(
         rows = unit % passes * (row_tiles * ROWS) + in_unit
         exists = rows < s_q * group
         seqlen = tl.load(seqlens_ptr + request)
-        limits = seqlen + tl.zeros([ROWS], tl.int32)
-        if CAUSAL:
-            limits += rows // group - s_q + 1
+        # A row sees the tokens under its limit; all rows see those under the first limit.
+        first_limit = seqlen - s_q + 1 if CAUSAL else seqlen
+        limits = first_limit + (rows // group if CAUSAL else tl.zeros_like(rows))
         q_rows = row_offsets(request, head, rows, group, q_stride_u0, q_stride_u1, q_stride_r0, q_stride_r1)
         q, q_rope = load_q(q_ptr, q_rows, exists, NOPE, D_ROPE)
         head_ptr = cache_ptr + head.to(tl.int64) * head_stride
@@ -62,16 +83,18 @@ def dense_decode_kernel(
         slot = first_slot + tl.where(unit == first_unit, first_split, 0)
         for piece in range(begin, stop, step):
             top, total, acc, acc_rope = start(ROWS, 0)
+            page = _pages(table_ptr, piece, seqlen, PAGE_SIZE, TILE)
             for tile in range(piece, tl.minimum(piece + step, end)):
-                tokens = tile * TILE + tl.arange(0, TILE)
-                exist = tokens < seqlen
-                page = tl.load(table_ptr + tokens // page_size, mask=exist, other=0)
-                token, scales = token_offsets(page, tokens % page_size, page_size, page_stride, token_stride, FORMAT)
-                nope = load_nope(head_ptr, token, scales, exist, FORMAT, NOPE, HAS_FP8, q_ptr.dtype.element_ty)
-                rope = load_rope(head_ptr, token, exist, FORMAT, NOPE, D_ROPE, HAS_FP8, q_ptr.dtype.element_ty)
-                seen = tokens[None, :] < limits[:, None]
+                offset = _existing(tile, seqlen, TILE) % PAGE_SIZE
+                token, scales = token_offsets(page, offset, page_stride, token_stride, FORMAT, PAGE_SIZE)
+                # A tile early, so that its addresses do not wait for them.
+                page = _pages(table_ptr, tile + 1, seqlen, PAGE_SIZE, TILE)
+                nope = load_nope(head_ptr, token, scales, None, FORMAT, NOPE, HAS_FP8, q_ptr.dtype.element_ty)
+                rope = load_rope(head_ptr, token, None, FORMAT, NOPE, D_ROPE, HAS_FP8, q_ptr.dtype.element_ty)
+                seen = (tile * TILE + tl.arange(0, TILE))[None, :] < limits[:, None]
+                all_seen = (tile + 1) * TILE <= first_limit
                 top, total, acc, acc_rope = attend(
-                    q, q_rope, nope, rope, seen, scale_log2, top, total, acc, acc_rope, D_ROPE, 0
+                    q, q_rope, nope, rope, seen, all_seen, scale_log2, top, total, acc, acc_rope, D_ROPE, 0
                 )
             lse = top + tl.log2(total)
             factor = 1.0 / tl.where(total > 0.0, total, 1.0)

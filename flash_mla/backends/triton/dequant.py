@@ -38,16 +38,16 @@ V4_SCALES = tl.constexpr(8)
 
 
 @triton.jit
-def token_offsets(page, offset, page_size, page_stride, token_stride, FORMAT: tl.constexpr):
-    """Where the tokens at `offset` [n] of `page` [n] begin in a cache, in elements, and where their scales do if those
-    lie apart (FP8_V4): int64 [n]."""
-    token = page.to(tl.int64) * page_stride
-    scales = token
+def token_offsets(page, offset, page_stride, token_stride, FORMAT: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Where the tokens at `offset` [n] of `page` [n or scalar] begin in a cache, in elements, and where their scales do
+    if those lie apart (FP8_V4): int64 [n]."""
+    first = page.to(tl.int64) * page_stride
     if FORMAT == FP8_V4:
-        token += offset * V4_DATA
-        scales += page_size * V4_DATA + offset * V4_SCALES
+        token = first + offset * V4_DATA
+        scales = first + (PAGE_SIZE * V4_DATA + offset * V4_SCALES)
     else:
-        token += offset.to(tl.int64) * token_stride
+        token = first + offset.to(tl.int64) * token_stride
+        scales = token
     return token, scales
 
 
@@ -62,27 +62,25 @@ def load_nope(
     HAS_FP8: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """[n, 512] of DTYPE: the first COLUMNS values of each token, 0 in the columns beyond and where not `seen` [n]."""
-    columns = tl.arange(0, NOPE)[None, :]
-    mask = seen[:, None]
-    if COLUMNS < NOPE:
-        mask = mask & (columns < COLUMNS)
+    """[n, 512] of DTYPE: the first COLUMNS values of each token, 0 in the columns beyond and where not `seen` [n].
+
+    Of FP8_V32 and plain caches all tokens are seen if `seen` is None.
+    """
+    ptrs = cache_ptr + token[:, None]
     if FORMAT == PLAIN:
-        nope = tl.load(cache_ptr + token[:, None] + columns, mask=mask, other=0.0)
+        nope = _load(ptrs, seen, COLUMNS, NOPE)
     elif FORMAT == FP4_V41 or FORMAT == NVFP4:  # noqa: SIM109 - no `in` in device code
-        pairs = tl.load(cache_ptr + token[:, None] + tl.arange(0, NOPE // 2)[None, :], mask=seen[:, None], other=0)
-        first = 256 if FORMAT == FP4_V41 else 320
-        factors = e4m3_to_float(_load_bytes(cache_ptr, token + first, seen, 32, 32), HAS_FP8)
+        pairs = _load(ptrs, seen, NOPE // 2, NOPE // 2)
+        factors = e4m3_to_float(_load(ptrs + (256 if FORMAT == FP4_V41 else 320), seen, 32, 32), HAS_FP8)
         nope = _scaled(e2m1_to_float(pairs), factors, DTYPE)
     else:
-        codes = tl.load(cache_ptr + token[:, None] + columns, mask=mask, other=0)
+        codes = _load(ptrs, seen, COLUMNS, NOPE)
         if FORMAT == FP8_V32:
-            scale_ptrs = (cache_ptr + 512 + token).to(tl.pointer_type(tl.float32))[:, None] + tl.arange(0, 4)[None, :]
-            factors = tl.load(scale_ptrs, mask=seen[:, None], other=0.0)
+            factors = _load((ptrs + 512).to(tl.pointer_type(tl.float32)), seen, 4, 4)
         elif FORMAT == FP8_V4:
-            factors = e8m0_to_float(_load_bytes(cache_ptr, scales, seen, 7, 8))
+            factors = e8m0_to_float(_load(cache_ptr + scales[:, None], seen, 7, 8))
         else:
-            factors = e8m0_to_float(_load_bytes(cache_ptr, token + 512, seen, 16, 16))
+            factors = e8m0_to_float(_load(ptrs + 512, seen, 16, 16))
         nope = _scaled(e4m3_to_float(codes, HAS_FP8), factors, DTYPE)
     return nope
 
@@ -92,26 +90,21 @@ def load_rope(
     cache_ptr, token, seen, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, D_ROPE: tl.constexpr, HAS_FP8: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """[n, D_ROPE] of DTYPE: the values of each token behind its first COLUMNS, 0 where not `seen`."""
+    """[n, D_ROPE] of DTYPE: the values of each token behind its first COLUMNS; `seen` as for `load_nope`."""
+    ptrs = cache_ptr + token[:, None]
     if D_ROPE == 0:
         rope = 0.0  # a stand-in that nobody reads
+    elif FORMAT == PLAIN:
+        rope = _load(ptrs + COLUMNS, seen, D_ROPE, D_ROPE)
+    elif FORMAT == FP8_V41:
+        codes = _load(ptrs + COLUMNS, seen, D_ROPE, D_ROPE)
+        factors = e8m0_to_float(_load(ptrs + 512 + COLUMNS // 32, seen, D_ROPE // 32, D_ROPE // 32))
+        rope = _scaled(e4m3_to_float(codes, HAS_FP8), factors, DTYPE)
+    elif FORMAT == NVFP4:
+        rope = e4m3_to_float(_load(ptrs + 256, seen, D_ROPE, D_ROPE), HAS_FP8).to(DTYPE)
     else:
-        columns = tl.arange(0, D_ROPE)[None, :]
-        mask = seen[:, None]
-        if FORMAT == PLAIN:
-            rope = tl.load(cache_ptr + token[:, None] + COLUMNS + columns, mask=mask, other=0.0)
-        elif FORMAT == FP8_V41:
-            codes = tl.load(cache_ptr + token[:, None] + COLUMNS + columns, mask=mask, other=0)
-            groups = D_ROPE // 32
-            factors = e8m0_to_float(_load_bytes(cache_ptr, token + 512 + COLUMNS // 32, seen, groups, groups))
-            rope = _scaled(e4m3_to_float(codes, HAS_FP8), factors, DTYPE)
-        elif FORMAT == NVFP4:
-            codes = tl.load(cache_ptr + token[:, None] + 256 + columns, mask=mask, other=0)
-            rope = e4m3_to_float(codes, HAS_FP8).to(DTYPE)
-        else:
-            first = 528 if FORMAT == FP8_V32 else 448
-            rope_ptrs = (cache_ptr + first + token).to(tl.pointer_type(tl.bfloat16))[:, None] + columns
-            rope = tl.load(rope_ptrs, mask=mask, other=0.0).to(DTYPE)
+        ptrs = (ptrs + (528 if FORMAT == FP8_V32 else 448)).to(tl.pointer_type(tl.bfloat16))
+        rope = _load(ptrs, seen, D_ROPE, D_ROPE).to(DTYPE)
     return rope
 
 
@@ -145,13 +138,19 @@ def e2m1_to_float(pairs):
 
 
 @triton.jit
-def _load_bytes(cache_ptr, first, seen, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """uint8 [n, WIDTH]: the COUNT bytes from `first` [n] on, then zeros; all zeros where not `seen`."""
+def _load(ptrs, seen, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """[n, WIDTH]: the COUNT elements from each of ptrs [n, 1] on, then zeros; all zeros where not `seen` [n]."""
     columns = tl.arange(0, WIDTH)[None, :]
-    mask = seen[:, None]
     if COUNT < WIDTH:
-        mask = mask & (columns < COUNT)
-    return tl.load(cache_ptr + first[:, None] + columns, mask=mask, other=0)
+        mask = columns < COUNT
+        if seen is not None:
+            mask = mask & seen[:, None]
+        values = tl.load(ptrs + columns, mask=mask, other=0)
+    elif seen is not None:
+        values = tl.load(ptrs + columns, mask=seen[:, None], other=0)
+    else:
+        values = tl.load(ptrs + columns)
+    return values
 
 
 @triton.jit

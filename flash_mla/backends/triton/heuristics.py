@@ -86,12 +86,15 @@ def tiles_for(rows: int, gpu: Gpu, *, quantised: bool) -> Tiles:
     The output [rows, 512] stays in registers and q [rows, 576] in shared memory or registers, so many rows are what a
     large GPU wants and a small one cannot hold.
     """
-    roomy = gpu.shared_memory >= 160 * KB
-    if rows <= 16 or not roomy:
-        return Tiles(16, 32 if roomy else 16, 4, 3, 2)
+    if gpu.shared_memory < 160 * KB:
+        return Tiles(16, 16, 4, 2, 1)
+    if rows <= 16:
+        if gpu.shared_memory < 227 * KB:
+            return Tiles(16, 32, 4, 3, 1)
+        return Tiles(16, 32, 4, 3, 2) if quantised else Tiles(16, 64, 4, 2, 2)
     if rows <= 32 or not gpu.has_wgmma:
-        return Tiles(32, 32, 8, 3, 1)
-    return Tiles(64, 32 if quantised else 64, 8, 3, 1)
+        return Tiles(32, 64 if gpu.has_wgmma else 32, 8, 2, 1)
+    return Tiles(64, 64, 8, 2, 1)
 
 
 def dense_decode_config(rows: int, gpu: Gpu, *, quantised: bool) -> DenseDecodeConfig:

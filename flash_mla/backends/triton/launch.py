@@ -52,8 +52,8 @@ class Cache(NamedTuple):
     data: torch.Tensor
     page_stride: int
     token_stride: int
-    page_size: int
     num_slots: int
+    page_size: int
 
 
 @functools.cache
@@ -178,8 +178,9 @@ def _dense_decode(
         q.stride(0), group * q.stride(2), q.stride(1), q.stride(2), *out_strides,
         cache.page_stride, cache.token_stride, inputs.k_cache.stride(2), inputs.block_table.stride(0),
         inputs.softmax_scale * LOG2_E, num_units, problem.s_q, problem.h_kv, group, config.passes,
-        config.row_tiles, cache.page_size,
-        FORMAT=FORMAT_NUMBER[problem.kv_format], D_ROPE=problem.d_qk - problem.d_v, CAUSAL=problem.causal,
+        config.row_tiles,
+        FORMAT=FORMAT_NUMBER[problem.kv_format], PAGE_SIZE=problem.page_size,
+        D_ROPE=problem.d_qk - problem.d_v, CAUSAL=problem.causal,
         BATCH_INVARIANT=problem.batch_invariant, MIN_PIECE=INVARIANT_PIECE_TILES, MAX_PIECES=MAX_INVARIANT_PIECES,
         HAS_FP8=gpu_of(problem.device).has_fp8, ROWS=tiles.rows, TILE=tiles.tile,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -203,7 +204,7 @@ def _sparse_decode(
     assert inputs.indices is not None
     q, s_q, h_q = inputs.q, problem.s_q, problem.h_q
     main = _Scope(
-        _cache("k_cache", inputs.k_cache, problem.kv_format),
+        _slots_of(_cache("k_cache", inputs.k_cache, problem.kv_format), problem.kv_format),
         problem.kv_format,
         inputs.indices,
         inputs.indices.stride(0),
@@ -213,7 +214,7 @@ def _sparse_decode(
     extra = None
     if inputs.extra_k_cache is not None and problem.extra_format is not None and inputs.extra_indices is not None:
         extra = _Scope(
-            _cache("extra_k_cache", inputs.extra_k_cache, problem.extra_format),
+            _slots_of(_cache("extra_k_cache", inputs.extra_k_cache, problem.extra_format), problem.extra_format),
             problem.extra_format,
             inputs.extra_indices,
             inputs.extra_indices.stride(0),
@@ -240,7 +241,7 @@ def sparse_prefill(
     config = _prefill_config(problem)
     splits = _equal_splits(problem.s_q, config.splits, q.device) if config.splits > 1 else None
     main = _Scope(
-        Cache(kv, kv.stride(0), 0, page_size=1, num_slots=problem.s_kv),  # the rows of kv are pages of one token
+        Cache(kv, kv.stride(0), 0, num_slots=problem.s_kv, page_size=1),  # the rows of kv are pages of one token
         KVCacheFormat.BF16 if problem.dtype == torch.bfloat16 else KVCacheFormat.FP16,
         indices,
         indices.stride(0),
@@ -266,10 +267,10 @@ class _Scope(NamedTuple):
 
     def arguments(self) -> tuple[object, ...]:
         """As the kernel takes them."""
-        return *self.cache, self.indices, self.stride_u0, self.stride_u1, self.indices.shape[-1], self.lengths
+        return *self.cache[:-1], self.indices, self.stride_u0, self.stride_u1, self.indices.shape[-1], self.lengths
 
 
-NO_SCOPE = (None, 0, 0, 0, 0, None, 0, 0, 0, None)  # the arguments of an absent one
+NO_SCOPE = (None, 0, 0, 0, None, 0, 0, 0, None)  # the arguments of an absent one
 
 
 class _Partial(NamedTuple):
@@ -323,7 +324,8 @@ def _sparse_attention(
         merged.out_strides.u0, merged.out_strides.u1, merged.out_strides.r1,
         merged.lse_strides.u0, merged.lse_strides.u1, merged.lse_strides.r1,
         scale * LOG2_E, num_units, units_1, h_q, config.splits, config.row_tiles,
-        FORMAT=FORMAT_NUMBER[main.kv_format], EXTRA_FORMAT=FORMAT_NUMBER[extra_format],
+        FORMAT=FORMAT_NUMBER[main.kv_format], PAGE_SIZE=main.cache.page_size,
+        EXTRA_FORMAT=FORMAT_NUMBER[extra_format], EXTRA_PAGE_SIZE=1 if extra is None else extra.cache.page_size,
         COLUMNS=columns, D_ROPE=d_rope, D_V_ROPE=d_rope if rope_is_value else 0,
         HAS_FP8=gpu_of(q.device).has_fp8, ROWS=tiles.rows, TILE=tiles.tile,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -360,4 +362,11 @@ def _cache(name: str, cache: torch.Tensor, kv_format: KVCacheFormat) -> Cache:
             f"{name}: got page stride {data.stride(0)} at address {data.data_ptr():#x}, need multiples of {alignment} "
             f"bytes for {kv_format.name}"
         )
-    return Cache(data, data.stride(0), data.stride(1), page_size, num_pages * page_size)
+    return Cache(data, data.stride(0), data.stride(1), num_pages * page_size, page_size)
+
+
+def _slots_of(cache: Cache, kv_format: KVCacheFormat) -> Cache:
+    """`cache` for calls that name slots: if no gaps part its pages, as pages of one token, which divides nothing."""
+    if cache.page_stride != cache.page_size * cache.token_stride or kv_format is KVCacheFormat.FP8_V4:
+        return cache
+    return cache._replace(page_stride=cache.token_stride, page_size=1)

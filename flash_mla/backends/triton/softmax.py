@@ -40,18 +40,33 @@ def start(ROWS: tl.constexpr, D_V_ROPE: tl.constexpr):
 
 @triton.jit
 def attend(
-    q, q_rope, nope, rope, seen, scale_log2, top, total, acc, acc_rope, D_ROPE: tl.constexpr, D_V_ROPE: tl.constexpr
+    q,
+    q_rope,
+    nope,
+    rope,
+    seen,
+    all_seen,
+    scale_log2,
+    top,
+    total,
+    acc,
+    acc_rope,
+    D_ROPE: tl.constexpr,
+    D_V_ROPE: tl.constexpr,
 ):
     """Take a tile of KV into the result of some query rows.
 
     q [rows, 512] and nope [n, 512], with q_rope [rows, D_ROPE] and rope [n, D_ROPE] beside them; V is nope, and rope if
-    D_V_ROPE. `seen` [rows or 1, n] says which scores count. Returns the rows' new maxima `top` and sums `total` [rows],
-    and unnormalised outputs `acc` [rows, 512] and `acc_rope` [rows, D_V_ROPE], all fp32.
+    D_V_ROPE. `seen` [rows or 1, n] says which scores count, unless all do. Returns the rows' new maxima `top` and sums
+    `total` [rows], and unnormalised outputs `acc` [rows, 512] and `acc_rope` [rows, D_V_ROPE], all fp32.
     """
-    scores = tl.dot(q, tl.trans(nope))
+    scores = tl.dot(q, tl.trans(nope)) * scale_log2
     if D_ROPE > 0:
-        scores = tl.dot(q_rope, tl.trans(rope), scores)
-    scores = tl.where(seen, scores * scale_log2, float("-inf"))
+        scores += tl.dot(q_rope, tl.trans(rope)) * scale_log2
+    # The branch saves little by itself. But through it the compiler does not see that scores go into another product;
+    # seeing that, it would have every warpgroup compute all of them.
+    if not all_seen:
+        scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # A row that has seen no token yet has the maximum -inf, and -inf - -inf would be NaN.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)

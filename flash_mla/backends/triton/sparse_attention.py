@@ -28,45 +28,54 @@ def _count(lengths_ptr, u0, topk):
 
 
 @triton.jit
+def _slots(indices_ptr, tile, count, TILE: tl.constexpr):
+    """The slots that a tile of the indices names [TILE], -1 behind the first `count`."""
+    entries = tile * TILE + tl.arange(0, TILE)
+    return tl.load(indices_ptr + entries, mask=entries < count, other=-1)
+
+
+@triton.jit
 def _attend_to_rows(
-    q, q_rope, cache_ptr, indices_ptr, count, begin, end, page_size, page_stride, token_stride, num_slots, scale_log2,
+    q, q_rope, cache_ptr, page_stride, token_stride, num_slots, indices_ptr, count, begin, end, scale_log2,
     top, total, acc, acc_rope,
-    FORMAT: tl.constexpr, COLUMNS: tl.constexpr, D_ROPE: tl.constexpr, D_V_ROPE: tl.constexpr, HAS_FP8: tl.constexpr,
-    TILE: tl.constexpr,
+    FORMAT: tl.constexpr, PAGE_SIZE: tl.constexpr, COLUMNS: tl.constexpr, D_ROPE: tl.constexpr,
+    D_V_ROPE: tl.constexpr, HAS_FP8: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attend to what the tiles begin ... end - 1 of the indices, of which `count` count, name in one cache."""
+    slots = _slots(indices_ptr, begin, count, TILE)
     for tile in range(begin, end):
-        entries = tile * TILE + tl.arange(0, TILE)
-        slots = tl.load(indices_ptr + entries, mask=entries < count, other=-1)
         seen = (slots >= 0) & (slots < num_slots)
         token, scales = token_offsets(
-            slots // page_size, slots % page_size, page_size, page_stride, token_stride, FORMAT
+            slots // PAGE_SIZE, slots % PAGE_SIZE, page_stride, token_stride, FORMAT, PAGE_SIZE
         )
+        all_seen = tl.min(seen.to(tl.int32), 0) == 1
+        # A tile early, so that its addresses do not wait for them.
+        slots = _slots(indices_ptr, tile + 1, count, TILE)
         nope = load_nope(cache_ptr, token, scales, seen, FORMAT, COLUMNS, HAS_FP8, q.dtype)
         rope = load_rope(cache_ptr, token, seen, FORMAT, COLUMNS, D_ROPE, HAS_FP8, q.dtype)
         top, total, acc, acc_rope = attend(
-            q, q_rope, nope, rope, seen[None, :], scale_log2, top, total, acc, acc_rope, D_ROPE, D_V_ROPE
+            q, q_rope, nope, rope, seen[None, :], all_seen, scale_log2, top, total, acc, acc_rope, D_ROPE, D_V_ROPE
         )
     return top, total, acc, acc_rope
 
 
 @triton.jit(
     do_not_specialize=[
-        "num_units", "units_1", "h_q", "splits", "row_tiles", "topk", "page_size", "num_slots", "extra_topk",
-        "extra_page_size", "extra_num_slots",
+        "num_units", "units_1", "h_q", "splits", "row_tiles", "topk", "num_slots", "extra_topk", "extra_num_slots",
     ]
 )  # fmt: skip
 def sparse_attention_kernel(
     q_ptr, sink_ptr, out_ptr, lse_ptr, max_logits_ptr, partial_o_ptr, partial_lse_ptr, partial_max_ptr,
-    cache_ptr, page_stride, token_stride, page_size, num_slots,
+    cache_ptr, page_stride, token_stride, num_slots,
     indices_ptr, indices_stride_u0, indices_stride_u1, topk, lengths_ptr,
-    extra_cache_ptr, extra_page_stride, extra_token_stride, extra_page_size, extra_num_slots,
+    extra_cache_ptr, extra_page_stride, extra_token_stride, extra_num_slots,
     extra_indices_ptr, extra_indices_stride_u0, extra_indices_stride_u1, extra_topk, extra_lengths_ptr,
     q_stride_u0, q_stride_u1, q_stride_h, out_stride_u0, out_stride_u1, out_stride_h,
     lse_stride_u0, lse_stride_u1, lse_stride_h,
     scale_log2, num_units, units_1, h_q, splits, row_tiles,
-    FORMAT: tl.constexpr, EXTRA_FORMAT: tl.constexpr, COLUMNS: tl.constexpr, D_ROPE: tl.constexpr,
-    D_V_ROPE: tl.constexpr, HAS_FP8: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    FORMAT: tl.constexpr, PAGE_SIZE: tl.constexpr, EXTRA_FORMAT: tl.constexpr, EXTRA_PAGE_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr, D_ROPE: tl.constexpr, D_V_ROPE: tl.constexpr, HAS_FP8: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attend with the h_q heads of each query token.
 
@@ -98,17 +107,16 @@ def sparse_attention_kernel(
     top, total, acc, acc_rope = start(ROWS, D_V_ROPE)
     indices_ptr += u0.to(tl.int64) * indices_stride_u0 + u1.to(tl.int64) * indices_stride_u1
     top, total, acc, acc_rope = _attend_to_rows(
-        q, q_rope, cache_ptr, indices_ptr, count, begin, tl.minimum(end, tiles),
-        page_size, page_stride, token_stride, num_slots, scale_log2, top, total, acc, acc_rope,
-        FORMAT, COLUMNS, D_ROPE, D_V_ROPE, HAS_FP8, TILE,
+        q, q_rope, cache_ptr, page_stride, token_stride, num_slots, indices_ptr, count, begin, tl.minimum(end, tiles),
+        scale_log2, top, total, acc, acc_rope, FORMAT, PAGE_SIZE, COLUMNS, D_ROPE, D_V_ROPE, HAS_FP8, TILE,
     )  # fmt: skip
     if extra_cache_ptr is not None:
         extra_indices_ptr += u0.to(tl.int64) * extra_indices_stride_u0 + u1.to(tl.int64) * extra_indices_stride_u1
         top, total, acc, acc_rope = _attend_to_rows(
-            q, q_rope, extra_cache_ptr, extra_indices_ptr, extra_count, tl.maximum(begin, tiles) - tiles, end - tiles,
-            extra_page_size, extra_page_stride, extra_token_stride, extra_num_slots, scale_log2,
-            top, total, acc, acc_rope,
-            EXTRA_FORMAT, COLUMNS, D_ROPE, D_V_ROPE, HAS_FP8, TILE,
+            q, q_rope, extra_cache_ptr, extra_page_stride, extra_token_stride, extra_num_slots,
+            extra_indices_ptr, extra_count, tl.maximum(begin, tiles) - tiles, end - tiles,
+            scale_log2, top, total, acc, acc_rope,
+            EXTRA_FORMAT, EXTRA_PAGE_SIZE, COLUMNS, D_ROPE, D_V_ROPE, HAS_FP8, TILE,
         )  # fmt: skip
 
     lse = top + tl.log2(total)
