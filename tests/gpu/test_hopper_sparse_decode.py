@@ -30,6 +30,12 @@ def case(
     scope = sparse_scope(
         generator, kv_format, b, s_q, topk, page_size=page_size, num_pages=num_pages, d=d, lengths=lengths
     )
+    # Latents of the size for which the tolerances are meant.
+    counted = scope.indices
+    if lengths is not None:
+        counted = counted.masked_fill(torch.arange(topk) >= torch.tensor(lengths)[:, None, None], -1)
+    named = counted[counted >= 0].unique()
+    kv_format.append(scope.cache, randn(generator, len(named), d) / 8, named)
     q = randn(generator, b, s_q, h_q, d) * q_scale
     indices = scope.indices
     if strided:

@@ -20,7 +20,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot, dequant
 from flash_mla.backends.hopper.combine import Combine
-from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, SLOT_BYTES, THREADS_PER_ROW
+from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, THREADS_PER_ROW, UNIT, copy_async
 from flash_mla.backends.hopper.epilogue import write_fp32_row
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains, uniform
 from flash_mla.backends.hopper.softmax import LN2, LOG2_E, NO_SCORE, optimistic_softmax, quad_sum, rescale
@@ -52,6 +52,7 @@ class Barriers:
     k_empty: cute.Pointer
     q_full: cute.Pointer
     q_empty: cute.Pointer
+    peer: Int32 | None  # rank of the cluster's other CTA
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,10 @@ class Cursor:
     Behind the last piece, `exists` is false.
     """
 
-    def __init__(self, unit: Int32, tile: Int32, stop: Int32, length: Int32, opens: Int32):
+    def __init__(self, unit: Int32, tile: Int32, stop: Int32, length: Int32, entries: Int64, opens: Int32):
         self.unit, self.tile, self.stop = unit, tile, stop
         self.length = length  # entries of the unit that count
+        self.entries = entries  # address of the unit's indices
         self.opens = opens  # 1 for the first tile of a piece
 
     @property
@@ -123,19 +125,34 @@ class Cursor:
         return self.tile < self.stop
 
     def __extract_mlir_values__(self):
-        return [value.ir_value() for value in (self.unit, self.tile, self.stop, self.length, self.opens)]
+        values = (self.unit, self.tile, self.stop, self.length, self.entries, self.opens)
+        return [value.ir_value() for value in values]
 
     def __new_from_mlir_values__(self, values):
-        return Cursor(*(Int32(value) for value in values))
+        unit, tile, stop, length, entries, opens = values
+        return Cursor(Int32(unit), Int32(tile), Int32(stop), Int32(length), Int64(entries), Int32(opens))
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What a producer thread works on."""
+
+    warp: Int32
+    row: Int32  # of the eight that its warp converts at a time
+    slots: dequant.Slots  # of raw bytes
+    k: Int32  # address of its columns in the first of eight rows of block 0
+    rope: Int32  # address of its RoPE columns there
+    entry: Int32  # in a tile: the index that it looks up
+    index: Int32  # address of that index's value
 
 
 class SparseDecode:
-    def __init__(self, dtype: type[cutlass.Numeric], kv_format: str):
+    def __init__(self, dtype: type[cutlass.Numeric], kv_format: str, cluster: int):
         self.dtype = dtype
+        self.cluster = cluster
         self.loader = getattr(dequant, kv_format)(dtype)
         self.has_rope = self.loader.d > D_V
-        self.groups = HALF_CHUNKS + self.has_rope  # of copies, for each half row
-        self.octets = BLOCK // OCTET // 4  # that each producer warp converts of a block
+        self.octets = BLOCK // OCTET // 4 // cluster  # that each producer warp converts of a block
 
     @cute.jit
     def __call__(
@@ -171,13 +188,14 @@ class SparseDecode:
             q_full: cute.struct.MemRange[Int64, 1]
             q_empty: cute.struct.MemRange[Int64, 1]
             attended: cute.struct.MemRange[Int64, 2]  # of each block, a bit a token
+            indices: cute.struct.MemRange[Int32, WARPGROUP]  # of the next tile
             max0: cute.struct.MemRange[Float32, ROWS]
             max1: cute.struct.MemRange[Float32, ROWS]
             sum0: cute.struct.MemRange[Float32, ROWS]
             sum1: cute.struct.MemRange[Float32, ROWS]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
-            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.loader.slots * SLOT_BYTES], 128]
+            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.loader.raw_bytes], 128]
 
         self.Shared = Shared
         unit_rows = row_tiles * ROWS
@@ -194,6 +212,7 @@ class SparseDecode:
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
+            cluster=(self.cluster, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
@@ -254,7 +273,11 @@ class SparseDecode:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = utils.SmemAllocator().allocate(self.Shared)
         barriers = Barriers(
-            shared.k_full.data_ptr(), shared.k_empty.data_ptr(), shared.q_full.data_ptr(), shared.q_empty.data_ptr()
+            shared.k_full.data_ptr(),
+            shared.k_empty.data_ptr(),
+            shared.q_full.data_ptr(),
+            shared.q_empty.data_ptr(),
+            self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
         args = Arguments(
             q, k_cache, indices, lengths, sink, work, splits, partial_o, partial_lse, out, lse, scale_log2,
@@ -272,76 +295,121 @@ class SparseDecode:
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
+        if const_expr(self.cluster > 1):  # the peer may still signal our barriers
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+
+    def cluster_rank(self) -> Int32:
+        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
 
     @cute.jit
     def init_barriers(self, barriers: Barriers, warp: Int32):
         if warp == 0:
             with cute.arch.elect_one():
                 for i in range_constexpr(4):
-                    cute.arch.mbarrier_init(barriers.k_full + i, 4)
-                    cute.arch.mbarrier_init(barriers.k_empty + i, 4)
+                    # The late halves, 1 and 2, come with RoPE, which every producer thread copies a part of.
+                    late = i in (1, 2) and self.has_rope
+                    cute.arch.mbarrier_init(barriers.k_full + i, 4 + (WARPGROUP if late else 0))
+                    cute.arch.mbarrier_init(barriers.k_empty + i, 4 * self.cluster)
                 cute.arch.mbarrier_init(barriers.q_full, 1)
                 cute.arch.mbarrier_init(barriers.q_empty, 8)
         cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        if const_expr(self.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
     # ---------------------------------------------------------------------------------------------- producers
+
+    def lane(self, shared, thread: Int32) -> Lane:
+        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        u, row = lane % THREADS_PER_ROW, lane // THREADS_PER_ROW
+        k = Int32(shared.k.data_ptr().toint()) + row * 128
+        # Half of the lanes look up tokens of block 0, half of block 1; the first eight of each, those of octet 0.
+        octet = self.octet(warp, lane // OCTET % 2)
+        return Lane(
+            warp=warp,
+            row=row,
+            slots=self.loader.slots(Int32(shared.raw.data_ptr().toint()), thread),
+            # Columns 16 u are the units 2 u and 2 u + 1 of a chunk's row, which the swizzle permutes.
+            k=k + ((2 * u) ^ row) * UNIT,
+            rope=k + V_CHUNKS * CHUNK_BYTES + (u ^ row) * UNIT,
+            entry=lane // (2 * OCTET) * BLOCK + octet * OCTET + lane % OCTET,
+            index=Int32(shared.indices.data_ptr().toint()) + thread * 4,
+        )
+
+    def octet(self, warp, i):
+        """Number, in a block, of the i-th eight rows that a producer warp looks up; the first self.octets are its own.
+
+        In a cluster, i = 1 is what the peer's warp converts.
+        """
+        return 2 * warp + i if self.cluster == 1 else 4 * (self.cluster_rank() ^ i) + warp
 
     @cute.jit
     def produce(self, args, shared, barriers, tma_q: cute.CopyAtom, q_tma: cute.Tensor, thread: Int32):
         """Fill K blocks in four steps a tile: of block 0 the left half, then the right half and RoPE; of block 1 the
         right half, then the left half and RoPE. That is the order in which the consumers need and free them."""
-        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
-        u, row = lane % THREADS_PER_ROW, lane // THREADS_PER_ROW
-        slots = Int32(shared.raw.data_ptr().toint()) + thread * 16
-        # Columns 16 u are the 16-byte units 2 u and 2 u + 1 of a chunk's row, which the swizzle permutes.
-        k = Int32(shared.k.data_ptr().toint()) + row * 128 + ((2 * u) ^ row) * 16
-
+        lane = self.lane(shared, thread)
         end = end_of_work(args.work)
+        inverse_page_size = Uint32(0xFFFFFFFF) // Uint32(args.page_size)
+
         cursor = self.settle(args, first_piece(args.work), end)
         exists, opened = cursor.exists, cursor.unit
-        tokens = self.locate(args, self.look_up(args, cursor, lane, warp))
+        self.fetch_index(cursor, lane)
+        cute.arch.cp_async_commit_group()
+        wait_copies(0)
+        tokens = self.locate(args, self.read_index(lane), inverse_page_size)
         cursor = self.next_cursor(args, cursor, end)
-        slot = self.look_up(args, cursor, lane, warp)
-        token = cute.arch.shuffle_sync(tokens, row)
-        for group in range_constexpr(self.groups):
-            if const_expr(group < HALF_CHUNKS):
-                self.loader.fetch(group, Int32(LEFT), token, u, slots)
+        self.fetch_index(cursor, lane)
+        for i in range_constexpr(2):
+            step, octet = i // self.octets, i % self.octets
+            self.loader.fetch(lane.slots, i, Int32(step), cute.arch.shuffle_sync(tokens, octet * OCTET + lane.row))
             cute.arch.cp_async_commit_group()
+        wait_copies(0)  # for the next tile's index
 
         tiles, pieces = Int32(0), Int32(0)
         while exists:
-            next_tokens = self.locate(args, slot)
-            if next_tokens != 0:
-                for line in range_constexpr(-(-self.loader.token_bytes // 128)):
-                    cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[next_tokens + 128 * line])
+            next_tokens = self.locate(args, self.read_index(lane), inverse_page_size)
             next_exists = cursor.exists
             next_opened = cutlass.select_(next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
             cursor = self.next_cursor(args, cursor, end)
-            slot = self.look_up(args, cursor, lane, warp)
+            self.fetch_index(cursor, lane)
             attended = cute.arch.vote_ballot_sync(tokens != 0)
             for step in cutlass.range(4, unroll=1):
                 block, late = step // 2, step % 2
                 half = block ^ late
-                next_block, next_late = (step + 1) // 2 % 2, 1 - late
-                next_half = next_block ^ next_late
+                full = barriers.k_full + (2 * block + half)
                 cute.arch.mbarrier_wait(barriers.k_empty + (2 * block + half), (tiles & 1) ^ 1)
-                if step == 0 and warp == 0 and opened >= 0:
+                if step == 0 and lane.warp == 0 and opened >= 0:
                     self.load_q(args, shared, barriers, tma_q, q_tma, opened, pieces)
                 if late == 0:
-                    self.note_attended(shared, attended, block, warp)
+                    self.note_attended(shared, attended, block, lane.warp)
+                elif const_expr(self.has_rope):
+                    self.copy_rope(lane, tokens, block, full)
+                # Two half rows ahead.
+                upcoming = step + 2 // self.octets
+                sources = cutlass.select_(upcoming >= 4, next_tokens, tokens)
+                next_block = upcoming // 2 % 2
+                next_half = next_block ^ (upcoming % 2)
                 for i in range_constexpr(self.octets):
-                    to = k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(warp, i) * (OCTET * 128)
-                    # Half a row ahead: the next octet of this step, or the first one of the next step.
-                    if const_expr(i + 1 < self.octets):
-                        upcoming = (half, late, cute.arch.shuffle_sync(tokens, block * 16 + (i + 1) * OCTET + row))
-                    else:
-                        source = cutlass.select_(step == 3, next_tokens, tokens)
-                        upcoming = (next_half, next_late, cute.arch.shuffle_sync(source, next_block * 16 + row))
-                    self.convert(half, late, to, upcoming, u, slots)
-                cute.arch.sync_warp()
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(barriers.k_full + (2 * block + half))
+                    index = i if const_expr(self.octets == 2) else late
+                    token = cute.arch.shuffle_sync(sources, next_block * (2 * OCTET) + i * OCTET + lane.row)
+                    to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + half * (HALF_CHUNKS * CHUNK_BYTES)
+                    to += self.octet(lane.warp, i) * (OCTET * 128)
+                    wait_copies(1)
+                    cute.arch.sync_warp()
+                    raw = self.loader.read(lane.slots, index, half)
+                    self.loader.fetch(lane.slots, index, next_half, token)
+                    cute.arch.cp_async_commit_group()
+                    for chunk in range_constexpr(HALF_CHUNKS):
+                        self.loader.store(*raw[chunk], (to, to ^ UNIT), chunk * CHUNK_BYTES)
+                if const_expr(self.cluster == 1):
+                    cute.arch.sync_warp()
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive(full)
+                else:
+                    self.push(shared, lane, block, half, full, barriers.peer)
             pieces += cutlass.select_(opened >= 0, Int32(1), Int32(0))
             tokens, exists, opened = next_tokens, next_exists, next_opened
             tiles += 1
@@ -357,11 +425,15 @@ class SparseDecode:
             if stop <= piece.tile:
                 piece = next_piece(piece, stop, tiles)
                 stop = Int32(0)
-        return Cursor(piece.unit, piece.tile, stop, length, Int32(1))
+        entries = args.indices.iterator.toint()
+        if stop > piece.tile:
+            rows = args.rows(piece)
+            entries = args.indices[rows.request, rows.token, None].iterator.toint()
+        return Cursor(piece.unit, piece.tile, stop, length, entries, Int32(1))
 
     @cute.jit
     def next_cursor(self, args, cursor: Cursor, end):
-        following = Cursor(cursor.unit, cursor.tile + 1, cursor.stop, cursor.length, Int32(0))
+        following = Cursor(cursor.unit, cursor.tile + 1, cursor.stop, cursor.length, cursor.entries, Int32(0))
         if following.tile == following.stop:
             # Which piece of its unit it is, is of no concern here.
             piece = next_piece(Piece(cursor.unit, cursor.tile, Int32(0)), cursor.stop, tiles_of(cursor.length))
@@ -369,48 +441,61 @@ class SparseDecode:
         return following
 
     @cute.jit
-    def look_up(self, args, cursor: Cursor, lane: Int32, warp: Int32):
-        """The slot of the token that this lane stands for: of block lane / 16, octet (lane / 8) % 2; -1 if none."""
-        entry = cursor.tile * TILE + lane // 16 * BLOCK + self.octet(warp, lane // OCTET % 2) * OCTET + lane % OCTET
-        slot = Int32(-1)
+    def fetch_index(self, cursor: Cursor, lane: Lane):
+        """Start to bring the index that this lane looks up: a slot of the cache, or less than 0 if there is none."""
+        entry = cursor.tile * TILE + lane.entry
         if entry < cutlass.select_(cursor.exists, cursor.length, Int32(0)):
-            rows = args.rows(cursor)
-            slot = args.indices[rows.request, rows.token, entry]
-        return slot
+            copy_async((lane.index, 0), cursor.entries, (cursor.entries + Int64(entry) * 4, 0), 4)
+        else:
+            cute.arch.inline_ptx("st.shared.s32 [{$r0}], -1;", read_only_args=[lane.index])
 
-    def octet(self, warp, i):
-        """Number, in a block, of the i-th eight rows that a producer warp looks up."""
-        return 2 * warp + i
+    def read_index(self, lane: Lane) -> Int32:
+        return cute.arch.inline_ptx(
+            "ld.shared.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[lane.index]
+        )
 
     @cute.jit
-    def locate(self, args, slot: Int32):
+    def locate(self, args, slot: Int32, inverse_page_size: Uint32):
         """Address of the token in a slot, or 0 if it is not to be attended to."""
         num_pages, page_size = args.k_cache.shape[0], args.page_size
-        page = Int32(Uint32(slot) // Uint32(page_size))
+        page = cute.arch.inline_ptx(
+            "mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[slot, inverse_page_size]
+        )
+        # The product falls short of the quotient by one at most.
+        page += cutlass.select_(slot - page * page_size >= page_size, Int32(1), Int32(0))
         address = args.k_cache.iterator.toint() + Int64(page) * args.k_cache.stride[0]
         address += Int64(slot - page * page_size) * self.loader.token_bytes
         return cutlass.select_((slot >= 0) & (page < num_pages), address, Int64(0))
 
     @cute.jit
-    def convert(self, half: Int32, late: Int32, to: Int32, upcoming: tuple, u: Int32, slots: Int32):
-        """Half a row of each of the warp's tokens, chunk by chunk; each chunk's slot is filled again at once."""
-        next_half, next_late, next_token = upcoming
-        scales = None
-        for chunk in range_constexpr(HALF_CHUNKS):
-            wait_copies(self.groups - 1)
-            if const_expr(chunk == 0):
-                scales = self.loader.scales(half, slots)
-            codes = self.loader.read(chunk, slots)
-            self.loader.fetch(chunk, next_half, next_token, u, slots)
-            cute.arch.cp_async_commit_group()
-            self.loader.store(codes, scales[chunk], to + (half * HALF_CHUNKS + chunk) * CHUNK_BYTES)
-        if const_expr(self.has_rope):
-            if late != 0:
-                wait_copies(self.groups - 1)
-                self.loader.store_rope(self.loader.read_rope(slots), to + V_CHUNKS * CHUNK_BYTES)
-            if next_late != 0:
-                self.loader.fetch_rope(next_token, u, slots)
-            cute.arch.cp_async_commit_group()
+    def copy_rope(self, lane: Lane, tokens: Int64, block: Int32, full: cute.Pointer):
+        """Copy the RoPE columns of all tokens of a block that this warp looks up to where they stay."""
+        u = lane.slots.thread % THREADS_PER_ROW
+        for i in range_constexpr(2):
+            token = cute.arch.shuffle_sync(tokens, block * (2 * OCTET) + i * OCTET + lane.row)
+            to = lane.rope + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * 128)
+            for part in range_constexpr(2):
+                source = (token + Int64(u * UNIT), self.loader.rope_offset + part * CHUNK)
+                copy_async((to ^ (part * CHUNK), 0), token, source, UNIT)
+        cute.arch.cp_async_mbarrier_arrive_noinc(full)
+
+    @cute.jit
+    def push(self, shared, lane: Lane, block: Int32, half: Int32, full: cute.Pointer, peer: Int32):
+        """Copy what this warp has converted, eight rows of half a block, to the same place in the peer's memory."""
+        start = shared.k.data_ptr() + (block * K_CHUNKS + half * HALF_CHUNKS) * CHUNK_ELEMENTS
+        source = Int32(start.toint()) + self.octet(lane.warp, 0) * (OCTET * 128)
+        to, full_there = remote(source, peer), remote(Int32(full.toint()), peer)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            # The peer's warp of the same number sends as much.
+            cute.arch.mbarrier_arrive_and_expect_tx(full, HALF_CHUNKS * OCTET * 128)
+            for chunk in range_constexpr(HALF_CHUNKS):
+                cute.arch.inline_ptx(
+                    "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+                    f"[{{$r0}}], [{{$r1}}], {OCTET * 128}, [{{$r2}}];",
+                    read_only_args=[to + chunk * CHUNK_BYTES, source + chunk * CHUNK_BYTES, full_there],
+                )
 
     @cute.jit
     def note_attended(self, shared, attended: Int32, block: Int32, warp: Int32):
@@ -578,9 +663,12 @@ class SparseDecode:
         gemm(pv_op(self.dtype, source), f.o, a, f.v[block])
 
     def free(self, barriers: Barriers, block: int, half: int):
-        """Tell the producers that half a block has been read."""
+        """Tell the producers, the peer's too, that half a block has been read."""
+        empty = barriers.k_empty + (2 * block + half)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(barriers.k_empty + (2 * block + half))
+            cute.arch.mbarrier_arrive(empty)
+            if self.cluster > 1:
+                cute.arch.mbarrier_arrive(empty, barriers.peer)
 
     def pair(self, side, last, shared, barriers, f, m, row_sum, scale, pairs, thread):
         """One pair of K blocks: its scores are complete on entry; unless `last`, those of the next pair are on exit."""
@@ -767,8 +855,16 @@ def tiles_of(length: Int32) -> Int32:
     return (length + (TILE - 1)) // TILE
 
 
+def remote(address: Int32, peer: Int32) -> Int32:
+    """The place of a shared-memory address in the peer's memory."""
+    there = cute.arch.inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, peer]
+    )
+    return cute.arch.make_warp_uniform(there)
+
+
 def wait_copies(pending: int) -> None:
-    """Wait until at most `pending` of this thread's groups of copies are under way."""
+    """Wait until at most `pending` of this thread's groups of asynchronous copies are under way."""
     cute.arch.inline_ptx(f"cp.async.wait_group {pending};")
 
 
@@ -796,7 +892,7 @@ def write_16bit_row(o: cute.Tensor, r: cutlass.Constexpr, factor: Float32, to: c
             cute.autovec_copy(values, cute.make_tensor((start + group * 32).align(16), cute.make_layout(8)))
 
 
-def compile_variant(dtype: str, kv_format: str) -> aot.Compiled:
+def compile_variant(dtype: str, kv_format: str, cluster: int) -> aot.Compiled:
     """Compile for tensors of any extents whose rows, tokens and pages are 16-byte aligned."""
     element = getattr(cutlass, dtype)
     loader = getattr(dequant, kv_format)
@@ -812,6 +908,6 @@ def compile_variant(dtype: str, kv_format: str) -> aot.Compiled:
     out = aot.strided(element, (b, s_q, h_q, D_V), dense_last=True, align=16)
     lse = aot.strided(Float32, (b, h_q, s_q))
     return aot.compile_kernel(
-        SparseDecode(element, kv_format), q, k_cache, indices, lengths, sink, work, splits, workspace, out, lse,
-        Float32(1.0), *[Int32(0)] * 6,
+        SparseDecode(element, kv_format, cluster), q, k_cache, indices, lengths, sink, work, splits, workspace, out,
+        lse, Float32(1.0), *[Int32(0)] * 6,
     )  # fmt: skip

@@ -19,6 +19,7 @@ COMBINE_COST = 3
 class SparseDecodeConfig:
     """How sparse decode is laid out on a GPU."""
 
+    cluster: int  # CTAs that convert half of the rows each and share them
     row_tiles: int  # CTAs of a worker: tiles of 64 heads taken side by side
     passes: int  # units that the heads of a query token make
     num_workers: int
@@ -37,7 +38,7 @@ def sparse_decode_config(queries: int, h_q: int, tiles: int | None, num_sms: int
 
     Units of equal length are best kept whole if that leaves few SMs idle for not too long.
     """
-    row_tiles = 1
+    row_tiles = cluster = 1 if h_q <= ROWS else 2
     passes = -(-h_q // (row_tiles * ROWS))
     units, workers = queries * passes, num_sms // row_tiles
     num_workers = workers
@@ -49,4 +50,4 @@ def sparse_decode_config(queries: int, h_q: int, tiles: int | None, num_sms: int
             num_workers = -(-units // rounds)
             # Cuts fall on units only if every worker gets as many.
             num_workers = num_workers if num_workers * rounds == units else workers
-    return SparseDecodeConfig(row_tiles, passes, num_workers, FIXED_COST, min_cost=1)
+    return SparseDecodeConfig(cluster, row_tiles, passes, num_workers, FIXED_COST, min_cost=1)

@@ -38,12 +38,12 @@ def why_not(problem: DecodeProblem) -> str | None:
         return "no Hopper kernel for sparse decode with extra_k_cache yet"
     if problem.dtype != torch.bfloat16:
         return f"no Hopper kernel for sparse decode of {problem.dtype} queries over {problem.kv_format.name}"
-    return kernels.unavailable(sparse_decode_kernel(problem))
+    return kernels.unavailable(sparse_decode_kernel(problem, 1))
 
 
-def sparse_decode_kernel(problem: DecodeProblem) -> str:
+def sparse_decode_kernel(problem: DecodeProblem, cluster: int) -> str:
     """Name of the variant that serves a problem."""
-    return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{problem.kv_format.value}"
+    return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{problem.kv_format.value}_cluster{cluster}"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -98,7 +98,7 @@ def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int) -> 
     many_rows = (num_units if by_unit else num_workers) * config.unit_rows >= ROWS_TO_FILL_A_GPU
     flags = (problem.page_size, config.row_tiles, slots, problem.batch_invariant, by_unit, many_rows)
     return _SparseDecode(
-        kernel=kernels.load(sparse_decode_kernel(problem)),
+        kernel=kernels.load(sparse_decode_kernel(problem, config.cluster)),
         out_shape=(problem.b, problem.s_q, problem.h_q, problem.d_v),
         lse_shape=(problem.b, problem.h_q, problem.s_q),
         workspace_size=slots * config.unit_rows * (problem.d_v + 1),

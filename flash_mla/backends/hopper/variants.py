@@ -50,9 +50,12 @@ SPARSE_PREFILL = {
 }
 
 SPARSE_DECODE = {
-    "sparse_decode_bf16_fp8_v32": Variant(
-        "flash_mla.backends.hopper.sparse_decode", 168, {"dtype": "BFloat16", "kv_format": "Fp8V32"}
+    f"sparse_decode_bf16_fp8_v32_cluster{cluster}": Variant(
+        "flash_mla.backends.hopper.sparse_decode",
+        168,
+        {"dtype": "BFloat16", "kv_format": "Fp8V32", "cluster": cluster},
     )
+    for cluster in (1, 2)
 }
 
 VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER, **DENSE_DECODE, **SPARSE_DECODE, **SPARSE_PREFILL}
