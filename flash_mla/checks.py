@@ -104,7 +104,7 @@ def real_number(name: str, value: object) -> float:
     """Require a finite float or int."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, need a float")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # which torch.compile can trace, unlike math.isfinite
         raise ValueError(f"{name}: got {value}, need a finite number")
     return float(value)
 
@@ -152,9 +152,10 @@ def mha_packed(name: str, packed: object, head_dim_qk: object, *, qk_parts: int)
 
 def max_seqlen(name: str, value: object, *, b: int, total: int, is_varlen: bool) -> int:
     """Require an upper bound on the lengths of `b` sequences of `total` tokens; equal lengths unless `is_varlen`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name}: got {type(value).__name__}, need an int")
-    bound = operator.index(value)
+    # torch.compile's sizes of dynamic tensors are ints, but know no __index__.
+    bound = value if isinstance(value, int) else operator.index(value)
     if not is_varlen and bound * b != total:
         raise ValueError(f"{name}: got {bound}, need {total} tokens / {b} sequences when is_varlen is False")
     if bound < 0 or bound * b < total:

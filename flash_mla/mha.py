@@ -2,66 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
-
 import torch
-from torch.autograd.function import once_differentiable
 
-from flash_mla import backends, checks
-from flash_mla.problem import MHAProblem
+from flash_mla import checks, mha_ops
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"]
-
-
-class _Attention(torch.autograd.Function):
-    """Joins a backend's forward and backward in autograd's graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        backend: ModuleType,
-        problem: MHAProblem,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu_seqlens_qo: torch.Tensor,
-        cu_seqlens_kv: torch.Tensor,
-        max_seqlen_qo: int,
-        max_seqlen_kv: int,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = backend.mha_forward(
-            problem, q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale
-        )
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_qo, cu_seqlens_kv)
-        ctx.backend, ctx.problem = backend, problem
-        ctx.max_seqlen_qo, ctx.max_seqlen_kv, ctx.softmax_scale = max_seqlen_qo, max_seqlen_kv, softmax_scale
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse, cu_seqlens_qo, cu_seqlens_kv = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        dq, dk, dv = ctx.backend.mha_backward(
-            ctx.problem,
-            dout if dout.stride(-1) == 1 else dout.contiguous(),  # out.sum() hands over an expanded scalar
-            dlse,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cu_seqlens_qo,
-            cu_seqlens_kv,
-            ctx.max_seqlen_qo,
-            ctx.max_seqlen_kv,
-            ctx.softmax_scale,
-        )
-        return None, None, dq, dk, dv, None, None, None, None, None
 
 
 def flash_attn_varlen_func(
@@ -114,19 +59,13 @@ def flash_attn_varlen_func(
     checks.no_dropout(dropout_p)
     d_qk = q.shape[-1]
     scale = d_qk**-0.5 if softmax_scale is None else checks.real_number("softmax_scale", softmax_scale)
-    problem = MHAProblem(
-        device=q.device,
-        dtype=q.dtype,
-        h_q=q.shape[1],
-        h_kv=k.shape[1],
-        d_qk=d_qk,
-        d_v=v.shape[-1],
-        causal=checks.flag("causal", causal),
-        deterministic=checks.flag("deterministic", deterministic),
-    )
-    return _Attention.apply(
-        backends.choose(problem), problem, q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, scale
-    )
+    args = (
+        q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, scale,
+        checks.flag("causal", causal), checks.flag("deterministic", deterministic),
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return torch.ops.flash_mla.mha_forward(*args)
+    return mha_ops.Attention.apply(*args)
 
 
 def flash_attn_varlen_qkvpacked_func(
