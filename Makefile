@@ -8,7 +8,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 # pytest's processes share the cores, so that each computes on one.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test lint kernels wheel clean
+.PHONY: demo test lint kernels triton wheel clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/flash-mla demo $(ARGS)
@@ -24,6 +24,10 @@ lint: $(VENV)/.test
 # Compiles every Hopper kernel into the package and fails on spills, ptxas warnings or registers above the budget.
 kernels: $(VENV)/.build
 	$(BIN)/flash-mla build --jobs $(JOBS) --check
+
+# Compiles every Triton kernel for every architecture and fails on spills, shared memory or a lack of tensor cores.
+triton: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/python -m flash_mla.backends.triton.check --jobs $(JOBS)
 
 # A wheel that carries the compiled kernels; build/ may hold files of an earlier one.
 wheel: kernels

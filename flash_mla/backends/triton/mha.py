@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 
 from flash_mla.backends.triton.mha_backward import delta_kernel, dkdv_kernel, dq_kernel
 from flash_mla.backends.triton.mha_forward import forward_kernel
-from flash_mla.backends.triton.mha_heuristics import Capability, dkdv_tiles, dq_tiles, forward_tiles
+from flash_mla.backends.triton.mha_heuristics import dkdv_tiles, dq_tiles, forward_tiles
+from flash_mla.backends.triton.variants import Capability, Variant
 from flash_mla.problem import MHAProblem
 
-__all__ = ["mha_backward", "mha_forward"]
+__all__ = ["mha_backward", "mha_forward", "variants"]
 
 DELTA_TILE = 32  # tokens
 
@@ -118,3 +121,37 @@ def _strides(x: torch.Tensor | None) -> tuple[int, int]:
 def _capability(q: torch.Tensor) -> Capability:
     """Of q's GPU; the interpreter's tensors are on the CPU, where any tiles will do."""
     return torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
+
+
+# Bytes that a thread may keep in local memory, by kernel, d_qk and major version of the architecture.
+SPILL = {
+    ("dkdv", 192, 8): 24, ("dkdv", 192, 9): 128, ("dkdv", 192, 10): 64, ("dkdv", 192, 12): 24, ("dq", 192, 12): 32,
+}  # fmt: skip
+
+
+def variants(capability: Capability) -> Iterator[Variant]:
+    """The kernels for 128 heads: of either head dim, either dtype, causal or not."""
+    pointers = {f"{x}_ptr": "*fp32" for x in ("lse", "dlse", "delta")}
+    pointers |= {"cu_seqlens_qo_ptr": "*i32", "cu_seqlens_kv_ptr": "*i32", "softmax_scale": "fp32"}
+    for d_qk, dtype, causal in ((192, "bf16", True), (128, "fp16", False)):
+        types = pointers | {f"{x}_ptr": f"*{dtype}" for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")}
+        strides = {f"{x}_stride_t": 128 * d_qk for x in ("q", "k", "dq", "dk")}
+        strides |= {f"{x}_stride_t": 128 * 128 for x in ("v", "out", "dout", "dv")}
+        for name, kernel, tiles in (
+            ("forward", forward_kernel, forward_tiles(capability, d_qk)),
+            ("dq", dq_kernel, dq_tiles(capability, d_qk)),
+            ("dkdv", dkdv_kernel, dkdv_tiles(capability, d_qk)),
+        ):
+            known = strides | {"REST": d_qk - 128, "D_V": 128, "CAUSAL": causal, "NEGATIVE_SCALE": False}
+            known |= {"TILE_Q": tiles.tile_q, "TILE_KV": tiles.tile_kv}
+            yield Variant(
+                name=f"mha_{name}_{d_qk}_{dtype}{'_causal' * causal}",
+                kernel=kernel,
+                types=types,
+                constants={name: value for name, value in known.items() if name in kernel.arg_names},
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+                spill=SPILL.get((name, d_qk, capability[0]), 0),
+            )
+    constants = {"D_V": 128, "HAS_DLSE": True, "TILE": DELTA_TILE}
+    yield Variant("mha_delta", delta_kernel, types, constants, num_warps=4, multiplies=False)

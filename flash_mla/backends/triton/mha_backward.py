@@ -70,30 +70,28 @@ def dq_kernel(
     dq = tl.zeros([TILE_Q, 128], tl.float32)
     dq_rest = tl.zeros([TILE_Q, 64], tl.float32)
 
-    first_sees = s_kv
+    whole = s_kv
     stop = s_kv
     if CAUSAL:
-        first_sees = tl.minimum(tl.maximum(s_kv - s_q + row + 1, 0), s_kv)
-        stop = tl.minimum(tl.maximum(s_kv - s_q + row + TILE_Q, 0), s_kv)
-    whole = first_sees // TILE_KV * TILE_KV
-    for MASKED in tl.static_range(2):
-        for key in tl.range(whole if MASKED else 0, stop if MASKED else whole, TILE_KV):
-            k = load_rows(k_ptr, key, s_kv, k_stride_t, MASKED, TILE_KV, 128)
-            k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, MASKED, TILE_KV, REST)
-            v = load_rows(v_ptr, key, s_kv, v_stride_t, MASKED, TILE_KV, D_V)
-            p = tl.math.exp2(products(q, q_rest, k, k_rest, REST) * scale - lse[:, None])
-            ds = p * (tl.dot(dout, v.T) - delta[:, None])
-            if MASKED:
-                keys = key + tl.arange(0, TILE_KV)
-                sees = keys[None, :] < s_kv
-                if CAUSAL:
-                    sees = sees & (keys[None, :] <= (s_kv - s_q + rows)[:, None])
-                # Also where p overflowed, or a row that sees nothing has lse -inf and any dout.
-                ds = tl.where(sees, ds, 0.0)
-            ds = ds.to(k.dtype)
-            dq = tl.dot(ds, k, dq)
-            if REST > 0:
-                dq_rest = tl.dot(ds, k_rest, dq_rest)
+        whole = tl.minimum(s_kv - s_q + row + 1, s_kv)
+        stop = tl.minimum(s_kv - s_q + row + TILE_Q, s_kv)
+    for key in tl.range(0, stop, TILE_KV):
+        k = load_rows(k_ptr, key, s_kv, k_stride_t, True, TILE_KV, 128)
+        k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, True, TILE_KV, REST)
+        v = load_rows(v_ptr, key, s_kv, v_stride_t, True, TILE_KV, D_V)
+        p = tl.math.exp2(products(q, q_rest, k, k_rest, REST) * scale - lse[:, None])
+        ds = p * (tl.dot(dout, v.T) - delta[:, None])
+        if key + TILE_KV > whole:
+            keys = key + tl.arange(0, TILE_KV)
+            sees = keys[None, :] < s_kv
+            if CAUSAL:
+                sees = sees & (keys[None, :] <= (s_kv - s_q + rows)[:, None])
+            # Also where p overflowed, or a row that sees nothing has lse -inf and any dout.
+            ds = tl.where(sees, ds, 0.0)
+        ds = ds.to(k.dtype)
+        dq = tl.dot(ds, k, dq)
+        if REST > 0:
+            dq_rest = tl.dot(ds, k_rest, dq_rest)
 
     store_rows(dq_ptr, row, s_q, dq_stride_t, dq * softmax_scale, TILE_Q, 128)
     if REST > 0:
@@ -156,12 +154,13 @@ def dkdv_kernel(
             # Rows past the last get P = exp2(0 - inf) = 0.
             lse = tl.load(lse_head + rows, mask=rows < s_q, other=float("inf")) * LOG2_E
             delta = tl.load(delta_head + rows, mask=rows < s_q, other=0.0)
+            dp = tl.dot(v, dout.T)
             p = tl.math.exp2(products(k, k_rest, q, q_rest, REST) * scale - lse[None, :])
-            if CAUSAL:
+            if CAUSAL:  # noqa: SIM102 - one is known when compiling, one only when running
                 if row < whole:
                     p = tl.where(keys[:, None] <= (s_kv - s_q + rows)[None, :], p, 0.0)
+            ds = (p * (dp - delta[None, :])).to(q.dtype)
             dv = tl.dot(p.to(dout.dtype), dout, dv)
-            ds = (p * (tl.dot(v, dout.T) - delta[None, :])).to(q.dtype)
             dk = tl.dot(ds, q, dk)
             if REST > 0:
                 dk_rest = tl.dot(ds, q_rest, dk_rest)

@@ -41,51 +41,36 @@ def forward_kernel(
     rows = row + tl.arange(0, TILE_Q)
     q = load_rows(q_ptr, row, s_q, q_stride_t, True, TILE_Q, 128)
     q_rest = load_rest(q_ptr, row, s_q, q_stride_t, True, TILE_Q, REST)
-    scale = softmax_scale * LOG2_E
-    row_max = tl.full([TILE_Q], float("-inf"), tl.float32)  # of the scaled scores, in units of log 2
+    # In units of log 2; never 0, so that a hidden score times it is -inf.
+    scale = tl.where(softmax_scale == 0.0, 1e-30, softmax_scale * LOG2_E)
+    row_max = tl.full([TILE_Q], float("-inf"), tl.float32)  # of the scaled scores
     row_sum = tl.zeros([TILE_Q], tl.float32)
     acc = tl.zeros([TILE_Q, D_V], tl.float32)
 
     # All rows see the keys before `whole`, some row those before `stop`.
-    first_sees = s_kv
+    whole = s_kv
     stop = s_kv
     if CAUSAL:
-        first_sees = tl.minimum(tl.maximum(s_kv - s_q + row + 1, 0), s_kv)
-        stop = tl.minimum(tl.maximum(s_kv - s_q + row + TILE_Q, 0), s_kv)
-    whole = first_sees // TILE_KV * TILE_KV
-    # P meets the values one step after it was computed, so that the product runs beside the next softmax. It is carried
-    # there as bits: Triton would keep a carried operand in shared memory, and fp32 would take twice the registers.
-    p_bits = tl.zeros([TILE_Q, TILE_KV], tl.int16)
-    shrink = tl.full([TILE_Q], 1.0, tl.float32)
-    for MASKED in tl.static_range(2):
-        for key in tl.range(whole if MASKED else 0, stop if MASKED else whole, TILE_KV):
-            k = load_rows(k_ptr, key, s_kv, k_stride_t, MASKED, TILE_KV, 128)
-            k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, MASKED, TILE_KV, REST)
-            v = load_rows(v_ptr, tl.maximum(key - TILE_KV, 0), s_kv, v_stride_t, MASKED, TILE_KV, D_V)
-            s = products(q, q_rest, k, k_rest, REST)
-            acc = tl.dot(p_bits.to(v.dtype, bitcast=True), v, acc * shrink[:, None])
-            if MASKED:
-                keys = key + tl.arange(0, TILE_KV)
-                sees = keys[None, :] < s_kv
-                if CAUSAL:
-                    sees = sees & (keys[None, :] <= (s_kv - s_q + rows)[:, None])
-                s = tl.where(sees, s * scale, float("-inf"))
-                new_max = tl.maximum(row_max, tl.max(s, 1))
-                reference = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may have seen nothing yet
-                p = tl.math.exp2(s - reference[:, None])
-                shrink = tl.math.exp2(row_max - reference)
-            else:
-                # The scale enters with the subtraction, in one instruction.
-                top = tl.min(s, 1) if NEGATIVE_SCALE else tl.max(s, 1)
-                new_max = tl.maximum(row_max, top * scale)
-                p = tl.math.exp2(s * scale - new_max[:, None])
-                shrink = tl.math.exp2(row_max - new_max)
-            row_sum = row_sum * shrink + tl.sum(p, 1)
-            row_max = new_max
-            p_bits = p.to(v.dtype).to(tl.int16, bitcast=True)
-    last = tl.maximum(tl.cdiv(stop, TILE_KV) - 1, 0) * TILE_KV
-    v = load_rows(v_ptr, last, s_kv, v_stride_t, True, TILE_KV, D_V)
-    acc = tl.dot(p_bits.to(v.dtype, bitcast=True), v, acc * shrink[:, None])
+        whole = tl.minimum(s_kv - s_q + row + 1, s_kv)
+        stop = tl.minimum(s_kv - s_q + row + TILE_Q, s_kv)
+    for key in tl.range(0, stop, TILE_KV):
+        k = load_rows(k_ptr, key, s_kv, k_stride_t, True, TILE_KV, 128)
+        k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, True, TILE_KV, REST)
+        s = products(q, q_rest, k, k_rest, REST)
+        if key + TILE_KV > whole:
+            keys = key + tl.arange(0, TILE_KV)
+            sees = keys[None, :] < s_kv
+            if CAUSAL:
+                sees = sees & (keys[None, :] <= (s_kv - s_q + rows)[:, None])
+            s = tl.where(sees, s, float("inf") if NEGATIVE_SCALE else float("-inf"))
+        new_max = tl.maximum(row_max, (tl.min(s, 1) if NEGATIVE_SCALE else tl.max(s, 1)) * scale)
+        reference = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may have seen nothing yet
+        p = tl.math.exp2(s * scale - reference[:, None])
+        shrink = tl.math.exp2(row_max - reference)
+        row_sum = row_sum * shrink + tl.sum(p, 1)
+        row_max = new_max
+        v = load_rows(v_ptr, key, s_kv, v_stride_t, True, TILE_KV, D_V)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
 
     sees_any = row_sum > 0.0
     row_sum = tl.where(sees_any, row_sum, 1.0)
