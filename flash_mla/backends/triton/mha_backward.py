@@ -23,8 +23,8 @@ def delta_kernel(
     """delta [h_q, total_q] fp32, for a tile of tokens of a head. The grid is h_q times the tiles."""
     head = (tl.program_id(0) % h_q).to(tl.int64)
     token = tl.program_id(0) // h_q * TILE
-    dout = load_rows(dout_ptr + head * dout_stride_h, token, total_q, dout_stride_t, True, TILE, D_V)
-    out = load_rows(out_ptr + head * out_stride_h, token, total_q, out_stride_t, True, TILE, D_V)
+    dout = load_rows(dout_ptr + head * dout_stride_h, token, total_q, dout_stride_t, TILE, D_V)
+    out = load_rows(out_ptr + head * out_stride_h, token, total_q, out_stride_t, TILE, D_V)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tokens = token + tl.arange(0, TILE)
     if HAS_DLSE:
@@ -61,9 +61,9 @@ def dq_kernel(
     dq_ptr += start_q * dq_stride_t + head * dq_stride_h
 
     rows = row + tl.arange(0, TILE_Q)
-    q = load_rows(q_ptr, row, s_q, q_stride_t, True, TILE_Q, 128)
-    q_rest = load_rest(q_ptr, row, s_q, q_stride_t, True, TILE_Q, REST)
-    dout = load_rows(dout_ptr, row, s_q, dout_stride_t, True, TILE_Q, D_V)
+    q = load_rows(q_ptr, row, s_q, q_stride_t, TILE_Q, 128)
+    q_rest = load_rest(q_ptr, row, s_q, q_stride_t, TILE_Q, REST)
+    dout = load_rows(dout_ptr, row, s_q, dout_stride_t, TILE_Q, D_V)
     lse = tl.load(lse_ptr + head * lse_stride_h + start_q + rows, mask=rows < s_q, other=0.0) * LOG2_E
     delta = tl.load(delta_ptr + head * delta_stride_h + start_q + rows, mask=rows < s_q, other=0.0)
     scale = softmax_scale * LOG2_E
@@ -76,9 +76,9 @@ def dq_kernel(
         whole = tl.minimum(s_kv - s_q + row + 1, s_kv)
         stop = tl.minimum(s_kv - s_q + row + TILE_Q, s_kv)
     for key in tl.range(0, stop, TILE_KV):
-        k = load_rows(k_ptr, key, s_kv, k_stride_t, True, TILE_KV, 128)
-        k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, True, TILE_KV, REST)
-        v = load_rows(v_ptr, key, s_kv, v_stride_t, True, TILE_KV, D_V)
+        k = load_rows(k_ptr, key, s_kv, k_stride_t, TILE_KV, 128)
+        k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, TILE_KV, REST)
+        v = load_rows(v_ptr, key, s_kv, v_stride_t, TILE_KV, D_V)
         p = tl.math.exp2(products(q, q_rest, k, k_rest, REST) * scale - lse[:, None])
         ds = p * (tl.dot(dout, v.T) - delta[:, None])
         if key + TILE_KV > whole:
@@ -125,9 +125,9 @@ def dkdv_kernel(
     dv_ptr += start_kv * dv_stride_t + kv_head * dv_stride_h
 
     keys = key + tl.arange(0, TILE_KV)
-    k = load_rows(k_ptr, key, s_kv, k_stride_t, True, TILE_KV, 128)
-    k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, True, TILE_KV, REST)
-    v = load_rows(v_ptr, key, s_kv, v_stride_t, True, TILE_KV, D_V)
+    k = load_rows(k_ptr, key, s_kv, k_stride_t, TILE_KV, 128)
+    k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, TILE_KV, REST)
+    v = load_rows(v_ptr, key, s_kv, v_stride_t, TILE_KV, D_V)
     scale = softmax_scale * LOG2_E
     dk = tl.zeros([TILE_KV, 128], tl.float32)
     dk_rest = tl.zeros([TILE_KV, 64], tl.float32)
@@ -148,9 +148,9 @@ def dkdv_kernel(
         delta_head = delta_ptr + head * delta_stride_h + start_q
         for row in tl.range(start, s_q, TILE_Q):
             rows = row + tl.arange(0, TILE_Q)
-            q = load_rows(q_head, row, s_q, q_stride_t, True, TILE_Q, 128)
-            q_rest = load_rest(q_head, row, s_q, q_stride_t, True, TILE_Q, REST)
-            dout = load_rows(dout_head, row, s_q, dout_stride_t, True, TILE_Q, D_V)
+            q = load_rows(q_head, row, s_q, q_stride_t, TILE_Q, 128)
+            q_rest = load_rest(q_head, row, s_q, q_stride_t, TILE_Q, REST)
+            dout = load_rows(dout_head, row, s_q, dout_stride_t, TILE_Q, D_V)
             # Rows past the last get P = exp2(0 - inf) = 0.
             lse = tl.load(lse_head + rows, mask=rows < s_q, other=float("inf")) * LOG2_E
             delta = tl.load(delta_head + rows, mask=rows < s_q, other=0.0)

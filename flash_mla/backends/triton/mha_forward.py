@@ -39,23 +39,24 @@ def forward_kernel(
     lse_ptr += start_q + head * lse_stride_h
 
     rows = row + tl.arange(0, TILE_Q)
-    q = load_rows(q_ptr, row, s_q, q_stride_t, True, TILE_Q, 128)
-    q_rest = load_rest(q_ptr, row, s_q, q_stride_t, True, TILE_Q, REST)
+    q = load_rows(q_ptr, row, s_q, q_stride_t, TILE_Q, 128)
+    q_rest = load_rest(q_ptr, row, s_q, q_stride_t, TILE_Q, REST)
     # In units of log 2; never 0, so that a hidden score times it is -inf.
     scale = tl.where(softmax_scale == 0.0, 1e-30, softmax_scale * LOG2_E)
     row_max = tl.full([TILE_Q], float("-inf"), tl.float32)  # of the scaled scores
     row_sum = tl.zeros([TILE_Q], tl.float32)
     acc = tl.zeros([TILE_Q, D_V], tl.float32)
 
-    # All rows see the keys before `whole`, some row those before `stop`.
+    # All rows see the keys before `whole`, some row those before `stop`. One loop takes both: between two, ptxas would
+    # have every product on Hopper wait for the one before.
     whole = s_kv
     stop = s_kv
     if CAUSAL:
         whole = tl.minimum(s_kv - s_q + row + 1, s_kv)
         stop = tl.minimum(s_kv - s_q + row + TILE_Q, s_kv)
     for key in tl.range(0, stop, TILE_KV):
-        k = load_rows(k_ptr, key, s_kv, k_stride_t, True, TILE_KV, 128)
-        k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, True, TILE_KV, REST)
+        k = load_rows(k_ptr, key, s_kv, k_stride_t, TILE_KV, 128)
+        k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, TILE_KV, REST)
         s = products(q, q_rest, k, k_rest, REST)
         if key + TILE_KV > whole:
             keys = key + tl.arange(0, TILE_KV)
@@ -69,7 +70,7 @@ def forward_kernel(
         shrink = tl.math.exp2(row_max - reference)
         row_sum = row_sum * shrink + tl.sum(p, 1)
         row_max = new_max
-        v = load_rows(v_ptr, key, s_kv, v_stride_t, True, TILE_KV, D_V)
+        v = load_rows(v_ptr, key, s_kv, v_stride_t, TILE_KV, D_V)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
 
     sees_any = row_sum > 0.0

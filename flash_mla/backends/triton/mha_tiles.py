@@ -28,19 +28,17 @@ def tile_at(ptr, row, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, row, num_rows, row_stride, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows `row` to row + ROWS of a matrix; MASKED: not all of them are under num_rows, and the others read as 0."""
+def load_rows(ptr, row, num_rows, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows `row` to row + ROWS of a matrix, zeros from num_rows on."""
     ptrs = tile_at(ptr, row, row_stride, ROWS, COLUMNS)
-    if MASKED:
-        return tl.load(ptrs, mask=(row + tl.arange(0, ROWS) < num_rows)[:, None], other=0.0)
-    return tl.load(ptrs)
+    return tl.load(ptrs, mask=(row + tl.arange(0, ROWS) < num_rows)[:, None], other=0.0)
 
 
 @triton.jit
-def load_rest(ptr, row, num_rows, row_stride, MASKED: tl.constexpr, ROWS: tl.constexpr, REST: tl.constexpr):
+def load_rest(ptr, row, num_rows, row_stride, ROWS: tl.constexpr, REST: tl.constexpr):
     """The rest of the columns of `load_rows`, or a stand-in."""
     if REST > 0:
-        return load_rows(ptr + FIRST, row, num_rows, row_stride, MASKED, ROWS, REST)
+        return load_rows(ptr + FIRST, row, num_rows, row_stride, ROWS, REST)
     else:  # noqa: RET505 - or Triton would compile what follows the return
         return 0.0
 
