@@ -12,7 +12,7 @@ import torch
 
 import flash_mla
 from flash_mla import KVCacheFormat, backends, cli, kernels
-from flash_mla.backends import hopper
+from flash_mla.backends import hopper, triton
 from flash_mla.problem import DecodeProblem
 
 README = (kernels.PACKAGE.parent / "README.md").read_text()
@@ -37,10 +37,13 @@ def test_every_public_name_is_mentioned():
     assert missing == []
 
 
-def support_table() -> dict[str, tuple[str, str, str]]:
-    """Mode -> its formats, and where it runs: on the CPU, on Hopper."""
-    rows = [line.strip("|").split("|") for line in README.splitlines() if line.count("|") == 5]
-    return {mode.split(",")[0].strip(): (formats, cpu.strip(), hopper) for mode, formats, cpu, hopper in rows[2:]}
+def support_table() -> dict[str, tuple[str, str, str, str]]:
+    """Mode -> its formats, and where it runs: on the CPU, on Hopper, in Triton."""
+    rows = [line.strip("|").split("|") for line in README.splitlines() if line.count("|") == 6]
+    return {
+        mode.split(",")[0].strip(): (formats, cpu.strip(), hopper, triton.strip())
+        for mode, formats, cpu, hopper, triton in rows[2:]
+    }
 
 
 def test_the_support_table_has_a_row_for_each_mode_and_names_each_format():
@@ -48,7 +51,7 @@ def test_the_support_table_has_a_row_for_each_mode_and_names_each_format():
     problems = [problem for _, problem in cli._sample_problems(torch.device("cpu"))]
     assert rows.keys() == {problem.mode for problem in problems}
     assert all(backends.explain(problem)["cpu"] is None for problem in problems)
-    assert {cpu for _, cpu, _ in rows.values()} == {"yes"}
+    assert {cpu for _, cpu, _, _ in rows.values()} == {"yes"}
     assert all(kv_format.name in rows["sparse decode"][0] for kv_format in KVCacheFormat)
 
 
@@ -69,13 +72,23 @@ def test_the_support_table_is_right_about_hopper(monkeypatch):
                 served[problem.mode].add("yes" if kv_format is None else kv_format.name)
     promised = {
         mode: {word for word in re.findall(r"\w+", cell) if word == "yes" or word in KVCacheFormat.__members__}
-        for mode, (_, _, cell) in support_table().items()
+        for mode, (_, _, cell, _) in support_table().items()
     }
     assert served == promised
     assert all("not yet" in support_table()[mode][2] for mode, formats in served.items() if not formats)
     dense = problems[0]
     assert hopper.why_not(dataclasses.replace(dense, page_size=192)) is None
     assert "multiples of 64" in (hopper.why_not(dataclasses.replace(dense, page_size=96)) or "")
+
+
+@pytest.mark.parametrize(("capability", "served"), [((8, 0), True), ((12, 0), True), ((7, 5), False)])
+def test_the_support_table_is_right_about_triton(monkeypatch, capability, served):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda", 50 + capability[0])  # for which no other test asks
+    problems = [problem for _, problem in cli._sample_problems(device)]
+    assert {triton.why_not(problem) is None for problem in problems} == {served}
+    assert {cell for _, _, _, cell in support_table().values()} == {"yes"}
 
 
 @pytest.mark.parametrize("flags", re.findall(r"flash-mla (.*?)(?:  |`|$)", README, re.MULTILINE))

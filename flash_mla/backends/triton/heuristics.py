@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["DenseDecodeConfig", "Gpu", "SparseConfig", "Tiles", "combine_tile", "dense_decode_config", "gpu_of_arch"]
-__all__ += ["sparse_config"]
+__all__ = [
+    "DenseDecodeConfig",
+    "Gpu",
+    "SparseConfig",
+    "Tiles",
+    "combine_tile",
+    "dense_decode_config",
+    "gpu_of_arch",
+    "sparse_config",
+    "tiles_for",
+]
 
 KB = 1024
 # Shared memory that a program can have, by compute capability.
@@ -17,7 +26,7 @@ START_COST = 4
 COMBINE_COST = 4
 # Batch-invariant sparse calls give a program this many tiles, whatever else is in the batch.
 INVARIANT_SHARE = 16
-# Query rows of one program of combine and slots that it merges at a time, by how few programs there would be.
+# From so many query rows on, programs of combine take several each.
 ROWS_TO_FILL_A_GPU = 2048
 
 
@@ -86,14 +95,17 @@ def tiles_for(rows: int, gpu: Gpu, *, quantised: bool) -> Tiles:
     The output [rows, 512] stays in registers and q [rows, 576] in shared memory or registers, so many rows are what a
     large GPU wants and a small one cannot hold.
     """
+    # Registers hold a quantised tile twice while it is converted: more warps then, or fewer tokens.
+    narrow = 8 if quantised else 4
     if gpu.shared_memory < 160 * KB:
-        return Tiles(16, 16, 4, 2, 1)
+        return Tiles(16, 16, narrow, 2, 1)
+    if not gpu.has_wgmma:
+        tile = 16 if quantised else 32
+        return Tiles(16, tile, narrow, 3, 1) if rows <= 16 else Tiles(32, tile, 8, 2, 1)
     if rows <= 16:
-        if gpu.shared_memory < 227 * KB:
-            return Tiles(16, 32, 4, 3, 1)
-        return Tiles(16, 32, 4, 3, 2) if quantised else Tiles(16, 64, 4, 2, 2)
-    if rows <= 32 or not gpu.has_wgmma:
-        return Tiles(32, 64 if gpu.has_wgmma else 32, 8, 2, 1)
+        return Tiles(16, 32, narrow, 3, 1) if quantised else Tiles(16, 64, narrow, 2, 2)
+    if rows <= 32:
+        return Tiles(32, 32 if quantised else 64, 8, 3, 1)
     return Tiles(64, 64, 8, 2, 1)
 
 
