@@ -34,6 +34,31 @@ def dense_decode_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sparse_prefill_table(result: dict) -> str:
+    """A Markdown table of one recorded run of benchmarks/sparse_prefill.py."""
+    ceilings = result["ceilings"]
+    lines = [
+        f"Sparse prefill on one {result['gpu']}, {result['date']}, torch {result['torch']}, measured likewise. "
+        "Every query token names rows of its own at random; TB/s counts each row once for every 64 heads. bf16 matmul "
+        f"of the run: {ceilings['matmul_cold_flops'] / 1e12:.0f} TFLOP/s.",
+        "",
+        "| query tokens | rows of kv | topk | heads | d | us | TFLOP/s | TB/s | x flushed | x back to back |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        cold, hot = row["cold_us"], row["hot_us"]
+        lines.append(
+            f"| {row['s_q']}{' (graph)' * row['graph']} | {row['s_kv']} | {row['topk']} | {row['h_q']} | {row['d']} "
+            f"| {cold['flash-mla']:.0f} | {row['flops'] / cold['flash-mla'] / 1e6:.0f} "
+            f"| {row['gathered_bytes'] / cold['flash-mla'] / 1e6:.2f} "
+            f"| {cold['peer'] / cold['flash-mla']:.2f} | {hot['peer'] / hot['flash-mla']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"dense_decode": dense_decode_table, "sparse_prefill": sparse_prefill_table}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if the README is not what the results say")
@@ -42,8 +67,9 @@ def main() -> int:
     text = readme.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    result = json.loads((ROOT / "benchmarks/results/dense_decode.json").read_text())
-    new = before + BEGIN + "\n" + dense_decode_table(result) + "\n" + END + after
+    results = {name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in TABLES}
+    tables = "\n".join(table(results[name]) for name, table in TABLES.items())
+    new = before + BEGIN + "\n" + tables + "\n" + END + after
     if check:
         return int(new != text)
     readme.write_text(new)

@@ -100,9 +100,9 @@ def test_repeats_count(s_q):
 
 
 def test_huge_scores():
-    args = case(40, 700, 600, 64, q_scale=300.0)
+    args = case(40, 700, 600, 64, q_scale=300.0) | {"sm_scale": 1.0}
     _, max_logits, _ = flash_mla_sparse_fwd(**args)
-    assert max_logits.max() > 500
+    assert max_logits.max() > 2000
     check(args)
 
 
@@ -125,8 +125,6 @@ def test_strided_inputs_and_out(h_q):
     args = case(20, 333, 200, h_q, lengths=[i * 10 for i in range(20)])
     wanted = flash_mla_sparse_fwd(**args)
     args |= {name: spread(args[name]) for name in ("q", "kv", "indices")}
-    args["topk_length"] = torch.stack([args["topk_length"], args["topk_length"]], 1)[:, 0]
-    args["attn_sink"] = torch.full((h_q, 2), -math.inf, device="cuda")[:, 0]
     out = poisoned_out(20, h_q, 1024, dtype=torch.bfloat16, strided=True).cuda()
     check(args, out[..., 512:])
     assert out[..., :512].isnan().all(), "nothing is written outside the output"

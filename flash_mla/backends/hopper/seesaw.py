@@ -10,6 +10,7 @@ A kernel derives from `Seesaw` and says how K arrives (`wait_chunk`) and what a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -17,7 +18,7 @@ from cutlass import Float32, Int32, range_constexpr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
-from flash_mla.backends.hopper.softmax import NO_SCORE, quad_max, quad_sum, rescale
+from flash_mla.backends.hopper.softmax import NO_SCORE, exponentials, quad_max, quad_sum, rescale
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
 
 BLOCK = 64  # tokens in a KV block
@@ -69,6 +70,24 @@ class Running:
         self.top.fill(-Float32.inf)
 
 
+@dataclass(frozen=True)
+class Consumer:
+    """A consumer warpgroup: what its steps share."""
+
+    side: int  # LEFT or RIGHT
+    shared: Any
+    barriers: Any
+    f: Fragments
+    running: Running
+    scale: Float32  # of scores, to base 2
+    thread: Int32  # of the warpgroup
+
+    @property
+    def row(self):
+        """The first of this thread's two rows, `row` and `row + 8`."""
+        return self.thread // 32 * 16 + self.thread % 32 // 4
+
+
 class Seesaw:
     def __init__(self, dtype: type[cutlass.Numeric], d: int):
         self.dtype = dtype
@@ -82,12 +101,12 @@ class Seesaw:
 
     # What a kernel adds.
 
-    def wait_chunk(self, side: int, chunk: int, barriers, parity):
+    def wait_chunk(self, c: Consumer, chunk: int, parity):
         """Wait until a chunk of this side's block has arrived."""
         raise NotImplementedError
 
-    def softmax(self, side: int, shared, barriers, f: Fragments, n, sums, running: Running, scale, parity, thread):
-        """From f.s: f.p_scores and this thread's `sums` against n, which moves if it must; running.top."""
+    def softmax(self, c: Consumer, n, sums, parity):
+        """From c.f.s: c.f.p_scores and this thread's `sums` against n, which moves if it must; c.running.top."""
         raise NotImplementedError
 
     # What it gets.
@@ -138,107 +157,125 @@ class Seesaw:
             to = cute.make_tensor(q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
             cute.autovec_copy(source, to)
 
-    def issue_qk(self, side: int, f: Fragments, barriers, begin: int, end: int, parity):
-        """Issue S = Q K^T for a range of this side's chunk order, each as soon as it has arrived."""
-        for i in range(begin, end):
-            chunk = self.qk_order[side][i]
-            self.wait_chunk(side, chunk, barriers, parity)
+    def issue_scores(self, c: Consumer, parity):
+        """Issue S = Q K^T for this side's block, each chunk as soon as it has arrived."""
+        f = c.f
+        warpgroup.fence()
+        for i, chunk in enumerate(self.qk_order[c.side]):
+            self.wait_chunk(c, chunk, parity)
             if chunk == V_CHUNKS:
                 gemm(qk_op(self.dtype, OperandSource.RMEM), f.s, f.q_rope, f.k[chunk], overwrite=i == 0)
             else:
                 gemm(qk_op(self.dtype, OperandSource.SMEM), f.s, f.q[chunk], f.k[chunk], overwrite=i == 0)
+        warpgroup.commit_group()
+
+    def scores(self, c: Consumer, parity):
+        self.issue_scores(c, parity)
+        warpgroup.wait_group(0)
 
     def issue_pv(self, f: Fragments, a, buffer: int):
         """Issue O += P V for this side's half of a buffer; P in registers or as the other side left it."""
         source = OperandSource.RMEM if a is f.p else OperandSource.SMEM
         gemm(pv_op(self.dtype, source), f.o, a, f.v[buffer])
 
-    def free(self, barriers, buffer: int, group: int):
+    def free(self, c: Consumer, buffer: int, group: int):
         """Tell the producers that a group of chunks has been read."""
         if group == ROPE and not self.has_rope:
             return
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(barriers.k_empty + (buffer * len(self.groups) + group))
+            cute.arch.mbarrier_arrive(c.barriers.k_empty + (buffer * len(self.groups) + group))
 
-    def pair(self, side: int, last: bool, shared, barriers, f: Fragments, running: Running, scale, pairs, thread):
-        """One pair of K blocks: its scores are complete on entry; unless `last`, those of the next pair are on exit.
+    def hand_over(self, c: Consumer, p_max: cute.Tensor, n: cute.Tensor, ready: int):
+        """Give the other side this one's probabilities and the reference that they were taken against."""
+        cute.copy(c.f.p_out[0], c.f.p_out[1], c.f.p_out[2])
+        p_max[c.row], p_max[c.row + 8] = n[0], n[1]
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier_arrive(barrier_id=ready, number_of_threads=2 * WARPGROUP)
+
+    def pair(self, c: Consumer, pairs):
+        """One pair of K blocks, not the last one: its scores are complete on entry, those of the next pair on exit.
 
         pairs: how many went before, of this and earlier work.
         """
-        role = self.pair_left if side == LEFT else self.pair_right
-        role(last, shared, barriers, f, running, scale, pairs & 1, thread)
+        if c.side == LEFT:
+            self.pair_left(c, pairs & 1, None)
+        else:
+            self.pair_right(c, pairs & 1, None)
 
-    def pair_left(self, last, shared, barriers, f, running, scale, parity, thread):
+    def last_pair(self, c: Consumer, pairs, prepare: tuple):
+        """The last pair of a piece of work. No wgmma is in flight on exit, all of K's buffers are free.
+
+        prepare: (function, its arguments), called when Q has been read and nothing that it loads can hold up a fence;
+        its result is returned.
+        """
+        if c.side == LEFT:
+            return self.pair_left(c, pairs & 1, prepare)
+        return self.pair_right(c, pairs & 1, prepare)
+
+    def pair_left(self, c: Consumer, parity, prepare: tuple | None):
+        f, m, row_sum = c.f, c.running.reference, c.running.row_sum
         n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-        row = thread // 32 * 16 + thread % 32 // 4
-        max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (shared.max0, shared.max1))
-        m, row_sum = running.reference, running.row_sum
+        max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (c.shared.max0, c.shared.max1))
+        prepared = None
 
         n[0], n[1] = m[0], m[1]
-        self.softmax(LEFT, shared, barriers, f, n, sums, running, scale, parity, thread)
-        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
-        max0[row], max0[row + 8] = n[0], n[1]
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier_arrive(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
-        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        self.softmax(c, n, sums, parity)
+        self.hand_over(c, max0, n, P0_READY)
+        rescale(f.o, row_sum, m, n[0], n[1], c.scale)
         warpgroup.fence()
         self.issue_pv(f, f.p, 0)
         warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
-        self.free(barriers, 0, ROPE)
+        self.free(c, 0, ROPE)
+        if prepare is not None:
+            prepared = prepare[0](*prepare[1:])
         warpgroup.wait_group(0)
-        self.free(barriers, 0, LEFT)
+        self.free(c, 0, LEFT)
 
         cute.arch.barrier(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
-        rescale(f.o, row_sum, m, max1[row], max1[row + 8], scale)
+        rescale(f.o, row_sum, m, max1[c.row], max1[c.row + 8], c.scale)
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 1)
         warpgroup.commit_group()
-        if last:
-            warpgroup.wait_group(0)
-            self.free(barriers, 1, LEFT)
-        else:
-            self.issue_qk(LEFT, f, barriers, 0, 4, parity ^ 1)
-            warpgroup.commit_group()
-            warpgroup.wait_group(1)
-            self.free(barriers, 1, LEFT)
-            self.issue_qk(LEFT, f, barriers, 4, self.chunks, parity ^ 1)
-            warpgroup.commit_group()
-            warpgroup.wait_group(0)
+        warpgroup.wait_group(0)
+        self.free(c, 1, LEFT)
+        if prepare is None:
+            self.scores(c, parity ^ 1)
+        return prepared
 
-    def pair_right(self, last, shared, barriers, f, running, scale, parity, thread):
+    def pair_right(self, c: Consumer, parity, prepare: tuple | None):
+        f, m, row_sum = c.f, c.running.reference, c.running.row_sum
         n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-        row = thread // 32 * 16 + thread % 32 // 4
-        max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (shared.max0, shared.max1))
-        m, row_sum = running.reference, running.row_sum
+        max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (c.shared.max0, c.shared.max1))
+        prepared = None
 
+        # The tensor cores are the left side's until P0 is there: the softmax goes first, as if its reference stayed.
+        n[0], n[1] = m[0], m[1]
+        self.softmax(c, n, sums, parity)
+        self.free(c, 1, ROPE)
         cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
-        n[0], n[1] = max0[row], max0[row + 8]
-        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        p0_reference = max0[c.row], max0[c.row + 8]
+        follow(f.s, f.p_scores, sums, n, *p0_reference, c.scale)
+        self.hand_over(c, max1, n, P1_READY)
+        rescale(f.o, row_sum, m, *p0_reference, c.scale)
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 0)
         warpgroup.commit_group()
-        self.softmax(RIGHT, shared, barriers, f, n, sums, running, scale, parity, thread)
-        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
-        max1[row], max1[row + 8] = n[0], n[1]
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
-        self.free(barriers, 1, ROPE)
         warpgroup.wait_group(0)
-        self.free(barriers, 0, RIGHT)
+        self.free(c, 0, RIGHT)
 
-        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        rescale(f.o, row_sum, m, n[0], n[1], c.scale)
         warpgroup.fence()
         self.issue_pv(f, f.p, 1)
         warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
+        if prepare is not None:
+            prepared = prepare[0](*prepare[1:])
         warpgroup.wait_group(0)
-        self.free(barriers, 1, RIGHT)
-        if not last:
-            warpgroup.fence()
-            self.issue_qk(RIGHT, f, barriers, 0, self.chunks, parity ^ 1)
-            warpgroup.commit_group()
-            warpgroup.wait_group(0)
+        self.free(c, 1, RIGHT)
+        if prepare is None:
+            self.scores(c, parity ^ 1)
+        return prepared
 
     def by_side(self, side: int, left, right) -> tuple:
         """(this side's, the other side's) of two values per row in shared memory."""
@@ -246,26 +283,41 @@ class Seesaw:
         return (left, right) if side == LEFT else (right, left)
 
     @cute.jit
-    def merge_sides(self, side: cutlass.Constexpr, shared, running: Running, thread: Int32):
+    def merge_sides(self, c):
         """Row sums and largest scores over all threads of a row and over both sides, in place.
 
         Behind it the other side has also read its last P: the buffers of P are free.
         """
-        lane = thread % 32
-        row0 = thread // 32 * 16 + lane // 4
-        sums, other_sums = self.by_side(side, shared.sum0, shared.sum1)
-        tops, other_tops = self.by_side(side, shared.top0, shared.top1)
-        row_sum, top = running.row_sum, running.top
+        sums, other_sums = self.by_side(c.side, c.shared.sum0, c.shared.sum1)
+        tops, other_tops = self.by_side(c.side, c.shared.top0, c.shared.top1)
+        row_sum, top = c.running.row_sum, c.running.top
         for r in range_constexpr(2):
             row_sum[r], top[r] = quad_sum(row_sum[r]), quad_max(top[r])
-            if lane % 4 == 0:
-                sums[row0 + 8 * r], tops[row0 + 8 * r] = row_sum[r], top[r]
+            if c.thread % 4 == 0:
+                sums[c.row + 8 * r], tops[c.row + 8 * r] = row_sum[r], top[r]
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
         for r in range_constexpr(2):
-            row_sum[r] = row_sum[r] + other_sums[row0 + 8 * r]
-            top[r] = cute.arch.fmax(top[r], other_tops[row0 + 8 * r])
+            row_sum[r] = row_sum[r] + other_sums[c.row + 8 * r]
+            top[r] = cute.arch.fmax(top[r], other_tops[c.row + 8 * r])
         # All is read before the next piece of work may overwrite it.
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
+
+
+@cute.jit
+def follow(
+    scores: cute.Tensor,
+    p: cute.Tensor,
+    sums: cute.Tensor,
+    reference: cute.Tensor,
+    other0: Float32,
+    other1: Float32,
+    scale: Float32,
+):
+    """Move the reference of p up to the other side's where that is higher: rarely, so p is made anew."""
+    if cute.arch.vote_any_sync((other0 > reference[0]) | (other1 > reference[1])):
+        reference[0] = cute.arch.fmax(reference[0], other0)
+        reference[1] = cute.arch.fmax(reference[1], other1)
+        exponentials(scores, p, sums, reference, scale)
 
 
 def mask_by_bits(scores: cute.Tensor, bits: list, lane: Int32):

@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
 from cutlass import Float32, Int32, Int64, Uint16, const_expr, range_constexpr
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import cpasync
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import Combine
@@ -28,6 +28,7 @@ from flash_mla.backends.hopper.seesaw import (
     TILE,
     V_CHUNKS,
     WARPGROUP,
+    Consumer,
     Running,
     Seesaw,
     mask_by_bits,
@@ -105,17 +106,24 @@ class Arguments:
     def pieces(self):
         return self.whole_pieces + (self.q.shape[0] - self.whole_tokens) * self.head_tiles * self.splits
 
-    def piece(self, number: Int32) -> Piece:
-        """Piece `number`; a split token's are consecutive. Beyond the last one, a piece without rows of KV."""
+    def unit(self, number: Int32) -> Int32:
+        """(token, 64 of its heads) of a piece, as one number; a split unit's pieces are consecutive."""
         slot = number - self.whole_pieces
-        is_whole = slot < 0
-        unit = cutlass.select_(is_whole, number, self.whole_pieces + slot // self.splits)
+        return cutlass.select_(slot < 0, number, self.whole_pieces + slot // self.splits)
+
+    def length(self, number: Int32) -> Int32:
+        """How many leading indices of a piece's token count, as the caller says it."""
+        return self.lengths[cutlass.min(self.unit(number) // self.head_tiles, self.q.shape[0] - 1)]
+
+    def piece(self, number: Int32, length: Int32) -> Piece:
+        """Piece `number`, given its token's `length`; beyond the last one, a piece without rows of KV."""
+        unit, slot = self.unit(number), number - self.whole_pieces
         token = cutlass.min(unit // self.head_tiles, self.q.shape[0] - 1)
-        length = cutlass.min(cutlass.max(uniform(self.lengths[token]), 0), self.indices.shape[1])
+        length = cutlass.min(cutlass.max(uniform(length), 0), self.indices.shape[1])
         length = cutlass.select_(number < self.pieces, length, Int32(0))
         tiles = (length + TILE - 1) // TILE
-        split = cutlass.select_(is_whole, Int32(0), slot % self.splits)
-        count = cutlass.select_(is_whole, Int32(1), self.splits)
+        split = cutlass.select_(slot < 0, Int32(0), slot % self.splits)
+        count = cutlass.select_(slot < 0, Int32(1), self.splits)
         begin, stop = split * tiles // count, (split + 1) * tiles // count
         # A piece without tiles takes the one beyond the token's last, which holds no rows: no role has to know.
         is_empty = begin == stop
@@ -328,12 +336,13 @@ class SparsePrefill(Seesaw):
             cpasync.prefetch_descriptor(tma_q)
         workers = cute.arch.grid_dim()[0]
         number = cute.arch.block_idx()[0]
-        piece = args.piece(number)
+        piece = args.piece(number, args.length(number))
         now = self.load_index(args, piece.token, piece.begin, piece.length, warp, lane)
         pairs = Int32(0)
         pieces = Int32(0)
         while piece.number < args.pieces:
-            following = args.piece(piece.number + workers)
+            number += workers
+            following = args.piece(number, args.length(number))
             if warp == 0:
                 self.load_q(shared, barriers, tma_q, q_tma, piece, pieces)
             for tile in cutlass.range(piece.begin, piece.stop, unroll=1):
@@ -347,13 +356,16 @@ class SparsePrefill(Seesaw):
                     warp,
                     lane,
                 )
+                if ends & (warp == 0):
+                    self.prefetch_q(shared, tma_q, q_tma, following)
                 valid = cute.arch.vote_ballot_sync(now >= 0)
+                rows = (self.locate(args, 0, now, lane), self.locate(args, 1, now, lane))
                 for buffer, group in self.load_order():
                     empty = barriers.k_empty + (buffer * len(self.groups) + group)
                     cute.arch.mbarrier_wait(empty, (pairs & 1) ^ 1)
                     if const_expr(group == buffer):  # the group whose side scores this buffer
                         self.publish_valid(shared, barriers, buffer, valid, warp)
-                    self.gather(args, shared, barriers, buffer, group, now, warp, lane)
+                    self.gather(shared, barriers, buffer, group, rows[buffer], warp, lane)
                 now = then
                 pairs += 1
             pieces += 1
@@ -385,53 +397,44 @@ class SparsePrefill(Seesaw):
             words[warp] = Uint16((valid >> (WARP_ROWS * buffer)) & 0xFFFF)
             cute.arch.mbarrier_arrive(barriers.valid_full + buffer)
 
-    @cute.jit
-    def gather(
-        self,
-        args,
-        shared,
-        barriers,
-        buffer: cutlass.Constexpr,
-        group: cutlass.Constexpr,
-        index: Int32,
-        warp: Int32,
-        lane: Int32,
-    ):
-        """Start copying this warp's rows of a group of chunks; a row that does not count is filled with zeros."""
-        unit = lane % 8  # of 16 bytes of a row's chunk
-        base = Int32(shared.k.data_ptr().toint()) + (warp * WARP_ROWS + lane // 8) * (CHUNK * 2)
-        sources, sizes, to = [], [], []
-        for i in range_constexpr(WARP_ROWS // 4):
+    def locate(self, args, buffer: int, index, lane) -> list:
+        """(address, bytes) of what this lane copies of four of its warp's rows of a block: 16 or, to fill, 0."""
+        rows = []
+        for i in range(WARP_ROWS // 4):
             row = cute.arch.shuffle_sync(index, WARP_ROWS * buffer + 4 * i + lane // 8)
             exists = row >= 0
             start = args.kv[cutlass.select_(exists, row, Int32(0)), None].iterator.toint()
-            sources.append(start + Int64(unit * 16))
-            sizes.append(cutlass.select_(exists, Int32(16), Int32(0)))
-            # The swizzle permutes a row's units by its number modulo 8.
-            to.append(base + 4 * i * (CHUNK * 2) + (unit ^ (lane // 8 + 4 * (i % 2))) * 16)
+            rows.append((start + Int64(lane % 8 * 16), cutlass.select_(exists, Int32(16), Int32(0))))
+        return rows
+
+    def gather(self, shared, barriers, buffer: int, group: int, rows: list, warp, lane):
+        """Start copying this warp's rows of a group of chunks; a row that does not count is filled with zeros."""
+        base = Int32(shared.k.data_ptr().toint()) + (warp * WARP_ROWS + lane // 8) * (CHUNK * 2)
+        # The swizzle permutes a row's units of 16 bytes by its number modulo 8.
+        units = [(lane % 8 ^ (lane // 8 + 4 * odd)) * 16 for odd in range(2)]
         for chunk in self.groups[group]:
             number = buffer * self.chunks + chunk
-            for i in range_constexpr(WARP_ROWS // 4):
+            for i, (start, size) in enumerate(rows):
+                to = base + units[i % 2] + (number * CHUNK_ELEMENTS + 4 * i * CHUNK) * 2
                 cute.arch.inline_ptx(
                     "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
-                    read_only_args=[
-                        to[i] + number * (CHUNK_ELEMENTS * 2), sources[i] + Int64(chunk * CHUNK * 2), sizes[i],
-                    ],
-                )  # fmt: skip
+                    read_only_args=[to, start + Int64(chunk * CHUNK * 2), size],
+                )
             cute.arch.cp_async_mbarrier_arrive_noinc(barriers.k_full + number)
+
+    def q_chunks(self, shared, tma_q, q_tma) -> tuple:
+        """Q's 512 V columns in shared memory [., chunk] and in global memory [., 64 heads, chunk, token]."""
+        smem_layout = cute.tile_to_shape(k_major_layout(self.dtype), (ROWS, CHUNK, V_CHUNKS), (0, 1, 2))
+        smem = shared.q.get_tensor(smem_layout.outer, swizzle=smem_layout.inner)
+        source = cute.local_tile(q_tma, (ROWS, CHUNK), (None, None, None))
+        return cpasync.tma_partition(
+            tma_q, 0, cute.make_layout(1), cute.group_modes(smem, 0, 2), cute.group_modes(source, 0, 2)
+        )
 
     @cute.jit
     def load_q(self, shared, barriers, tma_q: cute.CopyAtom, q_tma: cute.Tensor, piece: Piece, pieces: Int32):
         """Bring the 512 V columns of Q; heads that do not exist become zeros."""
-        smem_layout = cute.tile_to_shape(k_major_layout(self.dtype), (ROWS, CHUNK, V_CHUNKS), (0, 1, 2))
-        smem = shared.q.get_tensor(smem_layout.outer, swizzle=smem_layout.inner)
-        to, source = cpasync.tma_partition(
-            tma_q,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(smem, 0, 2),
-            cute.group_modes(cute.local_tile(q_tma, (ROWS, CHUNK), (None, None, None)), 0, 2),
-        )
+        to, source = self.q_chunks(shared, tma_q, q_tma)
         cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_ELEMENTS * 2)
@@ -440,70 +443,63 @@ class SparsePrefill(Seesaw):
                 tma_q, source[None, piece.head_tile, chunk, piece.token], to[None, chunk], tma_bar_ptr=barriers.q_full
             )
 
+    @cute.jit
+    def prefetch_q(self, shared, tma_q: cute.CopyAtom, q_tma: cute.Tensor, piece: Piece):
+        """Bring what `load_q` will load to L2."""
+        _, source = self.q_chunks(shared, tma_q, q_tma)
+        for chunk in range_constexpr(V_CHUNKS):
+            cute.prefetch(tma_q, source[None, piece.head_tile, chunk, piece.token])
+
     # ---------------------------------------------------------------------------------------------- consumers
 
     @cute.jit
     def consume(self, side: cutlass.Constexpr, args, shared, barriers, thread: Int32):
         """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns."""
         f = self.fragments(side, shared, thread)
-        running = Running.allocate()
-        workers = cute.arch.grid_dim()[0]
-        pairs = Int32(0)
-        pieces = Int32(0)
-        piece = args.piece(cute.arch.block_idx()[0])
-        self.load_rope(args, f, piece, thread)
-        self.first_scores(side, f, barriers, pairs, pieces)
-        warpgroup.wait_group(0)
+        c = Consumer(side, shared, barriers, f, Running.allocate(), args.scale_log2, thread)
+        pairs, pieces = Int32(0), Int32(0)
+        number = cute.arch.block_idx()[0]
+        piece = self.begin_piece(args, c, number, args.length(number))
         while piece.number < args.pieces:
+            number += cute.arch.grid_dim()[0]
+            length = args.length(number)  # of the next piece, early
             f.o.fill(0.0)
-            running.reset()
+            c.running.reset()
+            cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
+            self.scores(c, pairs & 1)
             # The last pair, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
             # makes ptxas serialise all of them.
             for _ in cutlass.range(piece.begin, piece.stop - 1, unroll=1):
-                self.pair(side, False, shared, barriers, f, running, args.scale_log2, pairs, thread)
+                self.pair(c, pairs)
                 pairs += 1
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive(barriers.q_empty)
-            following = args.piece(piece.number + workers)
-            pieces += 1
-            if following.number < args.pieces:
-                self.load_rope(args, f, following, thread)
-            self.pair(side, True, shared, barriers, f, running, args.scale_log2, pairs, thread)
+            following = self.last_pair(c, pairs, (self.begin_piece, args, c, number, length))
             pairs += 1
-            if following.number < args.pieces:
-                self.first_scores(side, f, barriers, pairs, pieces)
-                self.write(side, args, shared, f, running, piece, thread)
-                warpgroup.wait_group(0)
-            else:
-                self.write(side, args, shared, f, running, piece, thread)
+            pieces += 1
+            # While the output is written, the next piece's Q and K arrive.
+            self.write(args, c, piece)
             piece = following
 
-    def load_rope(self, args, f, piece: Piece, thread: Int32):
+    def begin_piece(self, args, c: Consumer, number: Int32, length: Int32) -> Piece:
+        """Start to load what a piece needs besides what the producers bring: Q's RoPE chunk."""
+        piece = args.piece(number, length)
         if self.has_rope:
-            lane = thread % 32
-            row0 = thread // 32 * 16 + lane // 4
             # The last head there is stands for those that are not.
-            heads = [cutlass.min(args.head(piece, row0 + 8 * r), args.q.shape[1] - 1) for r in range(2)]
-            self.load_q_rope(f.q_rope, [args.q[piece.token, head, None].iterator for head in heads], lane)
+            heads = [cutlass.min(args.head(piece, c.row + 8 * r), args.q.shape[1] - 1) for r in range(2)]
+            rows = [args.q[piece.token, head, None].iterator for head in heads]
+            self.load_q_rope(c.f.q_rope, rows, c.thread % 32)
+        return piece
 
-    def first_scores(self, side: int, f, barriers, pairs, pieces):
-        """Issue the scores of a piece's first block."""
-        cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
-        warpgroup.fence()
-        self.issue_qk(side, f, barriers, 0, self.chunks, pairs & 1)
-        warpgroup.commit_group()
+    def wait_chunk(self, c: Consumer, chunk: int, parity):
+        cute.arch.mbarrier_wait(c.barriers.k_full + (c.side * self.chunks + chunk), parity)
 
-    def wait_chunk(self, side: int, chunk: int, barriers, parity):
-        cute.arch.mbarrier_wait(barriers.k_full + (side * self.chunks + chunk), parity)
-        # cp.async writes as ordinary stores do; the tensor cores read through the async proxy.
-        cute.arch.fence_proxy("async.shared", space="cta")
-
-    def softmax(self, side: int, shared, barriers, f, n, sums, running, scale, parity, thread):
-        cute.arch.mbarrier_wait(barriers.valid_full + side, parity)
+    def softmax(self, c: Consumer, n, sums, parity):
+        cute.arch.mbarrier_wait(c.barriers.valid_full + c.side, parity)
         words = cute.make_tensor(
-            cute.recast_ptr(shared.valid.data_ptr() + side, dtype=Int32), cute.make_layout(BLOCK // 32)
+            cute.recast_ptr(c.shared.valid.data_ptr() + c.side, dtype=Int32), cute.make_layout(BLOCK // 32)
         )
-        self.masked_softmax(f.s, f.p_scores, sums, n, running.top, words[0], words[1], scale, thread % 32)
+        self.masked_softmax(c.f.s, c.f.p_scores, sums, n, c.running.top, words[0], words[1], c.scale, c.thread % 32)
 
     @cute.jit
     def masked_softmax(
@@ -532,61 +528,66 @@ class SparsePrefill(Seesaw):
         top[1] = cute.arch.fmax(top[1], top1)
 
     @cute.jit
-    def write(self, side: cutlass.Constexpr, args, shared, f, running, piece: Piece, thread: Int32):
+    def write(self, args, c, piece: Piece):
         """Normalise and write a whole piece to the outputs, a part of a token to its slot of the workspace."""
-        self.merge_sides(side, shared, running, thread)
-        slot = args.slot(piece)
-        if slot < 0:
-            self.write_outputs(side, args, shared, f, running, piece, thread)
+        # The last head there is stands for those that are not.
+        last = args.q.shape[1] - 1
+        sinks = [args.sink[cutlass.min(args.head(piece, c.row + 8 * r), last)] for r in range(2)]
+        self.merge_sides(c)
+        if args.slot(piece) < 0:
+            self.write_outputs(args, c, piece, sinks[0], sinks[1])
         else:
-            self.write_partials(side, args, f, running, slot, args.rows(piece), thread)
+            self.write_partials(args, c, piece)
 
     @cute.jit
-    def write_outputs(self, side: cutlass.Constexpr, args, shared, f, running, piece: Piece, thread: Int32):
-        lane, first_row, rows = thread % 32, thread // 32 * 16, args.rows(piece)
+    def write_outputs(self, args, c, piece: Piece, sink0: Float32, sink1: Float32):
+        lane, first_row, rows = c.thread % 32, c.thread // 32 * 16, args.rows(piece)
+        running = c.running
         inv = cute.make_rmem_tensor(2, Float32)
         for r in range_constexpr(2):
-            row = first_row + lane // 4 + 8 * r
-            head = args.head(piece, cutlass.min(row, rows - 1))
-            total, shift = running.row_sum[r], running.reference[r] * args.scale_log2
+            row = c.row + 8 * r
+            total, shift = running.row_sum[r], running.reference[r] * c.scale
             seen = total > 0.0
-            if const_expr(side == LEFT):
+            if const_expr(c.side == LEFT):
                 if row < rows and lane % 4 == 0:
+                    head = args.head(piece, row)
                     row_lse = (cute.math.log2(total) + shift) * LN2
                     args.lse[piece.token, head] = cutlass.select_(seen, row_lse, Float32.inf)
-                    args.max_logits[piece.token, head] = running.top[r] * (args.scale_log2 * LN2)
+                    args.max_logits[piece.token, head] = running.top[r] * (c.scale * LN2)
             # The sink takes part in the normalisation as one more token without a value would.
-            total = total + cute.math.exp2(args.sink[head] * LOG2_E - shift, fastmath=True)
+            sink = sink0 if const_expr(r == 0) else sink1
+            total = total + cute.math.exp2(sink * LOG2_E - shift, fastmath=True)
             inv[r] = cutlass.select_(seen, cute.arch.rcp_approx(total), Float32(0.0))
 
         destinations = []
         for i in range_constexpr(4):
             row = first_row + lane // 8 + 4 * i
             head = args.head(piece, cutlass.min(row, rows - 1))
-            destinations.append((row < rows, args.out[piece.token, head, None].iterator + side * (D_V // 2)))
+            destinations.append((row < rows, args.out[piece.token, head, None].iterator + c.side * (D_V // 2)))
         # Each warp stages its own rows, so warps need not wait for each other.
-        staging = (shared.p0 if const_expr(side == LEFT) else shared.p1).data_ptr()
+        staging = (c.shared.p0 if const_expr(c.side == LEFT) else c.shared.p1).data_ptr()
         for chunk in range_constexpr(D_V // 2 // CHUNK):
-            chunk_of(f.o, chunk, inv, f.p_scores)
-            cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
+            chunk_of(c.f.o, chunk, inv, c.f.p_scores)
+            cute.copy(c.f.p_out[0], c.f.p_out[1], c.f.p_out[2])
             cute.arch.sync_warp()
             copy_rows_of_warp(staging, first_row, [(exists, to + chunk * CHUNK) for exists, to in destinations], lane)
             cute.arch.sync_warp()
 
     @cute.jit
-    def write_partials(self, side: cutlass.Constexpr, args, f, running, slot: Int32, rows: Int32, thread: Int32):
-        lane = thread % 32
+    def write_partials(self, args, c, piece: Piece):
+        lane, slot, running = c.thread % 32, args.slot(piece), c.running
         for r in range_constexpr(2):
-            row = thread // 32 * 16 + lane // 4 + 8 * r
+            row = c.row + 8 * r
+            exists = row < args.rows(piece)
             total = running.row_sum[r]
-            if const_expr(side == LEFT):
-                if row < rows and lane % 4 == 0:
+            if const_expr(c.side == LEFT):
+                if exists and lane % 4 == 0:
                     # In base 2; -inf for a row that sees nothing.
-                    args.partial_lse[slot, row] = cute.math.log2(total) + running.reference[r] * args.scale_log2
-                    args.partial_max[slot, row] = running.top[r] * (args.scale_log2 * LN2)
+                    args.partial_lse[slot, row] = cute.math.log2(total) + running.reference[r] * c.scale
+                    args.partial_max[slot, row] = running.top[r] * (c.scale * LN2)
             inv = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
-            to = args.partial_o[slot, row, None].iterator + side * (D_V // 2)
-            write_fp32_row(f.o, r, inv, to, row < rows, lane)
+            to = args.partial_o[slot, row, None].iterator + c.side * (D_V // 2)
+            write_fp32_row(c.f.o, r, inv, to, exists, lane)
 
 
 def compile_variant(dtype: str, d: int) -> aot.Compiled:

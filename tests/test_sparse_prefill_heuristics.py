@@ -1,0 +1,64 @@
+"""The layout of sparse prefill on a GPU: plain functions of shapes, for GPUs of several sizes."""
+
+import pytest
+
+from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, TILE, sparse_prefill_config
+
+H200, H800_PCIE, H20 = 132, 114, 78  # SMs
+GPUS = pytest.mark.parametrize("num_sms", [H200, H800_PCIE, H20])
+SHAPES = [
+    (s_q, h_q, topk)
+    for s_q in (1, 2, 5, 64, 77, 78, 131, 132, 133, 264, 1000, 4096, 70_001)
+    for h_q in (1, 16, 64, 65, 128, 200)
+    for topk in (1, 128, 129, 512, 2048, 100_000)
+]
+
+
+@GPUS
+def test_every_unit_is_taken_once(num_sms):
+    for s_q, h_q, topk in SHAPES:
+        config = sparse_prefill_config(s_q, h_q, topk, num_sms)
+        head_tiles = -(-h_q // ROWS)
+        assert 1 <= config.workers <= num_sms, (s_q, h_q, topk)
+        assert 0 <= config.whole_tokens <= s_q, (s_q, h_q, topk)
+        assert config.split_units == (s_q - config.whole_tokens) * head_tiles, (s_q, h_q, topk)
+        assert 1 <= config.splits <= max(1, -(-topk // TILE)), (s_q, h_q, topk)
+        assert (config.splits > 1) == (config.split_units > 0), f"{(s_q, h_q, topk)}: pieces are merged for nothing"
+        assert config.slots == config.split_units * config.splits
+
+
+@GPUS
+def test_no_worker_is_without_work(num_sms):
+    for s_q, h_q, topk in SHAPES:
+        config = sparse_prefill_config(s_q, h_q, topk, num_sms)
+        pieces = config.whole_tokens * -(-h_q // ROWS) + config.slots
+        assert config.workers <= pieces, (s_q, h_q, topk)
+
+
+@GPUS
+def test_splits_shorten_the_longest_share(num_sms):
+    for s_q, h_q, topk in SHAPES:
+        config = sparse_prefill_config(s_q, h_q, topk, num_sms)
+        tiles, head_tiles = -(-topk // TILE), -(-h_q // ROWS)
+        unsplit = -(-s_q * head_tiles // num_sms) * tiles
+        rounds = -(-config.slots // num_sms)
+        split = config.whole_tokens * head_tiles // num_sms * tiles + rounds * -(-tiles // config.splits)
+        assert config.splits == 1 or split < unsplit, (s_q, h_q, topk)
+
+
+def test_few_tokens_use_the_whole_gpu():
+    config = sparse_prefill_config(1, 128, 2048, H200)
+    assert (config.whole_tokens, config.splits, config.workers) == (0, 16, 32)
+    config = sparse_prefill_config(8, 16, 2048, H200)
+    assert (config.whole_tokens, config.splits, config.workers) == (0, 16, 128)
+
+
+def test_a_full_gpu_is_not_split():
+    config = sparse_prefill_config(128, 16, 2048, H200)
+    assert (config.whole_tokens, config.splits, config.slots, config.workers) == (128, 1, 0, 128)
+
+
+def test_what_is_left_over_is_split():
+    config = sparse_prefill_config(4096, 128, 2048, H200)
+    assert config.whole_tokens == 4096 * 2 // H200 * H200 // 2
+    assert config.slots <= H200
