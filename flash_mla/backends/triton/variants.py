@@ -15,7 +15,7 @@ __all__ = ["MODULES", "Capability", "Variant", "variants"]
 
 Capability = tuple[int, int]
 
-MODULES = ("mha",)
+MODULES = ("decode_variants", "mha")
 
 
 @dataclass(frozen=True)
