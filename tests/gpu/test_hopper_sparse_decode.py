@@ -20,30 +20,37 @@ def on_gpu(tensor):
     return raw.cuda().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def case(
-    b, s_q, h_q, topk, *, kv_format=KVCacheFormat.FP8_V32, lengths=None, page_size=64, num_pages=8, q_scale=1.0,
-    sink=None, seed=0, strided=False,
-):  # fmt: skip
-    """Keyword arguments of a call; every byte that no counting index names is NaN."""
-    generator = torch.Generator().manual_seed(seed)
+FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
+
+
+def scope_of(generator, kv_format, b, s_q, topk, *, lengths=None, **pages):
+    """A cache and indices into it; latents are of the size for which the tolerances are meant."""
     d = kv_format.head_dims[0]
-    scope = sparse_scope(
-        generator, kv_format, b, s_q, topk, page_size=page_size, num_pages=num_pages, d=d, lengths=lengths
-    )
-    # Latents of the size for which the tolerances are meant.
+    scope = sparse_scope(generator, kv_format, b, s_q, topk, d=d, lengths=lengths, **pages)
     counted = scope.indices
     if lengths is not None:
         counted = counted.masked_fill(torch.arange(topk) >= torch.tensor(lengths)[:, None, None], -1)
     named = counted[counted >= 0].unique()
     kv_format.append(scope.cache, randn(generator, len(named), d) / 8, named)
-    q = randn(generator, b, s_q, h_q, d) * q_scale
+    return scope
+
+
+def case(
+    b, s_q, h_q, topk, *, kv_format=KVCacheFormat.FP8_V32, lengths=None, page_size=64, num_pages=8, q_scale=1.0,
+    sink=None, seed=0, strided=False, extra_topk=None, extra_lengths=None, extra_page_size=64,
+):  # fmt: skip
+    """Keyword arguments of a call; every byte that no counting index names is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = {"page_size": page_size, "num_pages": num_pages}
+    scope = scope_of(generator, kv_format, b, s_q, topk, lengths=lengths, **pages)
+    q = randn(generator, b, s_q, h_q, kv_format.head_dims[0]) * q_scale
     indices = scope.indices
     if strided:
         q, indices = spread(q), spread(indices)
     if sink is None:
         sink = torch.randn(h_q, generator=generator) * 3
         sink[0], sink[-1] = -math.inf, math.inf
-    return {
+    arguments = {
         "q": on_gpu(q),
         "k_cache": on_gpu(scope.cache.view(torch.uint8)),
         "block_table": None,
@@ -54,6 +61,15 @@ def case(
         "attn_sink": sink.cuda() if isinstance(sink, torch.Tensor) else None,
         "topk_length": on_gpu(scope.topk_length),
     }
+    if extra_topk is not None:
+        pages = {"page_size": extra_page_size, "num_pages": num_pages}
+        extra = scope_of(generator, kv_format, b, s_q, extra_topk, lengths=extra_lengths, **pages)
+        arguments |= {
+            "extra_k_cache": on_gpu(extra.cache.view(torch.uint8)),
+            "extra_indices_in_kvcache": on_gpu(extra.indices),
+            "extra_topk_length": on_gpu(extra.topk_length),
+        }
+    return arguments
 
 
 def run(arguments, **options):
@@ -74,14 +90,20 @@ def check(arguments, **options):
 @pytest.mark.parametrize("seed", range(20))
 def test_random_shapes(seed):
     rng = random.Random(seed)
+
+    def random_lengths(b, topk):
+        if topk is None or rng.random() < 0.5:
+            return None
+        return [rng.choice([-3, 0, 1, 64, 65, topk, topk + 7, rng.randint(0, topk)]) for _ in range(b)]
+
     for turn in range(10):
         b = rng.choice([1, 2, 3, 9, 40])
         topk = rng.choice([1, 5, 63, 64, 65, 128, 129, 200, 512, 1000, 2048])
-        lengths = None
-        if rng.random() < 0.5:
-            lengths = [rng.choice([-3, 0, 1, 64, 65, topk, topk + 7, rng.randint(0, topk)]) for _ in range(b)]
+        extra_topk = rng.choice([None, 1, 64, 65, 300, 1024])
         arguments = case(
-            b, rng.choice([1, 2, 3]), rng.choice([1, 2, 8, 16, 33, 64, 65, 100, 128, 200]), topk, lengths=lengths,
+            b, rng.choice([1, 2, 3]), rng.choice([1, 2, 8, 16, 33, 64, 65, 100, 128, 200]), topk,
+            kv_format=rng.choice(FORMATS), lengths=random_lengths(b, topk), extra_topk=extra_topk,
+            extra_lengths=random_lengths(b, extra_topk), extra_page_size=rng.choice([1, 2, 64]),
             page_size=rng.choice([1, 2, 16, 64, 100]), num_pages=rng.choice([1, 8, 40]),
             q_scale=rng.choice([0.125, 1.0, 8.0]), sink=rng.choice([None, False]), seed=100 * seed + turn,
             strided=rng.random() < 0.3,
@@ -109,10 +131,8 @@ def test_scales_that_are_no_powers_of_two():
     arguments = case(4, 1, 64, 256)
     scales = arguments["k_cache"][..., 512:528]
     written = scales.ne(255).any(-1, keepdim=True)
-    odd = torch.rand((*scales.shape[:-1], 4), device="cuda") * 3e-2
-    odd[0] *= 1e4
+    odd = torch.rand((*scales.shape[:-1], 4), device="cuda") * 2e-3 + 1e-4
     arguments["k_cache"][..., 512:528] = torch.where(written, odd.view(torch.uint8), scales)
-    arguments["q"] *= 1e-3
     check(arguments)
 
 
@@ -130,7 +150,7 @@ def test_cache_of_more_than_four_gigabytes():
     num_pages, topk = 120_000, 256
     cache = torch.full((num_pages, 64, 1, 656), 0xFF, dtype=torch.uint8, device="cuda")
     slots = torch.randint(num_pages * 64, (2 * topk,), device="cuda").unique()
-    KVCacheFormat.FP8_V32.append(cache, torch.randn(len(slots), 576, device="cuda"), slots)
+    KVCacheFormat.FP8_V32.append(cache, torch.randn(len(slots), 576, device="cuda") / 8, slots)
     indices = slots[torch.randint(len(slots), (2, 1, topk), device="cuda")].int()
     q = torch.randn(2, 1, 64, 576, device="cuda").bfloat16()
     out, lse = flash_mla_with_kvcache(

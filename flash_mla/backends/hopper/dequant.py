@@ -58,14 +58,16 @@ cp.async.{cache}.shared.global.L2::128B [{{$r0}}+{to[1]}], [{{$r2}}+{source[1]}]
 
 
 def load_words(address: Int32, offset: int, count: int, dtype: type[cutlass.Numeric] = Uint32) -> tuple:
-    """`count` (2 or 4) 32-bit words of shared memory."""
+    """`count` (1, 2 or 4) 32-bit words of shared memory."""
     names = ", ".join(f"{{$w{i}}}" for i in range(count))
     kind = "f32" if dtype is Float32 else "u32"
-    return cute.arch.inline_ptx(
-        f"ld.shared.v{count}.{kind} {{{names}}}, [{{$r0}}+{offset}];",
+    vector, names = (f".v{count}", f"{{{names}}}") if count > 1 else ("", names)
+    words = cute.arch.inline_ptx(
+        f"ld.shared{vector}.{kind} {names}, [{{$r0}}+{offset}];",
         write_only_types=[dtype] * count,
         read_only_args=[address],
     )
+    return words if count > 1 else (words,)
 
 
 def store_words(address: Int32, offset: int, words: tuple) -> None:
@@ -105,39 +107,210 @@ cvt.rn.{packed}.f32 {{$w1}}, f3, f2;
     )
 
 
-class Fp8V32:
-    """656 bytes: 512 e4m3, four fp32 scales, 64 bf16 of RoPE."""
+def e2m1_to_bf16(codes: Uint32, scale: Uint32) -> tuple:
+    """Four e2m1 codes, the low 16 bits of a word, times a scale given twice in bf16, exactly: two words of two values.
 
-    d = 576
-    token_bytes = 656
-    rope_offset = 528
-    code_bytes, scale_bytes = 16, 4
-    raw_bytes = 2 * THREADS * (HALF_CHUNKS * code_bytes + scale_bytes)
+    The two bytes of a magnitude's bf16 are looked up by its three bits; signs are put on the upper byte.
+    """
+    return cute.arch.inline_ptx(
+        """{
+.reg .b32 magnitude, upper, lower, shifted, signs;
+and.b32 magnitude, {$r0}, 0x7777;
+prmt.b32 upper, 0x3f3f3f00, 0x40404040, magnitude;
+prmt.b32 lower, 0xc0800000, 0xc0804000, magnitude;
+shl.b32 shifted, {$r0}, 4;
+prmt.b32 signs, shifted, {$r0}, 0xd9c8;
+and.b32 signs, signs, 0x80808080;
+or.b32 upper, upper, signs;
+prmt.b32 shifted, lower, upper, 0x5140;
+prmt.b32 signs, lower, upper, 0x7362;
+mul.rn.bf16x2 {$w0}, shifted, {$r1};
+mul.rn.bf16x2 {$w1}, signs, {$r1};
+}""",
+        write_only_types=[Uint32, Uint32],
+        read_only_args=[codes, scale],
+    )
+
+
+def e4m3_scale(word: Uint32, byte: Int32) -> Uint32:
+    """A byte of a word as e4m3, converted to bf16, exactly, and given twice."""
+    return cute.arch.inline_ptx(
+        """{
+.reg .b32 x;
+.reg .b16 code, h0, h1;
+.reg .f32 f;
+shr.u32 x, {$r0}, {$r1};
+cvt.u16.u32 code, x;
+cvt.rn.f16x2.e4m3x2 x, code;
+mov.b32 {h0, h1}, x;
+cvt.f32.f16 f, h0;
+cvt.rn.bf16x2.f32 {$w0}, f, f;
+}""",
+        write_only_types=[Uint32],
+        read_only_args=[word, byte * 8],
+    )
+
+
+def e8m0_scale(word: Uint32, byte: Int32 | int) -> Float32:
+    """A byte of a word as e8m0: a power of two, or NaN."""
+    return cute.arch.inline_ptx(
+        """{
+.reg .b32 x, e;
+.reg .pred p;
+shr.u32 e, {$r0}, {$r1};
+and.b32 e, e, 255;
+shl.b32 x, e, 23;
+max.u32 x, x, 0x00400000;
+setp.eq.u32 p, e, 255;
+selp.b32 x, 0x7fc00000, x, p;
+mov.b32 {$w0}, x;
+}""",
+        write_only_types=[Float32],
+        read_only_args=[word, Int32(byte * 8)],
+    )
+
+
+class Loader:
+    """How the rows of a format are fetched and converted; a chunk is one of the four of a half row.
+
+    plain_chunk: the chunk of K, if any, whose 64 values a row holds as they are, at `plain_offset`: nothing to convert.
+    """
+
+    d: int
+    token_bytes: int
+    code_bytes: int  # of a thread and chunk
+    scale_bytes: int  # of a thread
+    scale_offset = 0  # of a row's scales
+    scales_apart = False  # whether a page holds its scales behind all its rows
+    plain_chunk: int | None = None
+    plain_offset = 0
+    rope_codes = False  # whether RoPE is converted, too
 
     def __init__(self, dtype: type[cutlass.Numeric]):
         self.dtype = dtype
 
+    @classmethod
+    def raw_bytes(cls) -> int:
+        return 2 * THREADS * (HALF_CHUNKS * cls.code_bytes + cls.scale_bytes + UNIT * cls.rope_codes)
+
     def slots(self, base: Int32, thread: Int32) -> Slots:
         return Slots(base, thread, self.code_bytes, self.scale_bytes)
 
-    def fetch(self, slots: Slots, index, half: Int32, token: Int64) -> None:
-        """Start the copies of half a row; of zeros if `token` is 0."""
+    def fetch(self, slots: Slots, index, half: Int32, token: Int64, scales: Int64) -> None:
+        """Start the copies of half a row; of zeros if `token` is 0. scales: address of the row's scales."""
         u = slots.thread % THREADS_PER_ROW
-        # Thread u of a row brings scale u.
-        copy_async((slots.scales(index), 0), token, (token + Int64(u * 4), 512), 4)
-        source = token + Int64(half * HALF_COLUMNS + u * 16)
+        # Thread u of a row brings a part of its scales.
+        copy_async((slots.scales(index), 0), token, self.scale_source(scales, u), self.scale_bytes)
+        source = token + Int64(half * (HALF_CHUNKS * THREADS_PER_ROW * self.code_bytes) + u * self.code_bytes)
         for chunk in range(HALF_CHUNKS):
-            copy_async(slots.codes(index, chunk), token, (source, chunk * CHUNK), 16)
+            offset = chunk * THREADS_PER_ROW * self.code_bytes
+            copy_async(slots.codes(index, chunk), token, (source, offset), self.code_bytes)
 
-    def read(self, slots: Slots, index, half: Int32) -> list:
-        """(codes, scale) of this thread's columns of each chunk of the half row that has arrived."""
-        row = slots.scales(index) - slots.thread % THREADS_PER_ROW * 4
-        first, second = load_words(row + half * 8, 0, 2, Float32)
-        codes = [load_words(*slots.codes(index, chunk), 4) for chunk in range(HALF_CHUNKS)]
-        return list(zip(codes, (first, first, second, second), strict=True))
+    def scale_source(self, scales: Int64, u: Int32) -> tuple[Int64, int]:
+        return scales + Int64(u * self.scale_bytes), self.scale_offset
+
+    def row_scales(self, slots: Slots, index) -> Int32:
+        """Address of the scales that the four threads of a row have brought."""
+        return slots.scales(index) - slots.thread % THREADS_PER_ROW * self.scale_bytes
+
+    def read_codes(self, slots: Slots, index, chunk: int) -> tuple:
+        """This thread's codes of a chunk of the half row that has arrived."""
+        return load_words(*slots.codes(index, chunk), self.code_bytes // 4)
+
+    def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
+        """The scales of the half row that has arrived, as they are stored."""
+        raise NotImplementedError
+
+    def scale(self, stored: tuple, chunk: int, u: Int32) -> Float32:
+        """What thread u multiplies its codes of a chunk by."""
+        raise NotImplementedError
 
     def store(self, codes: tuple, scale: Float32, to: tuple[Int32, Int32], offset: int) -> None:
         """This thread's 16 values of a chunk, to shared memory: 16 bytes to each address in `to`."""
         for i in range(2):
             words = [value for word in codes[2 * i : 2 * i + 2] for value in e4m3_to_16bit(word, scale, self.dtype)]
             store_words(to[i], offset, tuple(words))
+
+
+class Fp8V32(Loader):
+    """656 bytes: 512 e4m3, four fp32 scales, 64 bf16 of RoPE."""
+
+    d = 576
+    token_bytes = 656
+    code_bytes, scale_bytes = 16, 4
+    scale_offset = 512
+    plain_chunk, plain_offset = 8, 528
+
+    def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
+        return load_words(self.row_scales(slots, index) + half * 8, 0, 2, Float32)
+
+    def scale(self, stored: tuple, chunk: int, u: Int32) -> Float32:
+        return stored[chunk // 2]
+
+
+class Fp8V4(Loader):
+    """576 bytes: 448 e4m3 and 64 bf16 of RoPE; behind the rows of a page, 8 bytes for each: 7 e8m0 scales."""
+
+    d = 512
+    token_bytes = 576
+    code_bytes, scale_bytes = 16, 4
+    scales_apart = True
+    plain_chunk, plain_offset = 7, 448
+
+    def scale_source(self, scales: Int64, u: Int32) -> tuple[Int64, int]:
+        return scales + Int64(u % 2 * 4), 0
+
+    def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
+        return load_words(self.row_scales(slots, index) + half * 4, 0, 1)
+
+    def scale(self, stored: tuple, chunk: int, u: Int32) -> Float32:
+        return e8m0_scale(stored[0], chunk)
+
+
+class Fp8V41(Loader):
+    """528 bytes: 512 e4m3, 16 e8m0 scales."""
+
+    d = 512
+    token_bytes = 528
+    code_bytes, scale_bytes = 16, 4
+    scale_offset = 512
+
+    def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
+        return load_words(self.row_scales(slots, index) + half * 8, 0, 2)
+
+    def scale(self, stored: tuple, chunk: int, u: Int32) -> Float32:
+        return e8m0_scale(stored[chunk // 2], chunk % 2 * 2 + u // 2)
+
+
+class Nvfp4(Loader):
+    """352 bytes: 512 e2m1, 64 e4m3 of RoPE without a scale, 32 e4m3 scales."""
+
+    d = 576
+    token_bytes = 352
+    code_bytes, scale_bytes = 8, 8
+    scale_offset = 320
+    rope_offset = 256
+    rope_codes = True
+
+    def rope_slot(self, slots: Slots, index) -> Int32:
+        first = slots.base + 2 * THREADS * (HALF_CHUNKS * self.code_bytes + self.scale_bytes)
+        return first + slots.thread * UNIT + index * (THREADS * UNIT)
+
+    def fetch_rope(self, slots: Slots, index, token: Int64) -> None:
+        u = slots.thread % THREADS_PER_ROW
+        source = (token + Int64(u * UNIT), self.rope_offset)
+        copy_async((self.rope_slot(slots, index), 0), token, source, UNIT)
+
+    def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
+        return load_words(self.row_scales(slots, index) + half * 16, 0, 4)
+
+    def scale(self, stored: tuple, chunk: int, u: Int32) -> Uint32:
+        return e4m3_scale(stored[chunk], u)
+
+    def store(self, codes: tuple, scale: Uint32, to: tuple[Int32, Int32], offset: int) -> None:
+        for i in range(2):
+            words = (*e2m1_to_bf16(codes[i], scale), *e2m1_to_bf16(codes[i] >> 16, scale))
+            store_words(to[i], offset, words)
+
+    def store_rope(self, slots: Slots, index, to: tuple[Int32, Int32]) -> None:
+        super().store(load_words(self.rope_slot(slots, index), 0, 4), Float32(1.0), to, 0)

@@ -23,7 +23,17 @@ from flash_mla.backends.hopper.combine import Combine
 from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, THREADS_PER_ROW, UNIT, copy_async
 from flash_mla.backends.hopper.epilogue import write_fp32_row
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains, uniform
-from flash_mla.backends.hopper.softmax import LN2, LOG2_E, NO_SCORE, optimistic_softmax, quad_sum, rescale
+from flash_mla.backends.hopper.softmax import (
+    LN2,
+    LOG2_E,
+    NO_SCORE,
+    THRESHOLD,
+    exponentials,
+    quad_max,
+    quad_sum,
+    rescale,
+    row_max,
+)
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
 
 BLOCK = 64  # tokens in a KV block
@@ -35,8 +45,8 @@ CHUNK_ELEMENTS = ROWS * CHUNK
 WARPGROUP = 128
 OCTET = 32 // THREADS_PER_ROW  # rows that a warp converts at a time
 PRODUCER_WARP = 8
-CONSUMER_REGISTERS = 224
-PRODUCER_REGISTERS = 56
+CONSUMER_REGISTERS = 208
+PRODUCER_REGISTERS = 88
 
 LEFT, RIGHT = 0, 1
 
@@ -60,9 +70,8 @@ class Arguments:
     """What every role reads of the call; shapes at `SparseDecode.__call__`."""
 
     q: cute.Tensor
-    k_cache: cute.Tensor
-    indices: cute.Tensor
-    lengths: cute.Tensor
+    main: "Source"
+    extra: "Source"
     sink: cute.Tensor
     work: cute.Tensor
     splits: cute.Tensor
@@ -71,7 +80,6 @@ class Arguments:
     out: cute.Tensor
     lse: cute.Tensor
     scale_log2: Float32
-    page_size: Int32
     batch_invariant: Int32
 
     @property
@@ -87,15 +95,28 @@ class Arguments:
         count = self.q.shape[2] - head_tile * ROWS
         return Rows(query // self.q.shape[1], query % self.q.shape[1], head_tile, count)
 
-    def length(self, piece) -> Int32:
-        """Entries of `indices` that count."""
-        length = self.lengths[piece.unit // self.passes // self.q.shape[1]]
-        return uniform(cutlass.max(0, cutlass.min(length, self.indices.shape[2])))
+    def lengths(self, piece) -> tuple[Int32, Int32]:
+        """Entries of the indices into the main and the extra cache that count."""
+        request = piece.unit // self.passes // self.q.shape[1]
+        return self.main.length(request), self.extra.length(request)
 
     def slot(self, piece: Piece) -> Int32:
         """Where the piece's partial result goes, or -1 if it is a whole unit."""
         first, after = self.splits[piece.unit], self.splits[piece.unit + 1]
         return uniform(cutlass.select_(first == after, Int32(-1), first + piece.split))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A cache, and indices into it."""
+
+    cache: cute.Tensor
+    page_size: Int32
+    indices: cute.Tensor
+    lengths: cute.Tensor
+
+    def length(self, request: Int32) -> Int32:
+        return uniform(cutlass.max(0, cutlass.min(self.lengths[request], self.indices.shape[2])))
 
 
 @dataclass(frozen=True)
@@ -114,23 +135,54 @@ class Cursor:
     Behind the last piece, `exists` is false.
     """
 
-    def __init__(self, unit: Int32, tile: Int32, stop: Int32, length: Int32, entries: Int64, opens: Int32):
+    def __init__(self, unit, tile, stop, length, extra_length, opens):
         self.unit, self.tile, self.stop = unit, tile, stop
-        self.length = length  # entries of the unit that count
-        self.entries = entries  # address of the unit's indices
+        self.length, self.extra_length = length, extra_length  # entries of the unit that count
         self.opens = opens  # 1 for the first tile of a piece
 
     @property
     def exists(self):
         return self.tile < self.stop
 
+    @property
+    def is_extra(self):
+        """Whether the tile is of the extra cache; its tiles follow those of the main one."""
+        return self.tile >= tiles_of(self.length)
+
     def __extract_mlir_values__(self):
-        values = (self.unit, self.tile, self.stop, self.length, self.entries, self.opens)
+        values = (self.unit, self.tile, self.stop, self.length, self.extra_length, self.opens)
         return [value.ir_value() for value in values]
 
     def __new_from_mlir_values__(self, values):
-        unit, tile, stop, length, entries, opens = values
-        return Cursor(Int32(unit), Int32(tile), Int32(stop), Int32(length), Int64(entries), Int32(opens))
+        return Cursor(*(Int32(value) for value in values))
+
+
+class Tokens:
+    """The token that a producer lane looks up of a tile. Lives in registers, across loops.
+
+    row: address, or 0 if it is not to be attended to. scales: how much farther its scales begin, if they are apart.
+    """
+
+    def __init__(self, row: Int64, scales: Int32 | None):
+        self.row, self.scales = row, scales
+
+    def __extract_mlir_values__(self):
+        return [value.ir_value() for value in (self.row, self.scales) if value is not None]
+
+    def __new_from_mlir_values__(self, values):
+        return Tokens(Int64(values[0]), None if self.scales is None else Int32(values[1]))
+
+    def of_lane(self, lane: Int32) -> tuple[Int64, Int64]:
+        """(row, its scales) of the token of another lane."""
+        row = cute.arch.shuffle_sync(self.row, lane)
+        if self.scales is None:
+            return row, row
+        return row, row + Int64(cute.arch.shuffle_sync(self.scales, lane))
+
+    def unless(self, condition, other: "Tokens") -> "Tokens":
+        """These tokens, or the others if the condition holds."""
+        row = cutlass.select_(condition, other.row, self.row)
+        return Tokens(row, None if self.scales is None else cutlass.select_(condition, other.scales, self.scales))
 
 
 @dataclass(frozen=True)
@@ -141,7 +193,7 @@ class Lane:
     row: Int32  # of the eight that its warp converts at a time
     slots: dequant.Slots  # of raw bytes
     k: Int32  # address of its columns in the first of eight rows of block 0
-    rope: Int32  # address of its RoPE columns there
+    plain: Int32  # address of its columns there in the chunk that is copied as it is
     entry: Int32  # in a tile: the index that it looks up
     index: Int32  # address of that index's value
 
@@ -161,6 +213,9 @@ class SparseDecode:
         k_cache: cute.Tensor,  # [num_pages, bytes of a page]
         indices: cute.Tensor,  # [b, s_q, topk]
         lengths: cute.Tensor,  # [b]: entries of indices that count
+        extra_cache: cute.Tensor,  # the same of a second cache
+        extra_indices: cute.Tensor,
+        extra_lengths: cute.Tensor,
         sink: cute.Tensor,  # [h_q] fp32, natural log
         work: cute.Tensor,  # [workers + 1, 4]: SplitPlan.work over units (request, query token, head tiles)
         splits: cute.Tensor,  # [units + 1]: SplitPlan.splits
@@ -169,6 +224,7 @@ class SparseDecode:
         lse: cute.Tensor,  # [b, h_q, s_q] fp32, natural log
         scale_log2: Float32,
         page_size: Int32,
+        extra_page_size: Int32,
         row_tiles: Int32,  # CTAs of a worker
         slots: Int32,
         batch_invariant: Int32,
@@ -195,7 +251,7 @@ class SparseDecode:
             sum1: cute.struct.MemRange[Float32, ROWS]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
-            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.loader.raw_bytes], 128]
+            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.loader.raw_bytes()], 128]
 
         self.Shared = Shared
         unit_rows = row_tiles * ROWS
@@ -207,8 +263,8 @@ class SparseDecode:
             cute.make_ordered_layout((slots, unit_rows), order=(1, 0)),
         )
         self.kernel(
-            tma_q, q_tma, q, k_cache, indices, lengths, sink, work, splits, partial_o, partial_lse, out, lse,
-            scale_log2, page_size, batch_invariant,
+            tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
+            partial_o, partial_lse, out, lse, scale_log2, page_size, extra_page_size, batch_invariant,
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -258,6 +314,9 @@ class SparseDecode:
         k_cache: cute.Tensor,
         indices: cute.Tensor,
         lengths: cute.Tensor,
+        extra_cache: cute.Tensor,
+        extra_indices: cute.Tensor,
+        extra_lengths: cute.Tensor,
         sink: cute.Tensor,
         work: cute.Tensor,
         splits: cute.Tensor,
@@ -267,6 +326,7 @@ class SparseDecode:
         lse: cute.Tensor,
         scale_log2: Float32,
         page_size: Int32,
+        extra_page_size: Int32,
         batch_invariant: Int32,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -280,8 +340,9 @@ class SparseDecode:
             self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
         args = Arguments(
-            q, k_cache, indices, lengths, sink, work, splits, partial_o, partial_lse, out, lse, scale_log2,
-            page_size, batch_invariant,
+            q, Source(k_cache, page_size, indices, lengths),
+            Source(extra_cache, extra_page_size, extra_indices, extra_lengths), sink, work, splits, partial_o,
+            partial_lse, out, lse, scale_log2, batch_invariant,
         )  # fmt: skip
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
@@ -307,9 +368,9 @@ class SparseDecode:
         if warp == 0:
             with cute.arch.elect_one():
                 for i in range_constexpr(4):
-                    # The late halves, 1 and 2, come with RoPE, which every producer thread copies a part of.
-                    late = i in (1, 2) and self.has_rope
-                    cute.arch.mbarrier_init(barriers.k_full + i, 4 + (WARPGROUP if late else 0))
+                    # Every producer thread copies a part of what is not to be converted.
+                    copies = WARPGROUP if self.comes_with_copies(i // 2, i % 2) else 0
+                    cute.arch.mbarrier_init(barriers.k_full + i, 4 + copies)
                     cute.arch.mbarrier_init(barriers.k_empty + i, 4 * self.cluster)
                 cute.arch.mbarrier_init(barriers.q_full, 1)
                 cute.arch.mbarrier_init(barriers.q_empty, 8)
@@ -321,6 +382,12 @@ class SparseDecode:
             cute.arch.sync_threads()
 
     # ---------------------------------------------------------------------------------------------- producers
+
+    def comes_with_copies(self, block, half):
+        """Whether a half of a block comes with the chunk that is copied as it is: RoPE with the late half."""
+        if self.loader.plain_chunk is None:
+            return False
+        return (block ^ half) != 0 if self.loader.plain_chunk == V_CHUNKS else half != 0
 
     def lane(self, shared, thread: Int32) -> Lane:
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
@@ -334,7 +401,7 @@ class SparseDecode:
             slots=self.loader.slots(Int32(shared.raw.data_ptr().toint()), thread),
             # Columns 16 u are the units 2 u and 2 u + 1 of a chunk's row, which the swizzle permutes.
             k=k + ((2 * u) ^ row) * UNIT,
-            rope=k + V_CHUNKS * CHUNK_BYTES + (u ^ row) * UNIT,
+            plain=k + (self.loader.plain_chunk or 0) * CHUNK_BYTES + (u ^ row) * UNIT,
             entry=lane // (2 * OCTET) * BLOCK + octet * OCTET + lane % OCTET,
             index=Int32(shared.indices.data_ptr().toint()) + thread * 4,
         )
@@ -352,30 +419,29 @@ class SparseDecode:
         right half, then the left half and RoPE. That is the order in which the consumers need and free them."""
         lane = self.lane(shared, thread)
         end = end_of_work(args.work)
-        inverse_page_size = Uint32(0xFFFFFFFF) // Uint32(args.page_size)
+        inverses = tuple(Uint32(0xFFFFFFFF) // Uint32(source.page_size) for source in (args.main, args.extra))
 
         cursor = self.settle(args, first_piece(args.work), end)
         exists, opened = cursor.exists, cursor.unit
-        self.fetch_index(cursor, lane)
+        self.fetch_index(args, cursor, lane)
         cute.arch.cp_async_commit_group()
         wait_copies(0)
-        tokens = self.locate(args, self.read_index(lane), inverse_page_size)
+        tokens = self.locate(args, cursor, lane, inverses)
         cursor = self.next_cursor(args, cursor, end)
-        self.fetch_index(cursor, lane)
+        self.fetch_index(args, cursor, lane)
         for i in range_constexpr(2):
             step, octet = i // self.octets, i % self.octets
-            self.loader.fetch(lane.slots, i, Int32(step), cute.arch.shuffle_sync(tokens, octet * OCTET + lane.row))
-            cute.arch.cp_async_commit_group()
+            self.fetch(lane, i, Int32(step), Int32(step), tokens.of_lane(octet * OCTET + lane.row))
         wait_copies(0)  # for the next tile's index
 
         tiles, pieces = Int32(0), Int32(0)
         while exists:
-            next_tokens = self.locate(args, self.read_index(lane), inverse_page_size)
+            next_tokens = self.locate(args, cursor, lane, inverses)
             next_exists = cursor.exists
             next_opened = cutlass.select_(next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
             cursor = self.next_cursor(args, cursor, end)
-            self.fetch_index(cursor, lane)
-            attended = cute.arch.vote_ballot_sync(tokens != 0)
+            self.fetch_index(args, cursor, lane)
+            attended = cute.arch.vote_ballot_sync(tokens.row != 0)
             for step in cutlass.range(4, unroll=1):
                 block, late = step // 2, step % 2
                 half = block ^ late
@@ -385,117 +451,174 @@ class SparseDecode:
                     self.load_q(args, shared, barriers, tma_q, q_tma, opened, pieces)
                 if late == 0:
                     self.note_attended(shared, attended, block, lane.warp)
-                elif const_expr(self.has_rope):
-                    self.copy_rope(lane, tokens, block, full)
+                if const_expr(self.loader.plain_chunk is not None):
+                    if self.comes_with_copies(block, half):
+                        self.copy_plain(lane, tokens, block, full)
                 # Two half rows ahead.
-                upcoming = step + 2 // self.octets
-                sources = cutlass.select_(upcoming >= 4, next_tokens, tokens)
-                next_block = upcoming // 2 % 2
-                next_half = next_block ^ (upcoming % 2)
+                ahead = step + 2 // self.octets
+                sources = tokens.unless(ahead >= 4, next_tokens)
+                next_block, next_late = ahead // 2 % 2, ahead % 2
                 for i in range_constexpr(self.octets):
                     index = i if const_expr(self.octets == 2) else late
-                    token = cute.arch.shuffle_sync(sources, next_block * (2 * OCTET) + i * OCTET + lane.row)
-                    to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + half * (HALF_CHUNKS * CHUNK_BYTES)
-                    to += self.octet(lane.warp, i) * (OCTET * 128)
+                    token = sources.of_lane(next_block * (2 * OCTET) + i * OCTET + lane.row)
+                    to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * 128)
                     wait_copies(1)
                     cute.arch.sync_warp()
-                    raw = self.loader.read(lane.slots, index, half)
-                    self.loader.fetch(lane.slots, index, next_half, token)
-                    cute.arch.cp_async_commit_group()
-                    for chunk in range_constexpr(HALF_CHUNKS):
-                        self.loader.store(*raw[chunk], (to, to ^ UNIT), chunk * CHUNK_BYTES)
+                    self.convert(lane, index, half, late, to, next_block ^ next_late, next_late, token)
                 if const_expr(self.cluster == 1):
                     cute.arch.sync_warp()
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(full)
                 else:
-                    self.push(shared, lane, block, half, full, barriers.peer)
+                    self.push(shared, lane, block, half, late, full, barriers.peer)
             pieces += cutlass.select_(opened >= 0, Int32(1), Int32(0))
             tokens, exists, opened = next_tokens, next_exists, next_opened
             tiles += 1
 
     @cute.jit
+    def fetch(self, lane: Lane, index, half: Int32, late: Int32, token: tuple):
+        """Start the copies of half a row into the slots number `index`."""
+        row, scales = token
+        self.loader.fetch(lane.slots, index, half, row, scales)
+        if const_expr(self.loader.rope_codes):
+            if late != 0:
+                self.loader.fetch_rope(lane.slots, index, row)
+        cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def convert(
+        self, lane: Lane, index, half: Int32, late: Int32, to: Int32, next_half: Int32, next_late: Int32, token: tuple
+    ):
+        """Half a row out of its slots, which are filled again at once, and into K at `to`."""
+        if const_expr(self.loader.rope_codes):
+            if late != 0:
+                at = to + V_CHUNKS * CHUNK_BYTES
+                self.loader.store_rope(lane.slots, index, (at, at ^ UNIT))
+        scales = self.loader.read_scales(lane.slots, index, half)
+        codes = [self.loader.read_codes(lane.slots, index, chunk) for chunk in range(2)]
+        to += half * (HALF_CHUNKS * CHUNK_BYTES)
+        for chunk in range_constexpr(HALF_CHUNKS):
+            if const_expr(chunk + 2 < HALF_CHUNKS):  # two chunks ahead: registers do not suffice for more
+                codes.append(self.loader.read_codes(lane.slots, index, chunk + 2))
+            if const_expr(chunk + 3 == HALF_CHUNKS):
+                self.fetch(lane, index, next_half, next_late, token)
+            if const_expr(self.loader.plain_chunk == HALF_CHUNKS + chunk):
+                if half == 0:
+                    self.store(lane, codes[chunk], scales, to, chunk)
+            else:
+                self.store(lane, codes[chunk], scales, to, chunk)
+
+    def store(self, lane: Lane, codes: tuple, scales: tuple, to: Int32, chunk: int):
+        """A chunk of half a row into K, the half beginning at `to`."""
+        scale = self.loader.scale(scales, chunk, lane.slots.thread % THREADS_PER_ROW)
+        self.loader.store(codes, scale, (to, to ^ UNIT), chunk * CHUNK_BYTES)
+
+    @cute.jit
     def settle(self, args, piece: Piece, end):
         """The first tile from the beginning of `piece` on."""
-        stop, length = Int32(0), Int32(0)
+        stop, length, extra_length = Int32(0), Int32(0), Int32(0)
         while remains(piece, end) & (stop <= piece.tile):
-            length = args.length(piece)
-            tiles = tiles_of(length)
+            length, extra_length = args.lengths(piece)
+            tiles = tiles_of(length) + tiles_of(extra_length)
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             if stop <= piece.tile:
                 piece = next_piece(piece, stop, tiles)
                 stop = Int32(0)
-        entries = args.indices.iterator.toint()
-        if stop > piece.tile:
-            rows = args.rows(piece)
-            entries = args.indices[rows.request, rows.token, None].iterator.toint()
-        return Cursor(piece.unit, piece.tile, stop, length, entries, Int32(1))
+        return Cursor(piece.unit, piece.tile, stop, length, extra_length, Int32(1))
 
     @cute.jit
     def next_cursor(self, args, cursor: Cursor, end):
-        following = Cursor(cursor.unit, cursor.tile + 1, cursor.stop, cursor.length, cursor.entries, Int32(0))
+        following = Cursor(cursor.unit, cursor.tile + 1, cursor.stop, cursor.length, cursor.extra_length, Int32(0))
         if following.tile == following.stop:
             # Which piece of its unit it is, is of no concern here.
-            piece = next_piece(Piece(cursor.unit, cursor.tile, Int32(0)), cursor.stop, tiles_of(cursor.length))
+            tiles = tiles_of(cursor.length) + tiles_of(cursor.extra_length)
+            piece = next_piece(Piece(cursor.unit, cursor.tile, Int32(0)), cursor.stop, tiles)
             following = self.settle(args, piece, end)
         return following
 
     @cute.jit
-    def fetch_index(self, cursor: Cursor, lane: Lane):
+    def fetch_index(self, args, cursor: Cursor, lane: Lane):
         """Start to bring the index that this lane looks up: a slot of the cache, or less than 0 if there is none."""
-        entry = cursor.tile * TILE + lane.entry
-        if entry < cutlass.select_(cursor.exists, cursor.length, Int32(0)):
-            copy_async((lane.index, 0), cursor.entries, (cursor.entries + Int64(entry) * 4, 0), 4)
+        main_tiles = cutlass.select_(cursor.is_extra, tiles_of(cursor.length), Int32(0))
+        length = cutlass.select_(cursor.is_extra, cursor.extra_length, cursor.length)
+        entry = (cursor.tile - main_tiles) * TILE + lane.entry
+        if entry < cutlass.select_(cursor.exists, length, Int32(0)):
+            rows = args.rows(cursor)
+            addresses = [
+                source.indices[rows.request, rows.token, None].iterator.toint() for source in (args.main, args.extra)
+            ]
+            entries = cutlass.select_(cursor.is_extra, addresses[1], addresses[0])
+            copy_async((lane.index, 0), entries, (entries + Int64(entry) * 4, 0), 4)
         else:
             cute.arch.inline_ptx("st.shared.s32 [{$r0}], -1;", read_only_args=[lane.index])
 
-    def read_index(self, lane: Lane) -> Int32:
-        return cute.arch.inline_ptx(
+    @cute.jit
+    def locate(self, args, cursor: Cursor, lane: Lane, inverses: tuple):
+        """The token whose index of the cursor's tile has arrived."""
+        slot = cute.arch.inline_ptx(
             "ld.shared.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[lane.index]
         )
-
-    @cute.jit
-    def locate(self, args, slot: Int32, inverse_page_size: Uint32):
-        """Address of the token in a slot, or 0 if it is not to be attended to."""
-        num_pages, page_size = args.k_cache.shape[0], args.page_size
+        extra = cursor.is_extra
+        sources = (args.main, args.extra)
+        inverse, page_size, num_pages, page_bytes, base = (
+            cutlass.select_(extra, of_extra, of_main)
+            for of_main, of_extra in (
+                inverses,
+                [source.page_size for source in sources],
+                [source.cache.shape[0] for source in sources],
+                [Int64(source.cache.stride[0]) for source in sources],
+                [source.cache.iterator.toint() for source in sources],
+            )
+        )
         page = cute.arch.inline_ptx(
-            "mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[slot, inverse_page_size]
+            "mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[slot, inverse]
         )
         # The product falls short of the quotient by one at most.
         page += cutlass.select_(slot - page * page_size >= page_size, Int32(1), Int32(0))
-        address = args.k_cache.iterator.toint() + Int64(page) * args.k_cache.stride[0]
-        address += Int64(slot - page * page_size) * self.loader.token_bytes
-        return cutlass.select_((slot >= 0) & (page < num_pages), address, Int64(0))
+        offset = slot - page * page_size
+        row = base + Int64(page) * page_bytes + Int64(offset) * self.loader.token_bytes
+        scales = None
+        if const_expr(self.loader.scales_apart):
+            scales = (page_size - offset) * self.loader.token_bytes + offset * 8
+        return Tokens(cutlass.select_((slot >= 0) & (page < num_pages), row, Int64(0)), scales)
 
     @cute.jit
-    def copy_rope(self, lane: Lane, tokens: Int64, block: Int32, full: cute.Pointer):
-        """Copy the RoPE columns of all tokens of a block that this warp looks up to where they stay."""
+    def copy_plain(self, lane: Lane, tokens: Tokens, block: Int32, full: cute.Pointer):
+        """Copy the values that need no conversion, of all tokens of a block that this warp looks up, into K."""
         u = lane.slots.thread % THREADS_PER_ROW
         for i in range_constexpr(2):
-            token = cute.arch.shuffle_sync(tokens, block * (2 * OCTET) + i * OCTET + lane.row)
-            to = lane.rope + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * 128)
-            for part in range_constexpr(2):
-                source = (token + Int64(u * UNIT), self.loader.rope_offset + part * CHUNK)
-                copy_async((to ^ (part * CHUNK), 0), token, source, UNIT)
+            row = cute.arch.shuffle_sync(tokens.row, block * (2 * OCTET) + i * OCTET + lane.row)
+            to = lane.plain + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * 128)
+            for units in range_constexpr(0, 2 * THREADS_PER_ROW, THREADS_PER_ROW):
+                source = (row + Int64(u * UNIT), self.loader.plain_offset + units * UNIT)
+                copy_async((to ^ (units * UNIT), 0), row, source, UNIT)
         cute.arch.cp_async_mbarrier_arrive_noinc(full)
 
     @cute.jit
-    def push(self, shared, lane: Lane, block: Int32, half: Int32, full: cute.Pointer, peer: Int32):
+    def push(self, shared, lane: Lane, block: Int32, half: Int32, late: Int32, full: cute.Pointer, peer: Int32):
         """Copy what this warp has converted, eight rows of half a block, to the same place in the peer's memory."""
-        start = shared.k.data_ptr() + (block * K_CHUNKS + half * HALF_CHUNKS) * CHUNK_ELEMENTS
+        start = shared.k.data_ptr() + block * K_CHUNKS * CHUNK_ELEMENTS
         source = Int32(start.toint()) + self.octet(lane.warp, 0) * (OCTET * 128)
-        to, full_there = remote(source, peer), remote(Int32(full.toint()), peer)
+        there = remote(source, peer) - source
+        first = source + half * (HALF_CHUNKS * CHUNK_BYTES)
+        full_there = Int32(full.toint()) + there
+        # Of four chunks the last may not be converted; converted RoPE is a fifth.
+        last_is_plain = self.loader.plain_chunk == V_CHUNKS - 1
+        count = HALF_CHUNKS - (half if const_expr(last_is_plain) else 0)
+        count += late if const_expr(self.loader.rope_codes) else 0
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             # The peer's warp of the same number sends as much.
-            cute.arch.mbarrier_arrive_and_expect_tx(full, HALF_CHUNKS * OCTET * 128)
-            for chunk in range_constexpr(HALF_CHUNKS):
-                cute.arch.inline_ptx(
-                    "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
-                    f"[{{$r0}}], [{{$r1}}], {OCTET * 128}, [{{$r2}}];",
-                    read_only_args=[to + chunk * CHUNK_BYTES, source + chunk * CHUNK_BYTES, full_there],
-                )
+            cute.arch.mbarrier_arrive_and_expect_tx(full, count * (OCTET * 128))
+            for chunk in range_constexpr(HALF_CHUNKS - last_is_plain):
+                push_octet(first + chunk * CHUNK_BYTES, there, full_there)
+            if const_expr(last_is_plain):
+                if half == 0:
+                    push_octet(first + (HALF_CHUNKS - 1) * CHUNK_BYTES, there, full_there)
+            if const_expr(self.loader.rope_codes):
+                if late != 0:
+                    push_octet(source + V_CHUNKS * CHUNK_BYTES, there, full_there)
 
     @cute.jit
     def note_attended(self, shared, attended: Int32, block: Int32, warp: Int32):
@@ -545,15 +668,14 @@ class SparseDecode:
 
         pairs = Int32(0)
         pieces = Int32(0)
-        length, slot = Int32(0), Int32(0)
+        tiles, slot = Int32(0), Int32(0)
         piece, end = first_piece(args.work), end_of_work(args.work)
         if remains(piece, end):
-            length, slot = self.begin_piece(args, f, piece, row0, lane)
+            tiles, slot = self.begin_piece(args, f, piece, row0, lane)
         while remains(piece, end):
-            tiles = tiles_of(length)
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             following = next_piece(piece, stop, tiles)
-            next_length, next_slot = Int32(0), Int32(0)
+            next_tiles, next_slot = Int32(0), Int32(0)
             f.o.fill(0.0)
             m.fill(NO_SCORE)
             row_sum.fill(0.0)
@@ -572,19 +694,19 @@ class SparseDecode:
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(barriers.q_empty)
                 if remains(following, end):
-                    next_length, next_slot = self.begin_piece(args, f, following, row0, lane)
+                    next_tiles, next_slot = self.begin_piece(args, f, following, row0, lane)
                 self.pair(side, True, shared, barriers, f, m, row_sum, scale, pairs, thread)
                 pairs += 1
                 pieces += 1
             elif remains(following, end):
-                next_length, next_slot = self.begin_piece(args, f, following, row0, lane)
+                next_tiles, next_slot = self.begin_piece(args, f, following, row0, lane)
 
             self.write(side, args, shared, f, m, row_sum, slot, args.rows(piece), thread)
-            piece, length, slot = following, next_length, next_slot
+            piece, tiles, slot = following, next_tiles, next_slot
 
     @cute.jit
     def begin_piece(self, args, f, piece: Piece, row0: Int32, lane: Int32):
-        """Start early what a piece needs from global memory: Q's RoPE chunk; (length, slot) are returned."""
+        """Start early what a piece needs from global memory: Q's RoPE chunk; (tiles, slot) are returned."""
         if const_expr(self.has_rope):
             rows = args.rows(piece)
             for r in range_constexpr(2):
@@ -594,7 +716,8 @@ class SparseDecode:
                 source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
                 to = cute.make_tensor(f.q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
                 cute.autovec_copy(source, to)
-        return args.length(piece), args.slot(piece)
+        length, extra_length = args.lengths(piece)
+        return tiles_of(length) + tiles_of(extra_length), args.slot(piece)
 
     @dataclass(frozen=True)
     class Fragments:
@@ -684,7 +807,7 @@ class SparseDecode:
 
         n[0], n[1] = m[0], m[1]
         self.hide_unattended(f.s, shared, LEFT, thread % 32)
-        optimistic_softmax(f.s, f.p_scores, sums, n, scale)
+        softmax(f.s, f.p_scores, sums, n, scale)
         # P takes the place of RoPE, which every warp of this side has multiplied by now.
         cute.arch.barrier(barrier_id=LEFT_ONLY, number_of_threads=WARPGROUP)
         cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
@@ -730,7 +853,7 @@ class SparseDecode:
         self.issue_pv(f, f.p_in, 0)
         warpgroup.commit_group()
         self.hide_unattended(f.s, shared, RIGHT, thread % 32)
-        optimistic_softmax(f.s, f.p_scores, sums, n, scale)
+        softmax(f.s, f.p_scores, sums, n, scale)
         cute.arch.barrier(barrier_id=RIGHT_ONLY, number_of_threads=WARPGROUP)
         cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
         max1[row], max1[row + 8] = n[0], n[1]
@@ -851,8 +974,28 @@ class SparseDecode:
             write_fp32_row(f.o, r, inv[r], to, exists, lane)
 
 
+@cute.jit
+def softmax(scores: cute.Tensor, p: cute.Tensor, sums: cute.Tensor, reference: cute.Tensor, scale: Float32):
+    """`optimistic_softmax`, but the maximum comes first: scores and p are never all alive, which saves registers."""
+    tops = (row_max(scores, 0), row_max(scores, 1))
+    if cute.arch.vote_any_sync(cute.arch.fmax(tops[0] - reference[0], tops[1] - reference[1]) * scale > THRESHOLD):
+        for r in range_constexpr(2):
+            top = quad_max(tops[r])
+            reference[r] = cutlass.select_((top - reference[r]) * scale > THRESHOLD, top, reference[r])
+    exponentials(scores, p, sums, reference, scale)
+
+
 def tiles_of(length: Int32) -> Int32:
     return (length + (TILE - 1)) // TILE
+
+
+def push_octet(source: Int32, there: Int32, full_there: Int32) -> None:
+    """Copy eight rows of a chunk, one swizzle atom, to the peer's shared memory, `there` farther."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+        f"[{{$r0}}], [{{$r1}}], {OCTET * 128}, [{{$r2}}];",
+        read_only_args=[source + there, source, full_there],
+    )
 
 
 def remote(address: Int32, peer: Int32) -> Int32:
@@ -898,9 +1041,11 @@ def compile_variant(dtype: str, kv_format: str, cluster: int) -> aot.Compiled:
     loader = getattr(dequant, kv_format)
     b, s_q, h_q = (cute.sym_int() for _ in range(3))
     q = aot.strided(element, (b, s_q, h_q, loader.d), dense_last=True, align=16)
-    k_cache = aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16)
-    indices = aot.strided(Int32, (b, s_q, cute.sym_int()), dense_last=True)
-    lengths = aot.strided(Int32, (b,))
+    sources = []
+    for _ in range(2):
+        k_cache = aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16)
+        indices = aot.strided(Int32, (b, s_q, cute.sym_int()), dense_last=True)
+        sources += [k_cache, indices, aot.strided(Int32, (b,))]
     sink = aot.strided(Float32, (h_q,))
     work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
     splits = aot.compact(Int32, (cute.sym_int(),))
@@ -908,6 +1053,6 @@ def compile_variant(dtype: str, kv_format: str, cluster: int) -> aot.Compiled:
     out = aot.strided(element, (b, s_q, h_q, D_V), dense_last=True, align=16)
     lse = aot.strided(Float32, (b, h_q, s_q))
     return aot.compile_kernel(
-        SparseDecode(element, kv_format, cluster), q, k_cache, indices, lengths, sink, work, splits, workspace, out,
-        lse, Float32(1.0), *[Int32(0)] * 6,
+        SparseDecode(element, kv_format, cluster), q, *sources, sink, work, splits, workspace, out, lse,
+        Float32(1.0), *[Int32(0)] * 7,
     )  # fmt: skip

@@ -27,15 +27,15 @@ from flash_mla.problem import DecodeInputs, DecodeProblem
 
 __all__ = ["decode", "plan_decode", "sparse_decode_kernel", "why_not"]
 
-FORMATS = (KVCacheFormat.FP8_V32,)
+FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
 
 
 def why_not(problem: DecodeProblem) -> str | None:
     """The reason there is no kernel for a sparse problem, or None."""
     if problem.kv_format not in FORMATS:
         return f"no Hopper kernel for sparse decode over {problem.kv_format.name} yet"
-    if problem.extra_format is not None:
-        return "no Hopper kernel for sparse decode with extra_k_cache yet"
+    if problem.extra_format not in (None, problem.kv_format):
+        return f"no Hopper kernel for {problem.extra_format.name} beside {problem.kv_format.name} yet"
     if problem.dtype != torch.bfloat16:
         return f"no Hopper kernel for sparse decode of {problem.dtype} queries over {problem.kv_format.name}"
     return kernels.unavailable(sparse_decode_kernel(problem, 1))
@@ -46,29 +46,37 @@ def sparse_decode_kernel(problem: DecodeProblem, cluster: int) -> str:
     return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{problem.kv_format.value}_cluster{cluster}"
 
 
+def _max_tiles(problem: DecodeProblem) -> int:
+    """Tiles of a query token, if all of its indices count."""
+    return sum(-(-topk // TILE) for topk in (problem.topk, problem.extra_topk) if topk is not None)
+
+
 @functools.lru_cache(maxsize=1024)
 def _layout(problem: DecodeProblem) -> SparseDecodeConfig:
-    assert problem.topk is not None
-    tiles = None if problem.has_topk_length else -(-problem.topk // TILE)
+    equal = not (problem.has_topk_length or problem.has_extra_topk_length)
+    tiles = _max_tiles(problem) if equal else None
     return sparse_decode_config(problem.b * problem.s_q, problem.h_q, tiles, _num_sms(problem.device))
 
 
-def _lengths(problem: DecodeProblem, inputs: DecodeInputs) -> torch.Tensor:
-    """[b] int32: how many entries of `indices` count; perhaps more than there are, or negative."""
-    if inputs.topk_length is not None:
-        return inputs.topk_length
-    return _constant(problem.topk, torch.int32, problem.device).expand(problem.b)
+def _lengths(problem: DecodeProblem, given: torch.Tensor | None, topk: int | None) -> torch.Tensor:
+    """[b] int32: how many indices count; perhaps more than there are, or less than 0."""
+    return _constant(topk or 0, torch.int32, problem.device).expand(problem.b) if given is None else given
 
 
 @_on_its_device
 def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     """Plan a decode call on the device."""
     config = _layout(problem)
-    lengths = _lengths(problem, inputs)
-    if problem.has_topk_length:
-        lengths = lengths.clamp(0, problem.topk)
+    lengths, extra_lengths = (
+        _lengths(problem, given, topk) if given is None else given.clamp(0, topk)
+        for given, topk in (
+            (inputs.topk_length, problem.topk),
+            (inputs.extra_topk_length, problem.extra_topk),
+        )
+    )
     return plan(
         lengths,
+        extra_lengths=extra_lengths,
         tile=TILE,
         fixed_cost=config.fixed_cost,
         num_workers=config.num_workers,
@@ -91,12 +99,11 @@ class _SparseDecode(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int) -> _SparseDecode:
     config = _layout(problem)
-    assert problem.topk is not None
-    max_tiles = -(-problem.topk // TILE)
-    slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
+    slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=_max_tiles(problem))
     by_unit = problem.batch_invariant or num_units <= num_workers
     many_rows = (num_units if by_unit else num_workers) * config.unit_rows >= ROWS_TO_FILL_A_GPU
-    flags = (problem.page_size, config.row_tiles, slots, problem.batch_invariant, by_unit, many_rows)
+    page_sizes = (problem.page_size, problem.extra_page_size or problem.page_size)
+    flags = (*page_sizes, config.row_tiles, slots, problem.batch_invariant, by_unit, many_rows)
     return _SparseDecode(
         kernel=kernels.load(sparse_decode_kernel(problem, config.cluster)),
         out_shape=(problem.b, problem.s_q, problem.h_q, problem.d_v),
@@ -118,6 +125,10 @@ def decode(
         q, scale = (-q, -scale) if scale < 0.0 else (q, TINY_SCALE)
     if not _rows_aligned(q) or 0 in q.stride():
         q = q.contiguous()
+    pages = _pages("k_cache", inputs.k_cache)
+    extra_pages, extra_indices = pages, inputs.indices  # stand in for what is absent
+    if inputs.extra_k_cache is not None:
+        extra_pages, extra_indices = _pages("extra_k_cache", inputs.extra_k_cache), inputs.extra_indices
     sink = inputs.attn_sink
     if sink is None:
         sink = _constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q)
@@ -128,8 +139,9 @@ def decode(
     lse = torch.empty(call.lse_shape, dtype=torch.float32, device=problem.device)
     workspace = torch.empty(call.workspace_size, dtype=torch.float32, device=problem.device)
     call.kernel(
-        q, _pages("k_cache", inputs.k_cache), inputs.indices, _lengths(problem, inputs), sink, work, splits,
-        workspace, out, lse, scale * LOG2_E, *call.flags,
+        q, pages, inputs.indices, _lengths(problem, inputs.topk_length, problem.topk),
+        extra_pages, extra_indices, _lengths(problem, inputs.extra_topk_length, problem.extra_topk),
+        sink, work, splits, workspace, out, lse, scale * LOG2_E, *call.flags,
     )  # fmt: skip
     if given is not None and given is not out:
         given.copy_(out)
@@ -140,6 +152,8 @@ def decode(
 def _pages(name: str, cache: torch.Tensor) -> torch.Tensor:
     """The bytes of a cache: [num_pages, bytes of a page] uint8, a view."""
     pages = cache.view(torch.uint8).flatten(1)
+    if len(pages) == 1:  # its stride means nothing
+        pages = pages.as_strided(pages.shape, (-(-pages.shape[1] // 16) * 16, 1))
     if pages.data_ptr() % 16 or pages.stride(0) % 16:
         raise ValueError(
             f"{name}: got a page stride of {pages.stride(0)} bytes at address {pages.data_ptr():#x}, "

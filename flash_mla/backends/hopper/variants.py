@@ -35,12 +35,13 @@ PLANNER = {
 
 # 168 registers a thread at launch, which the roles redistribute.
 DENSE_DECODE = {
-    f"dense_decode_{short}_{d}_cluster{cluster}": Variant(
-        "flash_mla.backends.hopper.dense_decode", 168, {"dtype": dtype, "d": d, "cluster": cluster}
+    f"dense_decode_{short}_{d}_cluster{cluster}_pages{box}": Variant(
+        "flash_mla.backends.hopper.dense_decode", 168, {"dtype": dtype, "d": d, "cluster": cluster, "box": box}
     )
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
     for d in (576, 512)
     for cluster in (1, 2)
+    for box in (64, 8, 1)
 }
 
 SPARSE_PREFILL = {
@@ -50,11 +51,12 @@ SPARSE_PREFILL = {
 }
 
 SPARSE_DECODE = {
-    f"sparse_decode_bf16_fp8_v32_cluster{cluster}": Variant(
+    f"sparse_decode_bf16_{short}_cluster{cluster}": Variant(
         "flash_mla.backends.hopper.sparse_decode",
         168,
-        {"dtype": "BFloat16", "kv_format": "Fp8V32", "cluster": cluster},
+        {"dtype": "BFloat16", "kv_format": kv_format, "cluster": cluster},
     )
+    for short, kv_format in (("fp8_v32", "Fp8V32"), ("fp8_v4", "Fp8V4"), ("fp8_v41", "Fp8V41"), ("nvfp4", "Nvfp4"))
     for cluster in (1, 2)
 }
 
