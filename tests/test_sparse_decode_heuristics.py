@@ -1,0 +1,45 @@
+"""The layout of sparse decode on a GPU: plain functions of shapes, for GPUs of several sizes."""
+
+import pytest
+import torch
+
+from flash_mla.backends.hopper.sparse_decode_heuristics import ROWS, TILE, sparse_decode_config
+from flash_mla.plan import split_plan
+
+H200, H800_PCIE, H20 = 132, 114, 78  # SMs
+GPUS = pytest.mark.parametrize("num_sms", [H200, H800_PCIE, H20])
+
+
+@GPUS
+@pytest.mark.parametrize("tiles", [None, 0, 1, 16, 128])
+def test_every_head_is_covered_and_no_sm_counted_twice(num_sms, tiles):
+    for h_q in (1, 8, 16, 63, 64, 65, 127, 128, 129, 200, 256, 1000):
+        for queries in (1, 2, 33, 127, 128, 132, 133, 256, 4096):
+            config = sparse_decode_config(queries, h_q, tiles, num_sms)
+            assert config.unit_rows * config.passes >= h_q, h_q
+            assert config.unit_rows * (config.passes - 1) < h_q, f"{h_q} heads: a pass without rows"
+            assert config.cluster == config.row_tiles, "the CTAs that share rows are those of a worker"
+            assert config.cluster in (1, 2), "a kernel is compiled for no other cluster"
+            assert 1 <= config.num_workers * config.row_tiles <= num_sms
+            assert config.fixed_cost >= 1, "a piece without cost, hence empty units without a worker"
+            assert config.unit_rows == config.row_tiles * ROWS
+
+
+@GPUS
+def test_equal_units_are_kept_whole_where_that_leaves_few_sms_idle(num_sms):
+    queries, topk = num_sms - 4, 2048
+    config = sparse_decode_config(queries, 64, topk // TILE, num_sms)
+    plan = split_plan(
+        torch.full((queries,), topk), tile=TILE, fixed_cost=config.fixed_cost, num_workers=config.num_workers
+    )
+    assert int(plan.splits[-1]) == 0, "no unit is split, so nothing is to be combined"
+    assert config.num_workers == queries
+
+
+@GPUS
+def test_few_units_are_spread_over_the_gpu(num_sms):
+    for queries, h_q in ((1, 16), (2, 128), (num_sms // 2, 64)):
+        config = sparse_decode_config(queries, h_q, 128, num_sms)
+        assert config.num_workers == num_sms // config.row_tiles
+    # Lengths that only the device knows cannot be relied on to be equal.
+    assert sparse_decode_config(num_sms - 4, 64, None, num_sms).num_workers == num_sms
