@@ -19,7 +19,6 @@ THREADS = 128
 THREADS_PER_ROW = 4
 CHUNK_BYTES = ROWS * CHUNK * 2
 HALF_CHUNKS = 4  # chunks of 64 columns in half a row of V
-HALF_COLUMNS = HALF_CHUNKS * CHUNK
 UNIT = 16  # bytes that the swizzle keeps together
 
 PACKED = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}

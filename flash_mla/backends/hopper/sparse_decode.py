@@ -1,9 +1,11 @@
 """Token-sparse MLA decode over a quantised cache: persistent CTAs that walk a SplitPlan.
 
-A unit of the plan is a query token and up to 64 of its heads. Two consumer warpgroups keep the seesaw of dense_decode:
-of each pair of 64-token blocks the left one scores block 0, the right one block 1; each hands its probabilities to the
-other through shared memory, and each accumulates one half of the output's 512 columns. The producer warpgroup gathers
-the named rows and converts them to 16 bits, half a row at a time and always half a row ahead, across pieces too.
+A unit of the plan is a query token and up to 64 of its heads, or 128 for a cluster of two CTAs. Two consumer
+warpgroups keep the seesaw of dense_decode: of each pair of 64-token blocks the left one scores block 0, the right one
+block 1; each hands its probabilities to the other through shared memory, and each accumulates one half of the output's
+512 columns. The producer warpgroup gathers the named rows and converts them to 16 bits, half a row at a time, and has
+the raw bytes of two more half rows on their way, across pieces too. In a cluster each CTA converts half of the rows and
+copies them to the other.
 
 P takes the place of the RoPE chunk, which nobody needs once the scores are complete: of block 0 it is freed with the
 right half of V, of block 1 with the left one, and the producers fill it together with those.
@@ -44,9 +46,11 @@ K_CHUNKS = V_CHUNKS + 1  # the last is RoPE, then P
 CHUNK_ELEMENTS = ROWS * CHUNK
 WARPGROUP = 128
 OCTET = 32 // THREADS_PER_ROW  # rows that a warp converts at a time
+ROW_BYTES = CHUNK * 2  # of a chunk
 PRODUCER_WARP = 8
-CONSUMER_REGISTERS = 208
-PRODUCER_REGISTERS = 88
+
+# Registers of a consumer and of a producer thread, with RoPE and without: what ptxas fits without spilling.
+REGISTERS = {True: (208, 88), False: (224, 56)}
 
 LEFT, RIGHT = 0, 1
 
@@ -347,14 +351,15 @@ class SparseDecode:
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
 
+        consumer_registers, producer_registers = REGISTERS[self.has_rope]
         if warp >= PRODUCER_WARP:
-            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            cute.arch.setmaxregister_decrease(producer_registers)
             self.produce(args, shared, barriers, tma_q, q_tma, thread - PRODUCER_WARP * 32)
         elif warp < 4:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(consumer_registers)
             self.consume(LEFT, args, shared, barriers, thread)
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(consumer_registers)
             self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
@@ -392,7 +397,7 @@ class SparseDecode:
     def lane(self, shared, thread: Int32) -> Lane:
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         u, row = lane % THREADS_PER_ROW, lane // THREADS_PER_ROW
-        k = Int32(shared.k.data_ptr().toint()) + row * 128
+        k = Int32(shared.k.data_ptr().toint()) + row * ROW_BYTES
         # Half of the lanes look up tokens of block 0, half of block 1; the first eight of each, those of octet 0.
         octet = self.octet(warp, lane // OCTET % 2)
         return Lane(
@@ -461,7 +466,7 @@ class SparseDecode:
                 for i in range_constexpr(self.octets):
                     index = i if const_expr(self.octets == 2) else late
                     token = sources.of_lane(next_block * (2 * OCTET) + i * OCTET + lane.row)
-                    to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * 128)
+                    to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
                     wait_copies(1)
                     cute.arch.sync_warp()
                     self.convert(lane, index, half, late, to, next_block ^ next_late, next_late, token)
@@ -588,7 +593,7 @@ class SparseDecode:
         u = lane.slots.thread % THREADS_PER_ROW
         for i in range_constexpr(2):
             row = cute.arch.shuffle_sync(tokens.row, block * (2 * OCTET) + i * OCTET + lane.row)
-            to = lane.plain + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * 128)
+            to = lane.plain + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
             for units in range_constexpr(0, 2 * THREADS_PER_ROW, THREADS_PER_ROW):
                 source = (row + Int64(u * UNIT), self.loader.plain_offset + units * UNIT)
                 copy_async((to ^ (units * UNIT), 0), row, source, UNIT)
@@ -598,7 +603,7 @@ class SparseDecode:
     def push(self, shared, lane: Lane, block: Int32, half: Int32, late: Int32, full: cute.Pointer, peer: Int32):
         """Copy what this warp has converted, eight rows of half a block, to the same place in the peer's memory."""
         start = shared.k.data_ptr() + block * K_CHUNKS * CHUNK_ELEMENTS
-        source = Int32(start.toint()) + self.octet(lane.warp, 0) * (OCTET * 128)
+        source = Int32(start.toint()) + self.octet(lane.warp, 0) * (OCTET * ROW_BYTES)
         there = remote(source, peer) - source
         first = source + half * (HALF_CHUNKS * CHUNK_BYTES)
         full_there = Int32(full.toint()) + there
@@ -610,7 +615,7 @@ class SparseDecode:
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             # The peer's warp of the same number sends as much.
-            cute.arch.mbarrier_arrive_and_expect_tx(full, count * (OCTET * 128))
+            cute.arch.mbarrier_arrive_and_expect_tx(full, count * (OCTET * ROW_BYTES))
             for chunk in range_constexpr(HALF_CHUNKS - last_is_plain):
                 push_octet(first + chunk * CHUNK_BYTES, there, full_there)
             if const_expr(last_is_plain):
@@ -993,7 +998,7 @@ def push_octet(source: Int32, there: Int32, full_there: Int32) -> None:
     """Copy eight rows of a chunk, one swizzle atom, to the peer's shared memory, `there` farther."""
     cute.arch.inline_ptx(
         "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
-        f"[{{$r0}}], [{{$r1}}], {OCTET * 128}, [{{$r2}}];",
+        f"[{{$r0}}], [{{$r1}}], {OCTET * ROW_BYTES}, [{{$r2}}];",
         read_only_args=[source + there, source, full_there],
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["SparseDecodeConfig", "sparse_decode_config"]
+__all__ = ["SparseDecodeConfig", "cluster_size", "sparse_decode_config"]
 
 ROWS = 64  # query heads of a CTA
 TILE = 128  # tokens in a tile of the plan
@@ -32,13 +32,18 @@ class SparseDecodeConfig:
         return self.row_tiles * ROWS
 
 
+def cluster_size(h_q: int) -> int:
+    """CTAs that take the heads of a query token side by side and convert its rows together."""
+    return 1 if h_q <= ROWS else 2
+
+
 @functools.lru_cache(maxsize=1024)
 def sparse_decode_config(queries: int, h_q: int, tiles: int | None, num_sms: int) -> SparseDecodeConfig:
     """The layout for `queries` query tokens of h_q heads, of `tiles` tiles each, or None where lengths differ.
 
     Units of equal length are best kept whole if that leaves few SMs idle for not too long.
     """
-    row_tiles = cluster = 1 if h_q <= ROWS else 2
+    row_tiles = cluster = cluster_size(h_q)
     passes = -(-h_q // (row_tiles * ROWS))
     units, workers = queries * passes, num_sms // row_tiles
     num_workers = workers

@@ -20,7 +20,12 @@ from flash_mla.backends.hopper.launch import (
     _rows_aligned,
     plan,
 )
-from flash_mla.backends.hopper.sparse_decode_heuristics import TILE, SparseDecodeConfig, sparse_decode_config
+from flash_mla.backends.hopper.sparse_decode_heuristics import (
+    TILE,
+    SparseDecodeConfig,
+    cluster_size,
+    sparse_decode_config,
+)
 from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import SplitPlan, max_slots
 from flash_mla.problem import DecodeInputs, DecodeProblem
@@ -38,7 +43,7 @@ def why_not(problem: DecodeProblem) -> str | None:
         return f"no Hopper kernel for {problem.extra_format.name} beside {problem.kv_format.name} yet"
     if problem.dtype != torch.bfloat16:
         return f"no Hopper kernel for sparse decode of {problem.dtype} queries over {problem.kv_format.name}"
-    return kernels.unavailable(sparse_decode_kernel(problem, 1))
+    return kernels.unavailable(sparse_decode_kernel(problem, cluster_size(problem.h_q)))
 
 
 def sparse_decode_kernel(problem: DecodeProblem, cluster: int) -> str:
