@@ -2,7 +2,7 @@
 
 import pytest
 
-from flash_mla.backends.hopper.heuristics import ROWS, dense_decode_config
+from flash_mla.backends.hopper.heuristics import LEAST_BUSY, ROWS, dense_decode_config, even_workers
 
 H200, H800_PCIE, H20 = 132, 114, 78  # SMs
 GPUS = pytest.mark.parametrize("num_sms", [H200, H800_PCIE, H20])
@@ -11,7 +11,7 @@ GPUS = pytest.mark.parametrize("num_sms", [H200, H800_PCIE, H20])
 @GPUS
 def test_every_row_is_covered_and_no_sm_counted_twice(num_sms):
     for rows in range(1, 2001):
-        config = dense_decode_config(rows, num_sms)
+        config = dense_decode_config(rows, rows % 300 + 1, num_sms)
         assert config.row_tiles * config.passes * ROWS >= rows, rows
         assert config.row_tiles * (config.passes - 1) * ROWS < rows, f"{rows} rows: a pass without rows"
         assert config.num_workers >= 1, rows
@@ -26,7 +26,7 @@ def test_every_row_is_covered_and_no_sm_counted_twice(num_sms):
 @GPUS
 def test_few_sms_are_left_idle(num_sms):
     for rows in range(1, 2001):
-        config = dense_decode_config(rows, num_sms)
+        config = dense_decode_config(rows, rows % 300 + 1, num_sms)
         tiles = -(-rows // ROWS)
         sms_at_work = tiles / (config.passes * config.row_tiles) * config.num_workers * config.row_tiles
         # Reading KV once for two tiles of rows takes an SM less than half the time, which pays for idle ones.
@@ -43,21 +43,51 @@ def test_few_sms_are_left_idle(num_sms):
     ],
 )
 def test_typical_calls(num_sms, rows, row_tiles, cluster):
-    config = dense_decode_config(rows, num_sms)
+    config = dense_decode_config(rows, 1, num_sms)
     assert (config.row_tiles, config.cluster, config.passes) == (row_tiles, cluster, 1)
     assert config.num_workers == num_sms // row_tiles
 
 
 def test_two_tokens_of_all_heads_share_a_read_of_kv_where_sms_divide_by_four():
-    config = dense_decode_config(256, H200)
+    config = dense_decode_config(256, 1, H200)
     assert (config.row_tiles, config.cluster, config.passes, config.num_workers) == (4, 2, 1, 33)
     # Elsewhere four side by side would leave two SMs idle: two, taking two turns, are as fast at compute.
     for num_sms in (H800_PCIE, H20):
-        config = dense_decode_config(256, num_sms)
+        config = dense_decode_config(256, 1, num_sms)
         assert (config.row_tiles, config.cluster, config.passes, config.num_workers) == (2, 2, 2, num_sms // 2)
 
 
 def test_more_rows_than_a_gpu_holds_take_more_passes():
-    config = dense_decode_config(ROWS * 1000, H20)
+    config = dense_decode_config(ROWS * 1000, 1, H20)
     assert config.passes > 1
     assert config.row_tiles * config.passes >= 1000
+
+
+@pytest.mark.parametrize(
+    ("units", "workers"), [(1, 132), (2, 132), (4, 132), (32, 128), (64, 128), (66, 132), (128, 128), (131, 131)]
+)
+def test_workers_share_few_equal_units_evenly(units, workers):
+    assert even_workers(units, H200) == workers
+    assert workers % units == 0
+
+
+@pytest.mark.parametrize(("units", "workers"), [(256, 128), (264, 132), (500, 125), (1000, 125)])
+def test_many_equal_units_are_cut_between_them(units, workers):
+    assert even_workers(units, H200) == workers
+    assert units % workers == 0
+
+
+@pytest.mark.parametrize("units", [70, 80, 100, 133, 150])
+def test_no_sm_is_left_idle_for_evenness_beyond_what_hbm_forgives(units):
+    assert even_workers(units, H200) == H200
+
+
+def test_even_workers_are_never_too_few_nor_too_many():
+    for num_workers in (1, 78, 114, 132):
+        for units in range(1, 1000):
+            assert LEAST_BUSY * num_workers <= even_workers(units, num_workers) <= num_workers
+
+
+def test_only_hbm_bound_layouts_leave_sms_idle():
+    assert dense_decode_config(64, 128, H200).num_workers == 128
+    assert dense_decode_config(128, 64, H200).num_workers == H200 // 2

@@ -16,6 +16,8 @@ COMPUTE_ALONE = 2.55
 COMPUTE_CLUSTER = 2.4
 READ = 4.4
 
+LEAST_BUSY = 0.9  # part of the SMs that still draws all of HBM's bandwidth
+
 
 @dataclass(frozen=True)
 class DenseDecodeConfig:
@@ -35,8 +37,8 @@ class DenseDecodeConfig:
 
 
 @functools.cache
-def dense_decode_config(rows: int, num_sms: int) -> DenseDecodeConfig:
-    """The layout for `rows` packed query rows (query tokens x heads) of each request and KV head.
+def dense_decode_config(rows: int, num_pairs: int, num_sms: int) -> DenseDecodeConfig:
+    """The layout for `rows` packed query rows (query tokens x heads) of each of `num_pairs` (request, KV head).
 
     More CTAs that take different rows of a unit side by side read its KV from HBM once; fewer leave fewer SMs idle.
     """
@@ -49,11 +51,22 @@ def dense_decode_config(rows: int, num_sms: int) -> DenseDecodeConfig:
         return max(compute, READ / row_tiles) / busy, passes
 
     row_tiles = min(range(1, min(tiles, num_sms) + 1), key=cost)
+    passes = -(-tiles // row_tiles)
+    bound_by_hbm = row_tiles == 1
+    num_workers = num_sms // row_tiles
+    if bound_by_hbm:
+        num_workers = even_workers(num_pairs * passes, num_workers)
     return DenseDecodeConfig(
         cluster=2 if row_tiles % 2 == 0 else 1,
         row_tiles=row_tiles,
-        passes=-(-tiles // row_tiles),
-        num_workers=num_sms // row_tiles,
-        fixed_cost=4,
+        passes=passes,
+        num_workers=num_workers,
+        fixed_cost=2 if bound_by_hbm else 4,
         min_cost=1,
     )
+
+
+def even_workers(units: int, num_workers: int) -> int:
+    """The most workers that cut equal units between them, not within or all in as many pieces, if not too few."""
+    even = units // -(-units // num_workers) if units > num_workers else num_workers // units * units
+    return even if even >= LEAST_BUSY * num_workers else num_workers

@@ -94,7 +94,7 @@ def _num_sms(device: torch.device) -> int:
 @functools.lru_cache(maxsize=1024)
 def _layout(problem: DecodeProblem) -> DenseDecodeConfig:
     rows = problem.s_q * problem.h_q // problem.h_kv
-    return dense_decode_config(rows, _num_sms(problem.device))
+    return dense_decode_config(rows, problem.b * problem.h_kv, _num_sms(problem.device))
 
 
 def dense_decode_kernel(dtype: torch.dtype, d: int, cluster: int) -> str:
