@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -57,6 +58,8 @@ def test_the_support_table_has_a_row_for_each_mode_and_names_each_format():
 
 def test_the_support_table_is_right_about_hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    h200 = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
     monkeypatch.setattr(kernels, "unavailable", lambda name: None)
     device = torch.device("cuda", 99)  # for which no other test asks, as the backend keeps its answers
     served: dict[str, set[str]] = {mode: set() for mode in support_table()}

@@ -8,9 +8,8 @@ from types import ModuleType
 import torch
 
 from flash_mla import kernels
-from flash_mla.backends.hopper import launch, sparse_decode_launch
+from flash_mla.backends.hopper import dense_decode_launch, sparse_decode_launch
 from flash_mla.backends.hopper.sparse_prefill_launch import sparse_prefill, sparse_prefill_kernel
-from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem, Problem, SparsePrefillProblem
 
@@ -31,13 +30,7 @@ def why_not(problem: Problem) -> str | None:
         return kernels.unavailable(sparse_prefill_kernel(problem.dtype, problem.d_qk))
     if not isinstance(problem, DecodeProblem):
         return f"no Hopper kernel for {problem.mode} yet"
-    if problem.topk is not None:
-        return sparse_decode_launch.why_not(problem)
-    if problem.kv_format not in (KVCacheFormat.BF16, KVCacheFormat.FP16):
-        return f"no Hopper kernel for dense decode over {problem.kv_format.name} yet"
-    if problem.page_size % 64:
-        return f"no Hopper kernel for pages of {problem.page_size} tokens yet, only for multiples of 64"
-    return kernels.unavailable(launch.dense_decode_kernel(problem.dtype, problem.d_qk, 1))
+    return _of_its_mode(problem).why_not(problem)
 
 
 def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
@@ -53,4 +46,4 @@ def decode(
 
 
 def _of_its_mode(problem: DecodeProblem) -> ModuleType:
-    return launch if problem.topk is None else sparse_decode_launch
+    return dense_decode_launch if problem.topk is None else sparse_decode_launch

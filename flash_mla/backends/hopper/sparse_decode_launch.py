@@ -13,12 +13,13 @@ from flash_mla.backends.hopper.launch import (
     LOG2_E,
     ROWS_TO_FILL_A_GPU,
     SHORT_NAME,
-    TINY_SCALE,
-    _constant,
-    _num_sms,
-    _on_its_device,
-    _rows_aligned,
+    constant,
+    num_sms,
+    on_its_device,
     plan,
+    positive_scale,
+    rows_aligned,
+    with_aligned_rows,
 )
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
     TILE,
@@ -60,15 +61,15 @@ def _max_tiles(problem: DecodeProblem) -> int:
 def _layout(problem: DecodeProblem) -> SparseDecodeConfig:
     equal = not (problem.has_topk_length or problem.has_extra_topk_length)
     tiles = _max_tiles(problem) if equal else None
-    return sparse_decode_config(problem.b * problem.s_q, problem.h_q, tiles, _num_sms(problem.device))
+    return sparse_decode_config(problem.b * problem.s_q, problem.h_q, tiles, num_sms(problem.device))
 
 
 def _lengths(problem: DecodeProblem, given: torch.Tensor | None, topk: int | None) -> torch.Tensor:
     """[b] int32: how many indices count; perhaps more than there are, or less than 0."""
-    return _constant(topk or 0, torch.int32, problem.device).expand(problem.b) if given is None else given
+    return constant(topk or 0, torch.int32, problem.device).expand(problem.b) if given is None else given
 
 
-@_on_its_device
+@on_its_device
 def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     """Plan a decode call on the device."""
     config = _layout(problem)
@@ -118,28 +119,23 @@ def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int) -> 
     )
 
 
-@_on_its_device
+@on_its_device
 def decode(
     problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a planned sparse decode call: the attention kernel and, behind it, combine."""
-    q, scale = inputs.q, inputs.softmax_scale
+    q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.softmax_scale)
     call = _sparse_decode(problem, splits.shape[0] - 1, work.shape[0] - 1)
-    if scale <= 0.0:
-        # The kernel takes maxima of unscaled scores, so the scale must be positive; negating q is exact.
-        q, scale = (-q, -scale) if scale < 0.0 else (q, TINY_SCALE)
-    if not _rows_aligned(q) or 0 in q.stride():
-        q = q.contiguous()
     pages = _pages("k_cache", inputs.k_cache)
     extra_pages, extra_indices = pages, inputs.indices  # stand in for what is absent
     if inputs.extra_k_cache is not None:
         extra_pages, extra_indices = _pages("extra_k_cache", inputs.extra_k_cache), inputs.extra_indices
     sink = inputs.attn_sink
     if sink is None:
-        sink = _constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q)
+        sink = constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q)
     given = inputs.out
     out = given
-    if out is None or not _rows_aligned(out):
+    if out is None or not rows_aligned(out):
         out = torch.empty(call.out_shape, dtype=problem.dtype, device=problem.device)
     lse = torch.empty(call.lse_shape, dtype=torch.float32, device=problem.device)
     workspace = torch.empty(call.workspace_size, dtype=torch.float32, device=problem.device)

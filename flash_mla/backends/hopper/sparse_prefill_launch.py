@@ -10,14 +10,19 @@ from typing import NamedTuple
 import torch
 
 from flash_mla import kernels
+from flash_mla.backends.hopper.launch import (
+    LOG2_E,
+    SHORT_NAME,
+    num_sms,
+    on_its_device,
+    positive_scale,
+    rows_aligned,
+    with_aligned_rows,
+)
 from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, SparsePrefillConfig, sparse_prefill_config
 from flash_mla.problem import SparsePrefillInputs, SparsePrefillProblem
 
 __all__ = ["sparse_prefill", "sparse_prefill_kernel"]
-
-LOG2_E = math.log2(math.e)
-TINY_SCALE = 1e-30  # stands for 0, which would turn the -inf of a masked score into NaN
-SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -25,14 +30,6 @@ Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def sparse_prefill_kernel(dtype: torch.dtype, d: int) -> str:
     """Name of the sparse prefill variant."""
     return f"sparse_prefill_{SHORT_NAME[dtype]}_{d}"
-
-
-def sparse_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> Results:
-    """(out [s_q, h_q, d_v], max_logits [s_q, h_q] fp32, lse [s_q, h_q] fp32)."""
-    if problem.device.index == torch.cuda.current_device():
-        return _run(problem, inputs)
-    with torch.cuda.device(problem.device):
-        return _run(problem, inputs)
 
 
 class _Call(NamedTuple):
@@ -48,8 +45,7 @@ class _Call(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _call(problem: SparsePrefillProblem) -> _Call:
     device = problem.device
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    config = sparse_prefill_config(problem.s_q, problem.h_q, problem.topk, num_sms)
+    config = sparse_prefill_config(problem.s_q, problem.h_q, problem.topk, num_sms(device))
     return _Call(
         kernel=kernels.load(sparse_prefill_kernel(problem.dtype, problem.d_qk)),
         config=config,
@@ -59,10 +55,12 @@ def _call(problem: SparsePrefillProblem) -> _Call:
     )
 
 
-def _run(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> Results:
+@on_its_device
+def sparse_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> Results:
+    """(out [s_q, h_q, d_v], max_logits [s_q, h_q] fp32, lse [s_q, h_q] fp32)."""
     given = inputs.out
     out = given
-    if out is None or not _rows_aligned(out):
+    if out is None or not rows_aligned(out):
         out = torch.empty(problem.s_q, problem.h_q, problem.d_v, dtype=problem.dtype, device=problem.device)
     max_logits = torch.empty(problem.s_q, problem.h_q, dtype=torch.float32, device=problem.device)
     lse = torch.empty_like(max_logits)
@@ -81,16 +79,13 @@ def _run(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> Results:
 def _launch(
     call: _Call, inputs: SparsePrefillInputs, out: torch.Tensor, max_logits: torch.Tensor, lse: torch.Tensor
 ) -> None:
-    q, scale = inputs.q, inputs.sm_scale
-    if scale <= 0.0:
-        # The kernel takes maxima of unscaled scores, so the scale must be positive; negating q is exact.
-        q, scale = (-q, -scale) if scale < 0.0 else (q, TINY_SCALE)
+    q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.sm_scale)
     config = call.config
     slots = config.slots
     workspace = torch.empty(slots * ROWS * (out.shape[-1] + 2), dtype=torch.float32, device=out.device)
     call.kernel(
-        _with_aligned_rows(q),
-        _with_aligned_rows(inputs.kv[:, 0]),
+        q,
+        with_aligned_rows(inputs.kv[:, 0]),
         inputs.indices[:, 0],
         call.all_indices if inputs.topk_length is None else inputs.topk_length,
         call.no_sink if inputs.attn_sink is None else inputs.attn_sink,
@@ -104,18 +99,3 @@ def _launch(
         config.whole_tokens,
         config.splits,
     )
-
-
-def _with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if _rows_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _rows_aligned(tensor: torch.Tensor) -> bool:
-    """Whether every row of a 16-bit tensor begins at a multiple of 16 bytes, as TMA and vector copies need."""
-    return tensor.data_ptr() % 16 == 0 and _strides_aligned(tensor.stride())
-
-
-@functools.cache
-def _strides_aligned(strides: tuple[int, ...]) -> bool:
-    """A TMA descriptor takes no stride of 0, such as an expanded tensor has."""
-    return all(stride % 8 == 0 and stride > 0 for stride in strides[:-1])

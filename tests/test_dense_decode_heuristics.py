@@ -2,7 +2,7 @@
 
 import pytest
 
-from flash_mla.backends.hopper.heuristics import LEAST_BUSY, ROWS, dense_decode_config, even_workers
+from flash_mla.backends.hopper.dense_decode_heuristics import LEAST_BUSY, ROWS, dense_decode_config, even_workers
 
 H200, H800_PCIE, H20 = 132, 114, 78  # SMs
 GPUS = pytest.mark.parametrize("num_sms", [H200, H800_PCIE, H20])

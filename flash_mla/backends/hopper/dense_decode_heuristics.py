@@ -8,7 +8,8 @@ from dataclasses import dataclass
 __all__ = ["DenseDecodeConfig", "dense_decode_config"]
 
 ROWS = 64  # query rows of a CTA
-TILE = 128  # tokens in a tile of the plan
+BLOCK = 64  # tokens in a KV block, which one page holds
+TILE = 2 * BLOCK  # tokens in a tile of the plan
 
 # Microseconds that a CTA takes for a tile of 128 tokens: its matrix multiplies, alone or with K shared by a cluster of
 # two, and reading the tile's KV from HBM when every SM reads its own.
