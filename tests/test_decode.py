@@ -194,6 +194,26 @@ def test_causal_rows_before_the_first_key_see_nothing():
     check(args, causal=True)
 
 
+@pytest.mark.parametrize("keys", [3, 1024])
+@pytest.mark.parametrize("seqlen", [2, 7, 64, 90])
+def test_a_nan_key_reaches_only_the_causal_rows_that_see_it(monkeypatch, keys, seqlen):
+    monkeypatch.setattr(attention, "MAX_KEYS_PER_CHUNK", keys)
+    monkeypatch.setattr(attention, "MIN_KEYS_PER_CHUNK", 1)
+    s_q, page_size = 5, 16
+    args = dense_inputs(generator(seqlen), F.BF16, [seqlen, 30], s_q=s_q, h_q=6, h_kv=2, page_size=page_size)
+    clean_out, clean_lse = call(args, causal=True)
+    for token in range(max(0, seqlen - s_q), seqlen):
+        cache = args["k_cache"].clone()
+        cache[args["block_table"][0, token // page_size], token % page_size] = math.nan
+        out, lse = call(args | {"k_cache": cache}, causal=True)
+        first = token - (seqlen - s_q)  # the first query token that sees the key
+        assert out[0, first:].isnan().all()
+        assert lse[0, :, first:].isnan().all()
+        assert torch.equal(out[0, :first], clean_out[0, :first])
+        assert torch.equal(lse[0, :, :first], clean_lse[0, :, :first])
+        assert torch.equal(out[1], clean_out[1])
+
+
 @pytest.mark.parametrize("topk_length", [None, 0])
 def test_rows_without_a_valid_index_see_nothing(topk_length):
     gen = generator(3)

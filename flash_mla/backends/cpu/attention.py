@@ -34,21 +34,21 @@ class OnlineSoftmax:
         self.sum = self.q.new_zeros(len(q))
         self.acc = self.q.new_zeros(len(q), d_v)
 
-    def attend(self, kv: torch.Tensor, seen: torch.Tensor | None = None) -> None:
-        """Attend to `kv` [n, d] fp32. Of these, row i sees the first `seen[i]` keys; all when `seen` is None."""
+    def attend(self, kv: torch.Tensor, rows: slice = slice(None)) -> None:
+        """The query rows `rows` attend to every key of `kv` [n, d] fp32; other rows and keys never meet."""
         if len(kv) == 0:
             return
-        scores = (self.q @ kv.T).mul_(self.scale)
-        if seen is not None:
-            scores.masked_fill_(torch.arange(len(kv)) >= seen[:, None], -torch.inf)
-        new_max = torch.maximum(self.max, scores.amax(dim=1))
-        # A row that has seen no key yet has the maximum -inf, and -inf - -inf would be NaN.
+        # Keys first: BLAS is faster with the long dimension of this product as its rows.
+        scores = (kv @ self.q[rows].T).mul_(self.scale)
+        old_max = self.max[rows]
+        new_max = torch.maximum(old_max, scores.amax(dim=0))
+        # A row whose scores are all -inf so far has that maximum, and -inf - -inf would be NaN.
         base = new_max.masked_fill(new_max == -torch.inf, 0.0)
-        probs = scores.sub_(base[:, None]).exp_()
-        rescale = torch.exp(self.max - base)
-        self.max = new_max
-        self.sum.mul_(rescale).add_(probs.sum(dim=1))
-        self.acc.mul_(rescale[:, None]).addmm_(probs, kv[:, : self.acc.shape[1]])
+        probs = scores.sub_(base).exp_()
+        rescale = torch.exp(old_max - base)
+        old_max.copy_(new_max)
+        self.sum[rows].mul_(rescale).add_(probs.sum(dim=0))
+        self.acc[rows].mul_(rescale[:, None]).addmm_(probs.T, kv[:, : self.acc.shape[1]])
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(out [rows, d_v], max_logits [rows], lse [rows]), fp32; a row that saw no key gets 0, -inf and +inf."""

@@ -64,22 +64,34 @@ def _dense(
     rows = s_q * group
     step = keys_per_chunk(rows)
     for request, seqlen in enumerate(cache_seqlens.tolist()):
-        pages = block_table[request].long()
-        first_limit = seqlen - s_q + 1
-        limits = (torch.arange(s_q) + first_limit).repeat_interleave(group)
+        pages = block_table[request, : -(-seqlen // page_size)].long()
+        seen_by_all = max(0, seqlen - s_q + 1) if problem.causal else seqlen
         for h_kv in range(problem.h_kv):
             heads = slice(h_kv * group, (h_kv + 1) * group)
             cache = inputs.k_cache[:, :, h_kv : h_kv + 1]
             softmax = OnlineSoftmax(inputs.q[request, :, heads].reshape(rows, -1), inputs.softmax_scale, problem.d_v)
-            for start in range(0, seqlen, step):
+            for start in range(0, seen_by_all, step):
+                slots = _slots(pages, page_size, start, min(start + step, seen_by_all))
+                softmax.attend(problem.kv_format.gather(cache, slots))
+            # A mask would not do for the last keys: a NaN there times a probability of 0 is NaN in rows that may not
+            # see it. So each query token meets just its own keys.
+            for start in range(seen_by_all, seqlen, step):
                 stop = min(start + step, seqlen)
-                tokens = torch.arange(start, stop)
-                slots = pages[tokens // page_size] * page_size + tokens % page_size
-                masked = problem.causal and stop > first_limit
-                softmax.attend(problem.kv_format.gather(cache, slots), limits - start if masked else None)
+                kv = problem.kv_format.gather(cache, _slots(pages, page_size, start, stop))
+                for token in range(s_q):
+                    seen = max(0, seqlen - s_q + token + 1 - start)
+                    softmax.attend(kv[:seen], slice(token * group, (token + 1) * group))
             out_rows, _, lse_rows = softmax.finish()
             out[request, :, heads] = out_rows.view(s_q, group, -1)
             lse[request, heads] = lse_rows.view(s_q, group).T
+
+
+def _slots(pages: torch.Tensor, page_size: int, start: int, stop: int) -> torch.Tensor:
+    """Slots of the tokens `start` to `stop` of a request whose `pages` [n] int64 these are."""
+    first = start // page_size
+    last = -(-stop // page_size)
+    slots = pages[first:last, None] * page_size + torch.arange(page_size)
+    return slots.view(-1)[start - first * page_size : stop - first * page_size]
 
 
 def _sparse(problem: DecodeProblem, inputs: DecodeInputs, out: torch.Tensor, lse: torch.Tensor) -> None:

@@ -30,7 +30,7 @@ def sparse_prefill(
         rows = rows[(rows >= 0) & (rows < problem.s_kv)]
         softmax = OnlineSoftmax(inputs.q[token], inputs.sm_scale, problem.d_v)
         for chunk in rows.split(step):
-            softmax.attend(kv[chunk].float())
+            softmax.attend(kv.index_select(0, chunk).float())
         token_out, max_logits[token], lse[token] = softmax.finish()
         if inputs.attn_sink is not None:
             token_out = scale_by_sink(token_out, lse[token], inputs.attn_sink)
