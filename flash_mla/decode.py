@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
 from flash_mla import backends, checks
+from flash_mla.decode_ops import Flags, problem_of
 from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.problem import DecodeInputs, DecodeProblem
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
-
-
-class _Flags(NamedTuple):
-    """The arguments of a call that are neither tensors nor its scale."""
-
-    head_dim_v: int
-    causal: bool
-    is_fp8_kvcache: bool
-    enable_batch_invariant: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +20,7 @@ class _Served:
     """What the last call looked like from outside, what its checks made of it, and who ran it."""
 
     layouts: list[object]
-    flags: _Flags
+    flags: Flags
     problem: DecodeProblem
     backend: ModuleType
     default_scale: float
@@ -120,6 +111,10 @@ def flash_mla_with_kvcache(
     attends to the tokens they name (token-sparse). All tensors are on q's device and dense in their last dimension;
     other strides are free.
 
+    Under torch.compile the call is one operator, without a graph break. It leaves the metadata as it is: with empty
+    metadata each run of the compiled code plans anew, so lengths may change from run to run; with metadata that an
+    uncompiled call planned, it follows that plan.
+
     Args:
         q: [b, s_q, h_q, d] bfloat16 or float16, d 576 or 512.
         k_cache: [num_pages, page_size, h_kv, d] of q's dtype, or [num_pages, page_size, 1, bytes] in a quantised
@@ -174,6 +169,9 @@ def flash_mla_with_kvcache(
         extra_topk_length,
         out,
     )
+    if torch.compiler.is_compiling():
+        named = Flags(head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
+        return _traced(meta, DecodeInputs(*tensors, softmax_scale=1.0), named, softmax_scale)
     # A call that looks like the last one is like it. Checking everything takes longer than launching kernels does,
     # comparing layouts does not; hence also a plain tuple here, which equals a named one.
     flags = (head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
@@ -181,7 +179,7 @@ def flash_mla_with_kvcache(
     served = meta._served
     if served is None or served.layouts != layouts or served.flags != flags:
         inputs = DecodeInputs(*tensors, softmax_scale=1.0)  # stands in, as checks read the tensors alone
-        served = _serve(meta, inputs, _Flags(*flags), layouts)
+        served = _serve(meta, inputs, Flags(*flags), layouts)
     problem, backend = served.problem, served.backend
     inputs = DecodeInputs(*tensors, served.default_scale if softmax_scale is None else softmax_scale)
     if problem.b == 0 or problem.s_q == 0:
@@ -204,50 +202,44 @@ def _layouts(tensors: tuple[object, ...]) -> list[object]:
     ]
 
 
-def _serve(meta: FlashMLASchedMeta, inputs: DecodeInputs, flags: _Flags, layouts: list[object]) -> _Served:
-    """Check a call, against its metadata too, choose its backend, and note what came of it in the metadata."""
-    checks.decode(inputs, *flags)
-    problem = _problem(inputs, flags)
-    checks.decode_formats(problem)
-    config = _config(problem, flags)
-    if meta.config is not None:
-        checks.same_plan(meta.config, config)
+def _serve(meta: FlashMLASchedMeta, inputs: DecodeInputs, flags: Flags, layouts: list[object]) -> _Served:
+    """Check a call, choose its backend, and note what came of it in the metadata."""
+    problem, config = _check(meta, inputs, flags)
     served = _Served(layouts, flags, problem, backends.choose(problem), problem.d_qk**-0.5)
     meta.have_initialized, meta.config, meta._served = True, config, served
     return served
 
 
-def _problem(inputs: DecodeInputs, flags: _Flags) -> DecodeProblem:
-    b, s_q, h_q, d = inputs.q.shape
-    extra_format = None
-    if inputs.extra_k_cache is not None:
-        extra_is_fp8 = inputs.extra_k_cache.element_size() == 1
-        extra_format = KVCacheFormat.detect(
-            inputs.extra_k_cache, d, is_fp8=extra_is_fp8, name="extra_k_cache", extra=True
-        )
-    return DecodeProblem(
-        device=inputs.q.device,
-        dtype=inputs.q.dtype,
-        b=b,
-        s_q=s_q,
-        h_q=h_q,
-        h_kv=inputs.k_cache.shape[2],
-        d_qk=d,
-        d_v=flags.head_dim_v,
-        kv_format=KVCacheFormat.detect(inputs.k_cache, d, is_fp8=flags.is_fp8_kvcache),
-        page_size=inputs.k_cache.shape[1],
-        causal=flags.causal,
-        topk=None if inputs.indices is None else inputs.indices.shape[-1],
-        extra_format=extra_format,
-        extra_page_size=None if inputs.extra_k_cache is None else inputs.extra_k_cache.shape[1],
-        extra_topk=None if inputs.extra_indices is None else inputs.extra_indices.shape[-1],
-        has_topk_length=inputs.topk_length is not None,
-        has_extra_topk_length=inputs.extra_topk_length is not None,
-        batch_invariant=flags.enable_batch_invariant,
-    )
+def _check(
+    meta: FlashMLASchedMeta, inputs: DecodeInputs, flags: Flags
+) -> tuple[DecodeProblem, FlashMLASchedMeta.Config]:
+    """Check a call, against its metadata too."""
+    checks.decode(inputs, *flags)
+    problem = problem_of(inputs, flags)
+    checks.decode_formats(problem)
+    config = _config(problem, flags)
+    if meta.config is not None:
+        checks.same_plan(meta.config, config)
+    return problem, config
 
 
-def _config(problem: DecodeProblem, flags: _Flags) -> FlashMLASchedMeta.Config:
+def _traced(
+    meta: FlashMLASchedMeta, inputs: DecodeInputs, flags: Flags, softmax_scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The call as an operator in torch.compile's graph, which plans when it runs unless the metadata has a plan."""
+    problem, _ = _check(meta, inputs, flags)
+    if problem.b == 0 or problem.s_q == 0:
+        return _no_rows(problem, inputs)
+    out = inputs.out
+    if out is None:
+        out = inputs.q.new_empty(problem.b, problem.s_q, problem.h_q, problem.d_v)
+    scale = problem.d_qk**-0.5 if softmax_scale is None else softmax_scale
+    inputs = inputs._replace(out=out, softmax_scale=scale)
+    lse = torch.ops.flash_mla.decode(*inputs, *flags, meta.tile_scheduler_metadata, meta.num_splits)
+    return out, lse
+
+
+def _config(problem: DecodeProblem, flags: Flags) -> FlashMLASchedMeta.Config:
     return FlashMLASchedMeta.Config(
         b=problem.b,
         s_q=problem.s_q,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flash_mla import backends, checks
-from flash_mla.problem import SparsePrefillInputs, SparsePrefillProblem
+from flash_mla import checks, sparse_prefill_ops
+from flash_mla.problem import SparsePrefillInputs
 
 __all__ = ["flash_mla_sparse_fwd"]
 
@@ -22,7 +22,8 @@ def flash_mla_sparse_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of each query token to the KV rows its indices name, in MLA's MQA mode.
 
-    All tensors are on q's device and dense in their last dimension; other strides are free.
+    All tensors are on q's device and dense in their last dimension; other strides are free. Under torch.compile the
+    call is one operator, without a graph break.
 
     Args:
         q: [s_q, h_q, d] bfloat16 or float16, d 576 or 512.
@@ -46,13 +47,15 @@ def flash_mla_sparse_fwd(
     """
     inputs = SparsePrefillInputs(q, kv, indices, sm_scale, attn_sink, topk_length, out)
     checks.sparse_prefill(inputs, d_v)
-    s_q, h_q, d = q.shape
-    problem = SparsePrefillProblem(
-        device=q.device, dtype=q.dtype, s_q=s_q, s_kv=kv.shape[0], h_q=h_q, d_qk=d, d_v=d_v, topk=indices.shape[-1]
-    )
-    backend = backends.choose(problem)
-    if s_q == 0:
-        if out is None:
-            out = q.new_empty(s_q, h_q, d_v)
-        return out, *q.new_empty(2, s_q, h_q, dtype=torch.float32)
-    return backend.sparse_prefill(problem, inputs)
+    if torch.compiler.is_compiling():
+        return _traced(inputs, d_v)
+    return sparse_prefill_ops.sparse_prefill(inputs, d_v)
+
+
+def _traced(inputs: SparsePrefillInputs, d_v: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The call as an operator in torch.compile's graph."""
+    out = inputs.out
+    if out is None:
+        out = inputs.q.new_empty(*inputs.q.shape[:2], d_v)
+    max_logits, lse = torch.ops.flash_mla.sparse_prefill(*inputs._replace(out=out))
+    return out, max_logits, lse
