@@ -228,6 +228,7 @@ def test_operator_passes_opcheck(make, planned, strided):
     meta = FlashMLASchedMeta()
     if planned:
         call(args, tile_scheduler_metadata=meta)
+    args["q"].requires_grad_()
     tensors = [
         args.get(name)
         for name in (

@@ -108,6 +108,7 @@ def test_misuse_in_compiled_code_is_told_as_elsewhere(change, error, message):
 @pytest.mark.parametrize("strided", [False, True])
 def test_operator_passes_opcheck(options, strided):
     args = arguments(**options)
+    args["q"].requires_grad_()
     out = poisoned_out(3, 4, 512, dtype=torch.bfloat16, strided=strided)
     torch.library.opcheck(
         torch.ops.flash_mla.sparse_prefill.default,
