@@ -153,7 +153,8 @@ def flash_mla_with_kvcache(
     """
     meta = tile_scheduler_metadata
     checks.instance("tile_scheduler_metadata", meta, FlashMLASchedMeta, "make one with get_mla_metadata()")
-    checks.no_num_splits(num_splits)
+    if num_splits is not None:
+        checks.no_num_splits(num_splits)
     if softmax_scale is not None:
         softmax_scale = checks.real_number("softmax_scale", softmax_scale)
     tensors = (
