@@ -80,7 +80,7 @@ def load_nope(
         elif FORMAT == FP8_V4:
             factors = e8m0_to_float(_load(cache_ptr + scales[:, None], seen, 7, 8))
         else:
-            factors = e8m0_to_float(_load(ptrs + 512, seen, 16, 16))
+            factors = e8m0_to_float(_load(ptrs + 512, seen, COLUMNS // 32, 16))
         nope = _scaled(e4m3_to_float(codes, HAS_FP8), factors, DTYPE)
     return nope
 
