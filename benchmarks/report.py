@@ -56,7 +56,29 @@ def sparse_prefill_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"dense_decode": dense_decode_table, "sparse_prefill": sparse_prefill_table}
+def cpu_decode_table(result: dict) -> str:
+    """A Markdown table of one recorded run of benchmarks/cpu_decode.py."""
+    lines = [
+        f"On {result['threads']} cores of one {result['cpu']} with {result['instructions']}, {result['date']}, torch "
+        f"{result['torch']}: medians, and the FLOP rate as a share of what a square {result['matmul_dtype']} matmul of "
+        "as many FLOPs reaches in turns with it.",
+        "",
+        "| mode | cache | requests | query tokens | keys a query token | heads | ms | GFLOP/s | of a matmul |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    modes = {"Dense": "dense decode", "Sparse": "sparse decode", "SparsePrefill": "sparse prefill"}
+    for row in result["rows"]:
+        ms = row["median_ms"]
+        note = " causal" * row.get("causal", False)
+        lines.append(
+            f"| {modes[row['mode']]} | {row.get('kv_format', 'BF16')} | {row.get('b', 1)} | {row['s_q']}{note} "
+            f"| {row['s_k'] if row['mode'] == 'Dense' else row['topk']} | {row['h_q']} | {ms['flash-mla']:.0f} "
+            f"| {row['flops'] / ms['flash-mla'] / 1e6:.0f} | {ms['matmul'] / ms['flash-mla']:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"dense_decode": dense_decode_table, "sparse_prefill": sparse_prefill_table, "cpu_decode": cpu_decode_table}
 
 
 def main() -> int:
