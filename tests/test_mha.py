@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import one_key_leads_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,14 +21,6 @@ from flash_mla.mha import flash_attn_varlen_func, flash_attn_varlen_kvpacked_fun
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = ((192, 128), (128, 128))
 INF = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def fresh_inputs() -> None:
-    """Other numbers on every run; a failure's captured output tells how to have them again."""
-    seed = random.SystemRandom().randrange(2**31)
-    print(f"torch.manual_seed({seed})")
-    torch.manual_seed(seed)
 
 
 class Case(NamedTuple):
@@ -223,9 +215,7 @@ def test_causal_is_aligned_to_the_bottom_right() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_huge_logits_stay_finite(dtype: torch.dtype, causal: bool) -> None:
     case = make_case([40, 9], [40, 60], dtype=dtype, magnitude=1000.0)
-    # Scores of one sign: near 0, lse would have no digits of the huge products that cancelled.
-    case.q.abs_()
-    case.k.abs_()
+    one_key_leads_(case.q, case.k)
     case.v.div_(1000)
     q, k, v = leaves(case.q, case.k, case.v)
     with chunk_sizes(8, 16, 1):

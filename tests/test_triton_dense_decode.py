@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from helpers import assert_close_lse, assert_close_out, dense_inputs, poisoned_out
@@ -17,11 +15,6 @@ BF16, FP16, FP8 = KVCacheFormat.BF16, KVCacheFormat.FP16, KVCacheFormat.FP8_V32
 @pytest.fixture(autouse=True)
 def force_triton(monkeypatch):
     monkeypatch.setenv("FLASH_MLA_BACKEND", "triton")
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(random.SystemRandom().randrange(2**31))
 
 
 def there(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from helpers import assert_close, assert_close_lse, assert_close_out, poisoned_out, randn, sparse_scope, spread
@@ -26,11 +24,6 @@ PAIRS = [(V4, V4), (V4, V41), (V41, V4), (V41, FP4), (KVCacheFormat.FP16, V4), (
 @pytest.fixture(autouse=True)
 def force_triton(monkeypatch):
     monkeypatch.setenv("FLASH_MLA_BACKEND", "triton")
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(random.SystemRandom().randrange(2**31))
 
 
 def there(tensor: torch.Tensor | None) -> torch.Tensor | None:
