@@ -18,7 +18,7 @@ def dense_decode_table(result: dict) -> str:
         f"Dense decode on one {result['gpu']}, {result['date']}, torch {result['torch']}: microseconds a call with the "
         "L2 flushed, and how much faster than FlashMLA in the same process, flushed and back to back. Ceilings of "
         f"the run: {ceilings['read_bytes_per_second'] / 1e9:.0f} GB/s read, "
-        f"{ceilings['matmul_cold_flops'] / 1e12:.0f} TFLOP/s bf16 matmul.",
+        f"{ceilings['matmul_cold_flops'] / 1e12:.0f} TFLOP/s bf16 matmul. {result.get('notes', '')}".rstrip(),
         "",
         "| batch | query tokens | mean length | heads | us | TFLOP/s | GB/s | x flushed | x back to back |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
