@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
 from flash_mla.backends.triton import check
 from flash_mla.backends.triton.check import SHARED_MEMORY, Report, complaints
 from flash_mla.backends.triton.variants import Variant, variants
@@ -60,10 +62,11 @@ def check_in_process(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.skipif(triton.__version__.startswith("3.2."), reason="the check needs Triton 3.3")
 def test_compiles_without_a_gpu():
-    result = check_in_process("--arch", "sm_90", "--only", "mha_forward_128")
+    result = check_in_process("--arch", "sm_80", "--only", "mha_forward_128")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "sm_90  mha_forward_128" in result.stdout
+    assert "sm_80  mha_forward_128" in result.stdout
     assert "1 kernels, 0 wrong" in result.stdout
 
 

@@ -2,7 +2,7 @@
 
 Fails where a kernel does not compile for an architecture, needs more shared memory than a block has there, spills more
 than it may, multiplies without the tensor cores, or has Hopper's products wait for each other, which ptxas does to code
-that it cannot prove to leave their accumulators alone.
+that it cannot prove to leave their accumulators alone. Needs Triton 3.3 or newer; what may spill holds for the newest.
 """
 
 from __future__ import annotations

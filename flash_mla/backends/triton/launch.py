@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
+import triton
 
 from flash_mla.backends.triton.combine import combine_kernel
 from flash_mla.backends.triton.dense_decode import dense_decode_kernel
@@ -63,7 +65,9 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type == "cpu":
         return gpu_of_arch(8, 0, num_sms=4)
     properties = torch.cuda.get_device_properties(device)
-    return gpu_of_arch(properties.major, properties.minor, properties.multi_processor_count)
+    gpu = gpu_of_arch(properties.major, properties.minor, properties.multi_processor_count)
+    # Compiling the tiles that wgmma takes, Triton 3.2 aborts the process.
+    return replace(gpu, has_wgmma=False) if triton.__version__.startswith("3.2.") else gpu
 
 
 def _on_its_device(run: Callable[..., Result]) -> Callable[..., Result]:
