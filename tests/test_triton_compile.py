@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from flash_mla.backends.triton import check
+from flash_mla.backends.triton import check, mha
 from flash_mla.backends.triton.check import SHARED_MEMORY, Report, complaints
 from flash_mla.backends.triton.variants import Variant, variants
 
@@ -53,6 +53,14 @@ def test_every_argument_of_every_variant_is_known(capability):
             assert known, f"{variant.name}: {name} is a pointer to what?"
         names.add(variant.name)
     assert len(names) == len(list(variants(capability))), "two variants of one name"
+
+
+@pytest.mark.parametrize("d_qk", [128, 192])
+def test_triton_3_4_is_given_no_tiles_of_dk_and_dv_for_tensor_memory(monkeypatch, d_qk):
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    assert mha._dkdv_tiles((10, 0), d_qk).tile_kv == 32
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert mha._dkdv_tiles((10, 0), d_qk).tile_kv == 64
 
 
 def check_in_process(*args: str) -> subprocess.CompletedProcess:

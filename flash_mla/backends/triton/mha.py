@@ -9,7 +9,7 @@ import triton
 
 from flash_mla.backends.triton.mha_backward import delta_kernel, dkdv_kernel, dq_kernel
 from flash_mla.backends.triton.mha_forward import forward_kernel
-from flash_mla.backends.triton.mha_heuristics import dkdv_tiles, dq_tiles, forward_tiles
+from flash_mla.backends.triton.mha_heuristics import DATACENTER_BLACKWELL, Tiles, dkdv_tiles, dq_tiles, forward_tiles
 from flash_mla.backends.triton.variants import COMPILE_OPTIONS, Capability, Variant
 from flash_mla.problem import MHAProblem
 
@@ -101,7 +101,7 @@ def mha_backward(
                 **dims, TILE_Q=tile_q, TILE_KV=tile_kv,
                 num_warps=num_warps, num_stages=num_stages, **COMPILE_OPTIONS,
             )  # fmt: skip
-        tile_q, tile_kv, num_warps, num_stages = dkdv_tiles(_capability(q), d_qk)
+        tile_q, tile_kv, num_warps, num_stages = _dkdv_tiles(_capability(q), d_qk)
         tiles = triton.cdiv(max_seqlen_kv, tile_kv)
         if tiles * b:
             dkdv_kernel[(tiles * problem.h_kv * b,)](
@@ -123,6 +123,13 @@ def _capability(q: torch.Tensor) -> Capability:
     return torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
 
 
+def _dkdv_tiles(capability: Capability, d_qk: int) -> Tiles:
+    # Triton 3.4 fails to move accumulators in tensor memory out of two loops; 32 rows are not kept there.
+    if capability[0] == DATACENTER_BLACKWELL and triton.__version__.startswith("3.4."):
+        return Tiles(32, 32, 4, 2)
+    return dkdv_tiles(capability, d_qk)
+
+
 # Bytes that a thread may keep in local memory, by kernel, d_qk and major version of the architecture.
 SPILL = {
     ("dkdv", 192, 8): 24, ("dkdv", 192, 9): 128, ("dkdv", 192, 10): 64, ("dkdv", 192, 12): 24, ("dq", 192, 12): 32,
@@ -140,7 +147,7 @@ def variants(capability: Capability) -> Iterator[Variant]:
         for name, kernel, tiles in (
             ("forward", forward_kernel, forward_tiles(capability, d_qk)),
             ("dq", dq_kernel, dq_tiles(capability, d_qk)),
-            ("dkdv", dkdv_kernel, dkdv_tiles(capability, d_qk)),
+            ("dkdv", dkdv_kernel, _dkdv_tiles(capability, d_qk)),
         ):
             known = strides | {"REST": d_qk - 128, "D_V": 128, "CAUSAL": causal, "NEGATIVE_SCALE": False}
             known |= {"TILE_Q": tiles.tile_q, "TILE_KV": tiles.tile_kv}
