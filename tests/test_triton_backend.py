@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,3 +47,12 @@ def test_the_cpu_is_served_in_the_interpreter_alone_and_only_when_forced(monkeyp
     triton.why_not.cache_clear()
     with pytest.raises(RuntimeError, match="triton: the tensors are on cpu, not on a CUDA device"):
         backends.choose(problem("cpu"))
+
+
+@pytest.mark.parametrize(("version", "has_wgmma"), [("3.2.0", False), ("3.3.1", True), ("3.20.0", True)])
+def test_triton_3_2_is_given_no_tiles_for_wgmma(monkeypatch, version, has_wgmma):
+    launch = pytest.importorskip("flash_mla.backends.triton.launch")
+    hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+    monkeypatch.setattr(launch.triton, "__version__", version)
+    assert launch.gpu_of.__wrapped__(torch.device("cuda:0")).has_wgmma is has_wgmma

@@ -1,12 +1,15 @@
 """Where tests of Triton kernels put their tensors: on the GPU, or without one on the CPU, for Triton's interpreter.
 
 The interpreter takes the bits of bfloat16 for integers in tl.dot and cuts digits off where the hardware rounds to
-nearest; importing this module mends both, so that it computes what a GPU would.
+nearest. Up to Triton 3.6 its scalars are no indices with NumPy 2.4, and 3.2 stores past a mask whose only element is
+False, which it takes for no mask. Importing this module mends all that, so that it computes what a GPU would.
 """
 
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 __all__ = ["DEVICE"]
 
@@ -14,8 +17,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _exact_bfloat16() -> None:
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self, src, dst_type):
@@ -35,5 +36,17 @@ def _exact_bfloat16() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
+def _sound_conversions() -> None:
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+        tensor.__bool__ = lambda self: self.type.is_block() or bool(self.handle.data)
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
 if DEVICE == "cpu":
     _exact_bfloat16()
+    _sound_conversions()

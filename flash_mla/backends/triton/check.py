@@ -2,7 +2,7 @@
 
 Fails where a kernel does not compile for an architecture, needs more shared memory than a block has there, spills more
 than it may, multiplies without the tensor cores, or has Hopper's products wait for each other, which ptxas does to code
-that it cannot prove to leave their accumulators alone.
+that it cannot prove to leave their accumulators alone. Needs Triton 3.3 or newer; what may spill holds for the newest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from flash_mla.backends.triton.variants import Capability, Variant, variants
+from flash_mla.backends.triton.variants import COMPILE_OPTIONS, Capability, Variant, variants
 
 __all__ = ["Report", "compile_variant", "complaints"]
 
@@ -64,7 +64,7 @@ def compile_variant(variant: Variant, capability: Capability) -> Report:
     compiled = triton.compile(
         ASTSource(variant.kernel, variant.signature, dict(variant.constants), attrs),
         target=GPUTarget("cuda", 10 * major + minor, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True},
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, **COMPILE_OPTIONS},
     )
     usage, sass = _dump("-res-usage", compiled.asm["cubin"]), _dump("-sass", compiled.asm["cubin"])
     registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))

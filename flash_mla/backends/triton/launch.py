@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
+import triton
 
 from flash_mla.backends.triton.combine import combine_kernel
 from flash_mla.backends.triton.dense_decode import dense_decode_kernel
@@ -23,6 +25,7 @@ from flash_mla.backends.triton.heuristics import (
     sparse_config,
 )
 from flash_mla.backends.triton.sparse_attention import sparse_attention_kernel
+from flash_mla.backends.triton.variants import COMPILE_OPTIONS
 from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES, SplitPlan, max_slots, split_plan
 from flash_mla.problem import DecodeInputs, DecodeProblem, Problem, SparsePrefillInputs, SparsePrefillProblem
@@ -62,7 +65,9 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type == "cpu":
         return gpu_of_arch(8, 0, num_sms=4)
     properties = torch.cuda.get_device_properties(device)
-    return gpu_of_arch(properties.major, properties.minor, properties.multi_processor_count)
+    gpu = gpu_of_arch(properties.major, properties.minor, properties.multi_processor_count)
+    # Compiling the tiles that wgmma takes, Triton 3.2 aborts the process.
+    return replace(gpu, has_wgmma=False) if triton.__version__.startswith("3.2.") else gpu
 
 
 def _on_its_device(run: Callable[..., Result]) -> Callable[..., Result]:
@@ -183,7 +188,7 @@ def _dense_decode(
         D_ROPE=problem.d_qk - problem.d_v, CAUSAL=problem.causal,
         BATCH_INVARIANT=problem.batch_invariant, MIN_PIECE=INVARIANT_PIECE_TILES, MAX_PIECES=MAX_INVARIANT_PIECES,
         HAS_FP8=gpu_of(problem.device).has_fp8, ROWS=tiles.rows, TILE=tiles.tile,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **COMPILE_OPTIONS,
     )  # fmt: skip
     if slots:
         rows = problem.s_q * group
@@ -328,7 +333,7 @@ def _sparse_attention(
         EXTRA_FORMAT=FORMAT_NUMBER[extra_format], EXTRA_PAGE_SIZE=1 if extra is None else extra.cache.page_size,
         COLUMNS=columns, D_ROPE=d_rope, D_V_ROPE=d_rope if rope_is_value else 0,
         HAS_FP8=gpu_of(q.device).has_fp8, ROWS=tiles.rows, TILE=tiles.tile,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **COMPILE_OPTIONS,
     )  # fmt: skip
     if partial_o is not None and partial_lse is not None and splits is not None:
         partial = _Partial(partial_o, partial_lse, partial_max, splits)
@@ -343,7 +348,7 @@ def _combine(partial: _Partial, merged: _Merged, *, units_1: int, rows_1: int, p
         partial.o, partial.lse, partial.max_logits, partial.splits, merged.sink,
         merged.out, merged.lse, merged.max_logits, *merged.out_strides, *merged.lse_strides,
         units_1, rows_1, passes, num_rows, unit_rows,
-        ROWS=rows, SLOTS=slots, num_warps=4,
+        ROWS=rows, SLOTS=slots, num_warps=4, **COMPILE_OPTIONS,
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import triton
 
 from flash_mla.backends.triton.mha_backward import delta_kernel, dkdv_kernel, dq_kernel
 from flash_mla.backends.triton.mha_forward import forward_kernel
-from flash_mla.backends.triton.mha_heuristics import dkdv_tiles, dq_tiles, forward_tiles
-from flash_mla.backends.triton.variants import Capability, Variant
+from flash_mla.backends.triton.mha_heuristics import DATACENTER_BLACKWELL, Tiles, dkdv_tiles, dq_tiles, forward_tiles
+from flash_mla.backends.triton.variants import COMPILE_OPTIONS, Capability, Variant
 from flash_mla.problem import MHAProblem
 
 __all__ = ["mha_backward", "mha_forward", "variants"]
@@ -52,7 +52,7 @@ def mha_forward(
                 softmax_scale, h_q, h_q // problem.h_kv, tiles,
                 q.stride(0), k.stride(0), v.stride(0), out.stride(0),
                 REST=d_qk - 128, D_V=problem.d_v, CAUSAL=problem.causal, NEGATIVE_SCALE=softmax_scale < 0,
-                TILE_Q=tile_q, TILE_KV=tile_kv, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+                TILE_Q=tile_q, TILE_KV=tile_kv, num_warps=num_warps, num_stages=num_stages, **COMPILE_OPTIONS,
             )  # fmt: skip
     return out, lse
 
@@ -90,7 +90,7 @@ def mha_backward(
         if total_q:
             delta_kernel[(triton.cdiv(total_q, DELTA_TILE) * h_q,)](
                 dout, out, dlse, delta, *_strides(dout), *_strides(out), *_strides(dlse), total_q, h_q,
-                D_V=problem.d_v, HAS_DLSE=dlse is not None, TILE=DELTA_TILE, enable_fp_fusion=True,
+                D_V=problem.d_v, HAS_DLSE=dlse is not None, TILE=DELTA_TILE, **COMPILE_OPTIONS,
             )  # fmt: skip
         tile_q, tile_kv, num_warps, num_stages = dq_tiles(_capability(q), d_qk)
         tiles = triton.cdiv(max_seqlen_qo, tile_q)
@@ -99,16 +99,16 @@ def mha_backward(
                 *inputs, dq, cu_seqlens_qo, cu_seqlens_kv, *head_strides, dq.stride(1),
                 softmax_scale, h_q, group, tiles, *token_strides, dq.stride(0),
                 **dims, TILE_Q=tile_q, TILE_KV=tile_kv,
-                num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+                num_warps=num_warps, num_stages=num_stages, **COMPILE_OPTIONS,
             )  # fmt: skip
-        tile_q, tile_kv, num_warps, num_stages = dkdv_tiles(_capability(q), d_qk)
+        tile_q, tile_kv, num_warps, num_stages = _dkdv_tiles(_capability(q), d_qk)
         tiles = triton.cdiv(max_seqlen_kv, tile_kv)
         if tiles * b:
             dkdv_kernel[(tiles * problem.h_kv * b,)](
                 *inputs, dk, dv, cu_seqlens_qo, cu_seqlens_kv, *head_strides, dk.stride(1), dv.stride(1),
                 softmax_scale, problem.h_kv, group, tiles, *token_strides, dk.stride(0), dv.stride(0),
                 **dims, TILE_Q=tile_q, TILE_KV=tile_kv,
-                num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+                num_warps=num_warps, num_stages=num_stages, **COMPILE_OPTIONS,
             )  # fmt: skip
     return dq, dk, dv
 
@@ -121,6 +121,13 @@ def _strides(x: torch.Tensor | None) -> tuple[int, int]:
 def _capability(q: torch.Tensor) -> Capability:
     """Of q's GPU; the interpreter's tensors are on the CPU, where any tiles will do."""
     return torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
+
+
+def _dkdv_tiles(capability: Capability, d_qk: int) -> Tiles:
+    # Triton 3.4 fails to move accumulators in tensor memory out of two loops; 32 rows are not kept there.
+    if capability[0] == DATACENTER_BLACKWELL and triton.__version__.startswith("3.4."):
+        return Tiles(32, 32, 4, 2)
+    return dkdv_tiles(capability, d_qk)
 
 
 # Bytes that a thread may keep in local memory, by kernel, d_qk and major version of the architecture.
@@ -140,7 +147,7 @@ def variants(capability: Capability) -> Iterator[Variant]:
         for name, kernel, tiles in (
             ("forward", forward_kernel, forward_tiles(capability, d_qk)),
             ("dq", dq_kernel, dq_tiles(capability, d_qk)),
-            ("dkdv", dkdv_kernel, dkdv_tiles(capability, d_qk)),
+            ("dkdv", dkdv_kernel, _dkdv_tiles(capability, d_qk)),
         ):
             known = strides | {"REST": d_qk - 128, "D_V": 128, "CAUSAL": causal, "NEGATIVE_SCALE": False}
             known |= {"TILE_Q": tiles.tile_q, "TILE_KV": tiles.tile_kv}

@@ -80,7 +80,7 @@ def dq_kernel(
         k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, TILE_KV, REST)
         v = load_rows(v_ptr, key, s_kv, v_stride_t, TILE_KV, D_V)
         p = tl.math.exp2(products(q, q_rest, k, k_rest, REST) * scale - lse[:, None])
-        ds = p * (tl.dot(dout, v.T) - delta[:, None])
+        ds = p * (tl.dot(dout, tl.trans(v)) - delta[:, None])
         if key + TILE_KV > whole:
             keys = key + tl.arange(0, TILE_KV)
             sees = keys[None, :] < s_kv
@@ -154,7 +154,7 @@ def dkdv_kernel(
             # Rows past the last get P = exp2(0 - inf) = 0.
             lse = tl.load(lse_head + rows, mask=rows < s_q, other=float("inf")) * LOG2_E
             delta = tl.load(delta_head + rows, mask=rows < s_q, other=0.0)
-            dp = tl.dot(v, dout.T)
+            dp = tl.dot(v, tl.trans(dout))
             p = tl.math.exp2(products(k, k_rest, q, q_rest, REST) * scale - lse[None, :])
             if CAUSAL:  # noqa: SIM102 - one is known when compiling, one only when running
                 if row < whole:

@@ -53,7 +53,7 @@ def store_rows(ptr, row, num_rows, row_stride, value, ROWS: tl.constexpr, COLUMN
 @triton.jit
 def products(a, a_rest, b, b_rest, REST: tl.constexpr):
     """a b^T in fp32."""
-    product = tl.dot(a, b.T)
+    product = tl.dot(a, tl.trans(b))
     if REST > 0:
-        product = tl.dot(a_rest, b_rest.T, product)
+        product = tl.dot(a_rest, tl.trans(b_rest), product)
     return product

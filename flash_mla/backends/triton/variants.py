@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MODULES", "Capability", "Variant", "variants"]
+__all__ = ["COMPILE_OPTIONS", "MODULES", "Capability", "Variant", "variants"]
 
 Capability = tuple[int, int]
+
+# Of every kernel, whatever its tiles. Products are to be added unrounded, whether or not that is Triton's default.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 MODULES = ("decode_variants", "mha")
 
