@@ -9,17 +9,13 @@ graph: one call captured and replayed, for batches so small that the host would 
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import random
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 
 import measure
 import torch
-
-import flash_mla
 
 D, D_V, PAGE = 576, 512, 64
 
@@ -64,7 +60,7 @@ def make(case: Case) -> tuple[dict[str, torch.Tensor], int]:
     return inputs, int(seqlens.sum())
 
 
-def caller(module: ModuleType, case: Case, inputs: dict[str, torch.Tensor]):
+def caller(module: ModuleType, case: Case, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
     """A function that runs the case once, planned, and as a graph if the case says so."""
     meta, num_splits = module.get_mla_metadata()
 
@@ -74,54 +70,17 @@ def caller(module: ModuleType, case: Case, inputs: dict[str, torch.Tensor]):
         )[0]
 
     call()
-    if not case.graph:
-        return call
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def replay(keep=call) -> None:  # the graph refers to the plan, which lives in the metadata
-        graph.replay()
-
-    return replay
+    return measure.graph(call) if case.graph else call
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", help="module to compare with")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
-    options = parser.parse_args()
-    modules = {"flash-mla": flash_mla}
-    if options.peer:
-        modules["peer"] = importlib.import_module(options.peer)
-    ceilings = {"read_bytes_per_second": measure.read_bandwidth()}
-    ceilings["matmul_cold_flops"], ceilings["matmul_hot_flops"] = measure.matmul_rate()
-    print({name: f"{value / 1e12:.2f}e12" for name, value in ceilings.items()}, flush=True)
-    rows = []
-    for case in CASES:
-        inputs, tokens = make(case)
-        calls = {name: caller(module, case, inputs) for name, module in modules.items()}
-        cold = measure.cold(calls, 15)
-        hot = measure.back_to_back(calls)
-        row = {
-            **asdict(case),
-            "flops": 2 * case.h_q * case.s_q * tokens * (D + D_V),
-            "bytes": 2 * (tokens * D + case.b * case.s_q * case.h_q * (D + D_V)),
-            "cold_us": {name: seconds * 1e6 for name, seconds in cold.items()},
-            "hot_us": {name: seconds * 1e6 for name, seconds in hot.items()},
-        }
-        rows.append(row)
-        ratios = [row[kind].get("peer", 0) / row[kind]["flash-mla"] for kind in ("cold_us", "hot_us")]
-        ours = row["cold_us"]["flash-mla"]
-        print(
-            f"b{case.b} s_q{case.s_q} s_k{case.s_k} h{case.h_q}{' causal' * case.causal}{' graph' * case.graph}: "
-            f"{ours:.1f} us {row['flops'] / ours / 1e6:.0f} TFLOP/s {row['bytes'] / ours / 1e3:.0f} GB/s, "
-            f"x{ratios[0]:.3f} cold, x{ratios[1]:.3f} hot",
-            flush=True,
-        )
-    print(measure.record("dense_decode", ceilings, rows, options.out))
+def prepare(case: Case, modules: Mapping[str, ModuleType]) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    inputs, tokens = make(case)
+    amounts = {
+        "flops": 2 * case.h_q * case.s_q * tokens * (D + D_V),
+        "bytes": 2 * (tokens * D + case.b * case.s_q * case.h_q * (D + D_V)),
+    }
+    return {name: caller(module, case, inputs) for name, module in modules.items()}, amounts
 
 
 if __name__ == "__main__":
-    main()
+    measure.beside_a_peer("dense_decode", __doc__, CASES, prepare)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import importlib
 import json
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+import flash_mla
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -101,3 +108,59 @@ def record(name: str, ceilings: dict[str, float], rows: list[dict], folder: Path
     path = folder / f"{name}.json"
     path.write_text(json.dumps({**environment(), "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
     return path
+
+
+def graph(call: Callable[[], object]) -> Callable[[], object]:
+    """A function that replays what `call`, which must have run before, launches."""
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        call()
+
+    def replay(keep: object = call) -> None:  # the graph refers to tensors, such as a plan, that live in the call
+        captured.replay()
+
+    return replay
+
+
+def beside_a_peer(
+    name: str,
+    description: str | None,
+    cases: Sequence[Any],
+    prepare: Callable[[Any, Mapping[str, ModuleType]], tuple[dict[str, Callable[[], object]], dict[str, int]]],
+) -> None:
+    """The command line of a benchmark: flash-mla and, if `--peer` names one, another module on the same inputs.
+
+    Args:
+        name: of the recorded results.
+        description: for `--help`.
+        cases: dataclasses.
+        prepare: makes a case's inputs and returns a call for each of the modules, which are named "flash-mla" and
+            "peer", and what the case amounts to: "flops" at least.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="module to compare with")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    modules = {"flash-mla": flash_mla}
+    if options.peer:
+        modules["peer"] = importlib.import_module(options.peer)
+    ceilings = {"read_bytes_per_second": read_bandwidth()}
+    ceilings["matmul_cold_flops"], ceilings["matmul_hot_flops"] = matmul_rate()
+    print({ceiling: f"{value / 1e12:.2f}e12" for ceiling, value in ceilings.items()}, flush=True)
+    rows = []
+    for case in cases:
+        torch.cuda.empty_cache()
+        calls, amounts = prepare(case, modules)
+        row = {
+            **asdict(case),
+            **amounts,
+            "cold_us": {one: seconds * 1e6 for one, seconds in cold(calls).items()},
+            "hot_us": {one: seconds * 1e6 for one, seconds in back_to_back(calls).items()},
+        }
+        rows.append(row)
+        ratios = [row[kind].get("peer", 0) / row[kind]["flash-mla"] for kind in ("cold_us", "hot_us")]
+        ours = row["cold_us"]["flash-mla"]
+        rates = ", ".join(f"{amount / ours / 1e6:.2f}e12 {unit}/s" for unit, amount in amounts.items())
+        print(f"{case}: {ours:.1f} us, {rates}, x{ratios[0]:.3f} cold, x{ratios[1]:.3f} hot", flush=True)
+    print(record(name, ceilings, rows, options.out))

@@ -9,16 +9,13 @@ each call, median; hot: back to back. FlashMLA needs 64 heads or more: with fewe
 
 from __future__ import annotations
 
-import argparse
-import importlib
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 
 import measure
 import torch
 
-import flash_mla
 from flash_mla import KVCacheFormat
 
 D_V = 512
@@ -95,7 +92,7 @@ def padded(inputs: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | N
     return {**inputs, "q": pad(q, (0, 0, 0, missing)), "attn_sink": pad(sink, (0, missing))}
 
 
-def caller(module: ModuleType, inputs: dict[str, torch.Tensor | None]):
+def caller(module: ModuleType, inputs: dict[str, torch.Tensor | None]) -> Callable[[], object]:
     """A function that runs the case once, planned."""
     meta, num_splits = module.get_mla_metadata()
 
@@ -108,42 +105,16 @@ def caller(module: ModuleType, inputs: dict[str, torch.Tensor | None]):
     return call
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", help="module to compare with")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
-    options = parser.parse_args()
-    ceilings = {"read_bytes_per_second": measure.read_bandwidth()}
-    ceilings["matmul_cold_flops"], ceilings["matmul_hot_flops"] = measure.matmul_rate()
-    print({name: f"{value / 1e12:.2f}e12" for name, value in ceilings.items()}, flush=True)
-    rows = []
-    for case in CASES:
-        torch.cuda.empty_cache()
-        inputs = make(case)
-        calls = {"flash-mla": caller(flash_mla, inputs)}
-        if options.peer:
-            calls["peer"] = caller(importlib.import_module(options.peer), padded(inputs))
-        cold = measure.cold(calls, 11)
-        hot = measure.back_to_back(calls, 0.03)
-        token_bytes = KVCacheFormat[case.kv_format].bytes_per_token()
-        row = {
-            **asdict(case),
-            "flops": 2 * case.h_q * case.attended * (case.d + D_V),
-            "bytes": case.attended * token_bytes + 2 * case.b * case.s_q * case.h_q * (case.d + D_V),
-            "cold_us": {name: seconds * 1e6 for name, seconds in cold.items()},
-            "hot_us": {name: seconds * 1e6 for name, seconds in hot.items()},
-        }
-        rows.append(row)
-        ratios = [row[kind].get("peer", 0) / row[kind]["flash-mla"] for kind in ("cold_us", "hot_us")]
-        ours = row["cold_us"]["flash-mla"]
-        topk = f"{case.topk}+{case.extra_topk}" if case.extra_topk else case.topk
-        print(
-            f"{case.kv_format} b{case.b} s_q{case.s_q} h{case.h_q} topk {topk}: {ours:.1f} us "
-            f"{row['flops'] / ours / 1e6:.0f} TFLOP/s, x{ratios[0]:.3f} cold, x{ratios[1]:.3f} hot",
-            flush=True,
-        )
-    print(measure.record("sparse_decode", ceilings, rows, options.out))
+def prepare(case: Case, modules: Mapping[str, ModuleType]) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    inputs = make(case)
+    calls = {name: caller(module, padded(inputs) if name == "peer" else inputs) for name, module in modules.items()}
+    token_bytes = KVCacheFormat[case.kv_format].bytes_per_token()
+    amounts = {
+        "flops": 2 * case.h_q * case.attended * (case.d + D_V),
+        "bytes": case.attended * token_bytes + 2 * case.b * case.s_q * case.h_q * (case.d + D_V),
+    }
+    return calls, amounts
 
 
 if __name__ == "__main__":
-    main()
+    measure.beside_a_peer("sparse_decode", __doc__, CASES, prepare)

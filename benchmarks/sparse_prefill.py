@@ -9,17 +9,12 @@ the host would be measured otherwise.
 
 from __future__ import annotations
 
-import argparse
-import importlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 
 import measure
 import torch
-
-import flash_mla
 
 D_V = 512
 
@@ -63,51 +58,17 @@ def caller(module: ModuleType, case: Case, inputs: dict[str, torch.Tensor]) -> C
         return module.flash_mla_sparse_fwd(**inputs, sm_scale=case.d**-0.5)[0]
 
     call()
-    if not case.graph:
-        return call
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return measure.graph(call) if case.graph else call
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", help="module to compare with")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
-    options = parser.parse_args()
-    modules = {"flash-mla": flash_mla}
-    if options.peer:
-        modules["peer"] = importlib.import_module(options.peer)
-    ceilings = {"read_bytes_per_second": measure.read_bandwidth()}
-    ceilings["matmul_cold_flops"], ceilings["matmul_hot_flops"] = measure.matmul_rate()
-    print({name: f"{value / 1e12:.2f}e12" for name, value in ceilings.items()}, flush=True)
-    rows = []
-    for case in CASES:
-        inputs = make(case)
-        calls = {name: caller(module, case, inputs) for name, module in modules.items()}
-        cold = measure.cold(calls, 15)
-        hot = measure.back_to_back(calls)
-        row = {
-            **asdict(case),
-            "flops": 2 * case.h_q * case.s_q * case.topk * (case.d + D_V),
-            "gathered_bytes": 2 * case.s_q * case.topk * case.d * -(-case.h_q // 64),
-            "cold_us": {name: seconds * 1e6 for name, seconds in cold.items()},
-            "hot_us": {name: seconds * 1e6 for name, seconds in hot.items()},
-        }
-        rows.append(row)
-        ratios = [row[kind].get("peer", 0) / row[kind]["flash-mla"] for kind in ("cold_us", "hot_us")]
-        ours = row["cold_us"]["flash-mla"]
-        print(
-            f"s_q{case.s_q} s_kv{case.s_kv} topk{case.topk} h{case.h_q} d{case.d}{' graph' * case.graph}: "
-            f"{ours:.1f} us {row['flops'] / ours / 1e6:.0f} TFLOP/s, "
-            f"{row['gathered_bytes'] / ours / 1e6:.2f} TB/s gathered, "
-            f"x{ratios[0]:.3f} cold, x{ratios[1]:.3f} hot",
-            flush=True,
-        )
-    print(measure.record("sparse_prefill", ceilings, rows, options.out))
+def prepare(case: Case, modules: Mapping[str, ModuleType]) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    inputs = make(case)
+    amounts = {
+        "flops": 2 * case.h_q * case.s_q * case.topk * (case.d + D_V),
+        "gathered_bytes": 2 * case.s_q * case.topk * case.d * -(-case.h_q // 64),
+    }
+    return {name: caller(module, case, inputs) for name, module in modules.items()}, amounts
 
 
 if __name__ == "__main__":
-    main()
+    measure.beside_a_peer("sparse_prefill", __doc__, CASES, prepare)
