@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from flash_mla import kernels
 from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK, TILE, DenseDecodeConfig, dense_decode_config
 from flash_mla.backends.hopper.launch import (
-    LOG2_E,
-    ROWS_TO_FILL_A_GPU,
     SHORT_NAME,
+    DecodeCall,
     num_sms,
     on_its_device,
     plan,
@@ -22,7 +19,7 @@ from flash_mla.backends.hopper.launch import (
     with_aligned_rows,
 )
 from flash_mla.kv_cache import KVCacheFormat
-from flash_mla.plan import SplitPlan, max_slots
+from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem
 
 __all__ = ["decode", "dense_decode_kernel", "plan_decode", "why_not"]
@@ -64,30 +61,17 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     )
 
 
-class _DenseDecode(NamedTuple):
-    """What a planned dense decode call needs apart from its tensors."""
-
-    kernel: Callable[..., None]
-    out_shape: tuple[int, int, int, int]
-    lse_shape: tuple[int, int, int]
-    workspace_size: int
-    flags: tuple[int, ...]  # the kernel's integer arguments
-
-
 @functools.lru_cache(maxsize=1024)
-def _dense_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_pages: int) -> _DenseDecode:
+def _dense_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_pages: int) -> DecodeCall:
     config = _layout(problem)
-    max_tiles = -(-max_pages * problem.page_size // TILE)
-    slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
-    by_unit = problem.batch_invariant or num_units <= num_workers
-    many_rows = (num_units if by_unit else num_workers) * config.unit_rows >= ROWS_TO_FILL_A_GPU
-    flags = (problem.causal, config.row_tiles, slots, problem.batch_invariant, by_unit, many_rows)
-    return _DenseDecode(
-        kernel=kernels.load(dense_decode_kernel(problem)),
-        out_shape=(problem.b, problem.s_q, problem.h_q, problem.d_v),
-        lse_shape=(problem.b, problem.h_q, problem.s_q),
-        workspace_size=slots * config.unit_rows * (problem.d_v + 1),
-        flags=tuple(map(int, flags)),
+    return DecodeCall.of(
+        problem,
+        dense_decode_kernel(problem),
+        num_units,
+        num_workers,
+        unit_rows=config.unit_rows,
+        max_tiles=-(-max_pages * problem.page_size // TILE),
+        flags=(problem.causal, config.row_tiles),
     )
 
 
@@ -98,6 +82,7 @@ def decode(
     """Run a planned dense decode call: the attention kernel and, behind it, combine."""
     q, k_cache, block_table, scale = inputs.q, inputs.k_cache, inputs.block_table, inputs.softmax_scale
     assert block_table is not None
+    assert inputs.cache_seqlens is not None
     call = _dense_decode(problem, splits.shape[0] - 1, work.shape[0] - 1, block_table.shape[1])
     q, scale = positive_scale(with_aligned_rows(q), scale)
     if not rows_aligned(k_cache):
@@ -105,16 +90,4 @@ def decode(
             f"k_cache: got strides {list(k_cache.stride())} at address {k_cache.data_ptr():#x}, "
             "need rows of their own that begin at multiples of 16 bytes"
         )
-    given = inputs.out
-    out = given
-    if out is None or not rows_aligned(out):
-        out = torch.empty(call.out_shape, dtype=problem.dtype, device=problem.device)
-    lse = torch.empty(call.lse_shape, dtype=torch.float32, device=problem.device)
-    workspace = torch.empty(call.workspace_size, dtype=torch.float32, device=problem.device)
-    call.kernel(
-        q, k_cache, block_table, inputs.cache_seqlens, work, splits, workspace, out, lse, scale * LOG2_E, *call.flags
-    )
-    if given is not None and given is not out:
-        given.copy_(out)
-        out = given
-    return out, lse
+    return call.launch(problem, inputs.out, scale, q, k_cache, block_table, inputs.cache_seqlens, work, splits)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from flash_mla import kernels
-from flash_mla.plan import SplitPlan
-from flash_mla.problem import Problem
+from flash_mla.plan import SplitPlan, max_slots
+from flash_mla.problem import DecodeProblem, Problem
 
 __all__ = [
     "LOG2_E",
-    "ROWS_TO_FILL_A_GPU",
     "SHORT_NAME",
+    "DecodeCall",
     "combine",
     "constant",
     "num_sms",
     "on_its_device",
+    "out_with_aligned_rows",
     "plan",
     "positive_scale",
     "rows_aligned",
@@ -90,11 +91,52 @@ def combine(
     num_workers, num_units = split_plan.work.shape[0] - 1, split_plan.splits.shape[0] - 1
     if sink is None:
         sink = constant(float("-inf"), torch.float32, out.device).expand(out.shape[1], out.shape[3])
+    candidates, by_unit, many_rows = _who_looks(num_units, num_workers, partial_o.shape[1], batch_invariant)
+    kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}_{'many_rows' if many_rows else 'many_splits'}")
+    kernel(partial_o, partial_lse, split_plan.work, split_plan.splits, sink, out, lse, candidates, int(by_unit))
+
+
+def _who_looks(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[int, bool, bool]:
+    """(how many, units rather than workers, enough rows to fill a GPU) of what combine looks at to find splits."""
     by_unit = batch_invariant or num_units <= num_workers
     candidates = num_units if by_unit else num_workers
-    shape = "many_rows" if candidates * partial_o.shape[1] >= ROWS_TO_FILL_A_GPU else "many_splits"
-    kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}_{shape}")
-    kernel(partial_o, partial_lse, split_plan.work, split_plan.splits, sink, out, lse, candidates, int(by_unit))
+    return candidates, by_unit, candidates * unit_rows >= ROWS_TO_FILL_A_GPU
+
+
+class DecodeCall(NamedTuple):
+    """What a planned decode call needs apart from its tensors."""
+
+    kernel: Callable[..., None]
+    out_shape: tuple[int, int, int, int]
+    lse_shape: tuple[int, int, int]
+    workspace_size: int
+    flags: tuple[int, ...]  # the kernel's integer arguments
+
+    @staticmethod
+    def of(
+        problem: DecodeProblem, kernel: str, num_units: int, num_workers: int, *, unit_rows: int, max_tiles: int,
+        flags: tuple[int, ...],
+    ) -> DecodeCall:  # fmt: skip
+        """The call of a kernel over a plan; `flags` are those that its mode alone has."""
+        slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
+        _, by_unit, many_rows = _who_looks(num_units, num_workers, unit_rows, problem.batch_invariant)
+        return DecodeCall(
+            kernel=kernels.load(kernel),
+            out_shape=(problem.b, problem.s_q, problem.h_q, problem.d_v),
+            lse_shape=(problem.b, problem.h_q, problem.s_q),
+            workspace_size=slots * unit_rows * (problem.d_v + 1),
+            flags=tuple(map(int, (*flags, slots, problem.batch_invariant, by_unit, many_rows))),
+        )
+
+    def launch(
+        self, problem: DecodeProblem, out: torch.Tensor | None, scale: float, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse) of the kernel, given the tensors that it reads."""
+        written = out_with_aligned_rows(out, self.out_shape, problem)
+        lse = torch.empty(self.lse_shape, dtype=torch.float32, device=problem.device)
+        workspace = torch.empty(self.workspace_size, dtype=torch.float32, device=problem.device)
+        self.kernel(*tensors, workspace, written, lse, scale * LOG2_E, *self.flags)
+        return (written if out is None or out is written else out.copy_(written)), lse
 
 
 @functools.cache
@@ -125,6 +167,13 @@ def positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
 def with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, or a copy whose rows are aligned."""
     return tensor if rows_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def out_with_aligned_rows(out: torch.Tensor | None, shape: tuple[int, ...], problem: Problem) -> torch.Tensor:
+    """`out` if a kernel can write it, else a new tensor."""
+    if out is not None and rows_aligned(out):
+        return out
+    return torch.empty(shape, dtype=problem.dtype, device=problem.device)
 
 
 def rows_aligned(tensor: torch.Tensor) -> bool:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from flash_mla import kernels
 from flash_mla.backends.hopper.launch import (
-    LOG2_E,
-    ROWS_TO_FILL_A_GPU,
     SHORT_NAME,
+    DecodeCall,
     constant,
     num_sms,
     on_its_device,
     plan,
     positive_scale,
-    rows_aligned,
     with_aligned_rows,
 )
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
@@ -28,7 +24,7 @@ from flash_mla.backends.hopper.sparse_decode_heuristics import (
     sparse_decode_config,
 )
 from flash_mla.kv_cache import KVCacheFormat
-from flash_mla.plan import SplitPlan, max_slots
+from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem
 
 __all__ = ["decode", "plan_decode", "sparse_decode_kernel", "why_not"]
@@ -92,30 +88,17 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     )
 
 
-class _SparseDecode(NamedTuple):
-    """What a planned sparse decode call needs apart from its tensors."""
-
-    kernel: Callable[..., None]
-    out_shape: tuple[int, int, int, int]
-    lse_shape: tuple[int, int, int]
-    workspace_size: int
-    flags: tuple[int, ...]  # the kernel's integer arguments
-
-
 @functools.lru_cache(maxsize=1024)
-def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int) -> _SparseDecode:
+def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int) -> DecodeCall:
     config = _layout(problem)
-    slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=_max_tiles(problem))
-    by_unit = problem.batch_invariant or num_units <= num_workers
-    many_rows = (num_units if by_unit else num_workers) * config.unit_rows >= ROWS_TO_FILL_A_GPU
-    page_sizes = (problem.page_size, problem.extra_page_size or problem.page_size)
-    flags = (*page_sizes, config.row_tiles, slots, problem.batch_invariant, by_unit, many_rows)
-    return _SparseDecode(
-        kernel=kernels.load(sparse_decode_kernel(problem, config.cluster)),
-        out_shape=(problem.b, problem.s_q, problem.h_q, problem.d_v),
-        lse_shape=(problem.b, problem.h_q, problem.s_q),
-        workspace_size=slots * config.unit_rows * (problem.d_v + 1),
-        flags=tuple(map(int, flags)),
+    return DecodeCall.of(
+        problem,
+        sparse_decode_kernel(problem, config.cluster),
+        num_units,
+        num_workers,
+        unit_rows=config.unit_rows,
+        max_tiles=_max_tiles(problem),
+        flags=(problem.page_size, problem.extra_page_size or problem.page_size, config.row_tiles),
     )
 
 
@@ -127,27 +110,20 @@ def decode(
     q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.softmax_scale)
     call = _sparse_decode(problem, splits.shape[0] - 1, work.shape[0] - 1)
     pages = _pages("k_cache", inputs.k_cache)
+    assert inputs.indices is not None
     extra_pages, extra_indices = pages, inputs.indices  # stand in for what is absent
     if inputs.extra_k_cache is not None:
+        assert inputs.extra_indices is not None
         extra_pages, extra_indices = _pages("extra_k_cache", inputs.extra_k_cache), inputs.extra_indices
     sink = inputs.attn_sink
     if sink is None:
         sink = constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q)
-    given = inputs.out
-    out = given
-    if out is None or not rows_aligned(out):
-        out = torch.empty(call.out_shape, dtype=problem.dtype, device=problem.device)
-    lse = torch.empty(call.lse_shape, dtype=torch.float32, device=problem.device)
-    workspace = torch.empty(call.workspace_size, dtype=torch.float32, device=problem.device)
-    call.kernel(
+    return call.launch(
+        problem, inputs.out, scale,
         q, pages, inputs.indices, _lengths(problem, inputs.topk_length, problem.topk),
         extra_pages, extra_indices, _lengths(problem, inputs.extra_topk_length, problem.extra_topk),
-        sink, work, splits, workspace, out, lse, scale * LOG2_E, *call.flags,
+        sink, work, splits,
     )  # fmt: skip
-    if given is not None and given is not out:
-        given.copy_(out)
-        out = given
-    return out, lse
 
 
 def _pages(name: str, cache: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,11 @@ from flash_mla import kernels
 from flash_mla.backends.hopper.launch import (
     LOG2_E,
     SHORT_NAME,
+    constant,
     num_sms,
     on_its_device,
+    out_with_aligned_rows,
     positive_scale,
-    rows_aligned,
     with_aligned_rows,
 )
 from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, SparsePrefillConfig, sparse_prefill_config
@@ -50,18 +51,15 @@ def _call(problem: SparsePrefillProblem) -> _Call:
         kernel=kernels.load(sparse_prefill_kernel(problem.dtype, problem.d_qk)),
         config=config,
         unit_slots=torch.arange(config.split_units + 1, dtype=torch.int32, device=device) * config.splits,
-        all_indices=torch.tensor([problem.topk], dtype=torch.int32, device=device).expand(problem.s_q),
-        no_sink=torch.tensor([-math.inf], device=device).expand(problem.h_q),
+        all_indices=constant(problem.topk, torch.int32, device).expand(problem.s_q),
+        no_sink=constant(-math.inf, torch.float32, device).expand(problem.h_q),
     )
 
 
 @on_its_device
 def sparse_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> Results:
     """(out [s_q, h_q, d_v], max_logits [s_q, h_q] fp32, lse [s_q, h_q] fp32)."""
-    given = inputs.out
-    out = given
-    if out is None or not rows_aligned(out):
-        out = torch.empty(problem.s_q, problem.h_q, problem.d_v, dtype=problem.dtype, device=problem.device)
+    out = out_with_aligned_rows(inputs.out, (problem.s_q, problem.h_q, problem.d_v), problem)
     max_logits = torch.empty(problem.s_q, problem.h_q, dtype=torch.float32, device=problem.device)
     lse = torch.empty_like(max_logits)
     if problem.s_kv == 0 or problem.topk == 0:
@@ -70,9 +68,8 @@ def sparse_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -
         lse.fill_(math.inf)
     else:
         _launch(_call(problem), inputs, out, max_logits, lse)
-    if given is not None and given is not out:
-        given.copy_(out)
-        out = given
+    if inputs.out is not None and inputs.out is not out:
+        out = inputs.out.copy_(out)
     return out, max_logits, lse
 
 
