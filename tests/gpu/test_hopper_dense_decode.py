@@ -80,3 +80,10 @@ def test_random_shapes(seed):
         if rng.random() < 0.3:
             options["softmax_scale"] = rng.choice([0.5, 0.01, -0.04, 0.0])
         check(inputs, **options)
+
+
+def test_a_cache_that_tma_cannot_read_is_refused():
+    q, k, table, lengths = case(2, 1, 16, 1, [300, 5])
+    odd = torch.zeros(k.shape[0], 64, 1, 577, dtype=k.dtype, device="cuda")
+    with pytest.raises(ValueError, match=r"k_cache: got strides .* multiples of 16 bytes"):
+        run(q, odd[..., :576], table, lengths)
