@@ -7,7 +7,7 @@ import functools
 import torch
 
 from flash_mla import kernels
-from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK, TILE, DenseDecodeConfig, dense_decode_config
+from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK, ROWS, DenseDecodeConfig, dense_decode_config
 from flash_mla.backends.hopper.launch import (
     SHORT_NAME,
     DecodeCall,
@@ -42,7 +42,9 @@ def _layout(problem: DecodeProblem) -> DenseDecodeConfig:
 
 def dense_decode_kernel(problem: DecodeProblem) -> str:
     """Name of the variant that serves a problem."""
-    return f"dense_decode_{SHORT_NAME[problem.dtype]}_{problem.d_qk}_cluster{_layout(problem).cluster}"
+    config = _layout(problem)
+    shape = f"cluster{config.cluster}" if config.rows == ROWS else f"rows{config.rows}"
+    return f"dense_decode_{SHORT_NAME[problem.dtype]}_{problem.d_qk}_{shape}"
 
 
 @on_its_device
@@ -52,7 +54,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     assert inputs.cache_seqlens is not None
     return plan(
         inputs.cache_seqlens,
-        tile=TILE,
+        tile=config.tile,
         fixed_cost=config.fixed_cost,
         num_workers=config.num_workers,
         units_per_request=problem.h_kv * config.passes,
@@ -70,8 +72,8 @@ def _dense_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_
         num_units,
         num_workers,
         unit_rows=config.unit_rows,
-        max_tiles=-(-max_pages * problem.page_size // TILE),
-        flags=(problem.causal, config.row_tiles),
+        max_tiles=-(-max_pages * problem.page_size // config.tile),
+        flags=(problem.causal, config.row_tiles) if config.rows == ROWS else (problem.causal,),
     )
 
 

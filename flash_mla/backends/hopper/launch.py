@@ -32,6 +32,7 @@ Result = TypeVar("Result")
 
 # From this many rows on, a warp each keeps every SM's memory pipeline full.
 ROWS_TO_FILL_A_GPU = 4096
+FEW_ROWS = 256  # up to so many, eight warps share each quarter of a row
 LOG2_E = math.log2(math.e)
 TINY_SCALE = 1e-30  # stands for 0, which would turn the -inf of a masked score into NaN
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -91,16 +92,22 @@ def combine(
     num_workers, num_units = split_plan.work.shape[0] - 1, split_plan.splits.shape[0] - 1
     if sink is None:
         sink = constant(float("-inf"), torch.float32, out.device).expand(out.shape[1], out.shape[3])
-    candidates, by_unit, many_rows = _who_looks(num_units, num_workers, partial_o.shape[1], batch_invariant)
-    kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}_{'many_rows' if many_rows else 'many_splits'}")
-    kernel(partial_o, partial_lse, split_plan.work, split_plan.splits, sink, out, lse, candidates, int(by_unit))
+    candidates, by_unit, warps = _who_merges(num_units, num_workers, partial_o.shape[1], batch_invariant)
+    kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}_{'many_rows' if warps == 1 else 'many_splits'}")
+    kernel(partial_o, partial_lse, split_plan.work, split_plan.splits, sink, out, lse, candidates, int(by_unit), warps)
 
 
-def _who_looks(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[int, bool, bool]:
-    """(how many, units rather than workers, enough rows to fill a GPU) of what combine looks at to find splits."""
-    by_unit = batch_invariant or num_units <= num_workers
+def _who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[int, bool, int]:
+    """(how many, units rather than workers) combine looks at to find splits, and warps that share the splits of a row.
+
+    One warp takes a whole row; from two on, each takes a quarter of its columns.
+    """
+    if batch_invariant:
+        return num_units, True, 2  # the order of summation must not depend on the batch
+    by_unit = num_units <= num_workers
     candidates = num_units if by_unit else num_workers
-    return candidates, by_unit, candidates * unit_rows >= ROWS_TO_FILL_A_GPU
+    rows = candidates * unit_rows
+    return candidates, by_unit, 1 if rows >= ROWS_TO_FILL_A_GPU else 2 if rows > FEW_ROWS else 8
 
 
 class DecodeCall(NamedTuple):
@@ -119,13 +126,13 @@ class DecodeCall(NamedTuple):
     ) -> DecodeCall:  # fmt: skip
         """The call of a kernel over a plan; `flags` are those that its mode alone has."""
         slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
-        _, by_unit, many_rows = _who_looks(num_units, num_workers, unit_rows, problem.batch_invariant)
+        _, by_unit, warps = _who_merges(num_units, num_workers, unit_rows, problem.batch_invariant)
         return DecodeCall(
             kernel=kernels.load(kernel),
             out_shape=(problem.b, problem.s_q, problem.h_q, problem.d_v),
             lse_shape=(problem.b, problem.h_q, problem.s_q),
             workspace_size=slots * unit_rows * (problem.d_v + 1),
-            flags=tuple(map(int, (*flags, slots, problem.batch_invariant, by_unit, many_rows))),
+            flags=tuple(map(int, (*flags, slots, problem.batch_invariant, by_unit, warps))),
         )
 
     def launch(

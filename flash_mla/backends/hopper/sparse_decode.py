@@ -233,7 +233,7 @@ class SparseDecode:
         slots: Int32,
         batch_invariant: Int32,
         combine_by_unit: Int32,
-        combine_many_rows: Int32,
+        combine_warps: Int32,
         stream,
     ):
         by_heads = cute.make_tensor(q.iterator, cute.select(q.layout, mode=[2, 3, 1, 0]))
@@ -276,7 +276,7 @@ class SparseDecode:
             stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
-        self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_many_rows, stream)
+        self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps, stream)
 
     @cute.jit
     def combine(
@@ -289,7 +289,7 @@ class SparseDecode:
         out: cute.Tensor,
         lse: cute.Tensor,
         by_unit: Int32,
-        many_rows: Int32,
+        warps: Int32,
         stream,
     ):
         """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done."""
@@ -302,12 +302,12 @@ class SparseDecode:
         rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
         candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
         arguments = (
-            partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, candidates, by_unit, stream
+            partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, candidates, by_unit, warps, stream
         )  # fmt: skip
-        if many_rows != 0:
-            Combine(self.dtype, D_V, warps_per_row=1)(*arguments)
+        if warps == 1:
+            Combine(self.dtype, D_V, columns=D_V)(*arguments)
         else:
-            Combine(self.dtype, D_V, warps_per_row=8)(*arguments)
+            Combine(self.dtype, D_V, columns=D_V // 4)(*arguments)
 
     @cute.kernel
     def kernel(
