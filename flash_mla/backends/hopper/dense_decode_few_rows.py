@@ -17,7 +17,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLa
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.dense_decode import Arguments, merge_pieces
-from flash_mla.backends.hopper.schedule import end_of_work, first_piece, next_piece, piece_stop, remains, uniform
+from flash_mla.backends.hopper.schedule import anew, end_of_work, first_piece, next_piece, piece_stop, remains, uniform
 from flash_mla.backends.hopper.softmax import LN2, NO_SCORE, THRESHOLD
 from flash_mla.backends.hopper.wgmma import CHUNK, gemm, k_major_layout
 
@@ -26,9 +26,8 @@ D_V = 512
 V_CHUNKS = D_V // CHUNK
 CHUNK_BYTES = BLOCK * CHUNK * 2
 WARPGROUP = 128
-K_WARP = 8  # the producer warpgroup's first warp loads K, the others Q
-Q_WARPS = 3
-STAGES = 2  # of K, Q and P
+Q_WARPS = 3  # of the producer warpgroup, whose first warp loads K
+STAGES = 2  # of K
 
 EVICT_FIRST = 0x12F0000000000000  # L2 cache hint of a TMA load, as CUTLASS encodes it
 
@@ -37,7 +36,10 @@ GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
 ROPE = 2
 
 # Named barriers.
-SCORES_ONLY, OUTPUT_ONLY = 1, 2
+SCORES_ONLY, OUTPUT_ONLY = 1, 2  # OUTPUT_ONLY + 1 is that of the second warpgroup
+
+# Registers a thread of four warpgroups, where there are as many.
+SCORE_REGISTERS, OUTPUT_REGISTERS, PRODUCER_REGISTERS = 120, 176, 40
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Barriers:
 
 
 class FewRowsDecode:
-    """`rows` (16 or 32) is what the packed query rows of a request and KV head are padded to."""
+    """`rows` (16, 32 or 64) is what the packed query rows of a request and KV head are padded to."""
 
     def __init__(self, dtype: type[cutlass.Numeric], d: int, rows: int):
         self.dtype = dtype
@@ -63,6 +65,11 @@ class FewRowsDecode:
         self.rows = rows
         self.chunks = d // CHUNK
         self.groups = GROUPS[: 3 if self.chunks > V_CHUNKS else 2]
+        # 64 rows: shared memory for one buffer of Q and P, registers for half the output a warpgroup.
+        self.many = rows == 64
+        self.stages = 1 if self.many else 2  # of Q and P
+        self.outputs = 2 if self.many else 1  # warpgroups of the output
+        self.k_warp = 4 * (1 + self.outputs)
 
     @cute.jit
     def __call__(
@@ -93,19 +100,19 @@ class FewRowsDecode:
         class Shared:
             k_full: cute.struct.MemRange[Int64, STAGES * self.chunks]
             k_empty: cute.struct.MemRange[Int64, STAGES * len(self.groups)]
-            q_full: cute.struct.MemRange[Int64, STAGES]
-            q_empty: cute.struct.MemRange[Int64, STAGES]
-            p_full: cute.struct.MemRange[Int64, STAGES]
-            p_empty: cute.struct.MemRange[Int64, STAGES]
+            q_full: cute.struct.MemRange[Int64, self.stages]
+            q_empty: cute.struct.MemRange[Int64, self.stages]
+            p_full: cute.struct.MemRange[Int64, self.stages]
+            p_empty: cute.struct.MemRange[Int64, self.stages]
             sums_full: cute.struct.MemRange[Int64, 1]
             sums_empty: cute.struct.MemRange[Int64, 1]
-            moved: cute.struct.MemRange[Int32, STAGES]
-            factors: cute.struct.MemRange[Float32, STAGES * self.rows]
-            tops: cute.struct.MemRange[Float32, STAGES * 4 * self.rows]
+            moved: cute.struct.MemRange[Int32, self.stages]
+            factors: cute.struct.MemRange[Float32, self.stages * self.rows]
+            tops: cute.struct.MemRange[Float32, self.stages * 4 * self.rows]
             sums: cute.struct.MemRange[Float32, 4 * self.rows]
             inv: cute.struct.MemRange[Float32, self.rows]
-            p: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * BLOCK * self.rows], 1024]
-            q: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * self.chunks * self.rows * CHUNK], 1024]
+            p: cute.struct.Align[cute.struct.MemRange[self.dtype, self.stages * BLOCK * self.rows], 1024]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, self.stages * self.chunks * self.rows * CHUNK], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * self.chunks * BLOCK * CHUNK], 1024]
 
         self.Shared = Shared
@@ -121,7 +128,10 @@ class FewRowsDecode:
             tma_k, k_tma, q, block_table, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv,
             k_cache.shape[1] // BLOCK, scale_log2, causal, batch_invariant,
         ).launch(
-            grid=(1, work.shape[0] - 1, 1), block=(3 * WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1
+            grid=(1, work.shape[0] - 1, 1),
+            block=((2 + self.outputs) * WARPGROUP, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
         )  # fmt: skip
         merge_pieces(
             self.dtype, partial_o, partial_lse, work, splits, out, lse, h_kv, combine_by_unit, combine_warps, stream
@@ -167,13 +177,25 @@ class FewRowsDecode:
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
         if warp < 4:
+            if const_expr(self.many):
+                cute.arch.setmaxregister_decrease(SCORE_REGISTERS)
             self.score(args, shared, barriers, thread)
-        elif warp < K_WARP:
-            self.accumulate(args, shared, barriers, thread - WARPGROUP)
-        elif warp == K_WARP:
-            self.load_k(args, shared, barriers, tma_k, k_tma)
+        elif warp < self.k_warp:
+            if const_expr(self.many):
+                cute.arch.setmaxregister_increase(OUTPUT_REGISTERS)
+            if const_expr(self.outputs == 1):
+                self.accumulate((0, 1), args, shared, barriers, thread - WARPGROUP)
+            elif warp < 8:
+                self.accumulate((0,), args, shared, barriers, thread - WARPGROUP)
+            else:
+                self.accumulate((1,), args, shared, barriers, thread - 2 * WARPGROUP)
         else:
-            self.load_q(args, shared, barriers, thread - (K_WARP + 1) * 32)
+            if const_expr(self.many):
+                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp == self.k_warp:
+                self.load_k(args, shared, barriers, tma_k, k_tma)
+            else:
+                self.load_q(args, shared, barriers, thread - (self.k_warp + 1) * 32)
 
     @cute.jit
     def init_barriers(self, barriers: Barriers, warp: Int32):
@@ -183,13 +205,13 @@ class FewRowsDecode:
                     cute.arch.mbarrier_init(barriers.k_full + i, 1)
                 for i in range_constexpr(STAGES * len(self.groups)):
                     cute.arch.mbarrier_init(barriers.k_empty + i, 4)
-                for i in range_constexpr(STAGES):
+                for i in range_constexpr(self.stages):
                     cute.arch.mbarrier_init(barriers.q_full + i, Q_WARPS)
                     cute.arch.mbarrier_init(barriers.q_empty + i, 4)
                     cute.arch.mbarrier_init(barriers.p_full + i, 4)
-                    cute.arch.mbarrier_init(barriers.p_empty + i, 4)
+                    cute.arch.mbarrier_init(barriers.p_empty + i, 4 * self.outputs)
                 cute.arch.mbarrier_init(barriers.sums_full, 4)
-                cute.arch.mbarrier_init(barriers.sums_empty, 4)
+                cute.arch.mbarrier_init(barriers.sums_empty, 4 * self.outputs)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -259,7 +281,7 @@ class FewRowsDecode:
             tiles = (args.seqlen(piece) + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             if stop > piece.tile:
-                stage, parity = count % STAGES, count // STAGES & 1
+                stage, parity = count % self.stages, count // self.stages & 1
                 smem = Int32(shared.q.data_ptr().toint()) + stage * (self.chunks * self.rows * CHUNK * 2)
                 cute.arch.mbarrier_wait(barriers.q_empty + stage, parity ^ 1)
                 for i in range_constexpr(-(-self.rows // Q_WARPS)):
@@ -314,11 +336,10 @@ class FewRowsDecode:
         columns = self.rows // 4
         m = cute.make_rmem_tensor(columns, Float32)
         sums = cute.make_rmem_tensor(columns, Float32)
-        limits = cute.make_rmem_tensor(columns, Int32)
         factors = cute.make_rmem_tensor(columns, Float32)
-        tops = shared.tops.get_tensor(cute.make_ordered_layout((STAGES, 4, self.rows), order=(2, 1, 0)))
-        shared_factors = shared.factors.get_tensor(cute.make_ordered_layout((STAGES, self.rows), order=(1, 0)))
-        moved = shared.moved.get_tensor(cute.make_layout(STAGES))
+        tops = shared.tops.get_tensor(cute.make_ordered_layout((self.stages, 4, self.rows), order=(2, 1, 0)))
+        shared_factors = shared.factors.get_tensor(cute.make_ordered_layout((self.stages, self.rows), order=(1, 0)))
+        moved = shared.moved.get_tensor(cute.make_layout(self.stages))
         scale = args.scale_log2
 
         count, pieces, started = Int32(0), Int32(0), Int32(0)
@@ -332,13 +353,9 @@ class FewRowsDecode:
             sums.fill(0.0)
             if stop > piece.tile:
                 # Causality is aligned to the bottom right: query token j sees tokens below seqlen - s_q + j + 1.
-                hidden = cutlass.select_(args.causal != 0, args.q.shape[1] - 1, Int32(0))
-                shown = cutlass.select_(args.causal != 0, Int32(1), Int32(0))
-                for i in range_constexpr(columns):
-                    limits[i] = seqlen - hidden + shown * rows.query(self.column(lane, i))[0]
-                plain = uniform(seqlen - hidden)
-                q_stage = started % STAGES
-                cute.arch.mbarrier_wait(barriers.q_full + q_stage, started // STAGES & 1)
+                plain = uniform(cutlass.select_(args.causal != 0, seqlen - args.q.shape[1] + 1, seqlen))
+                q_stage = started % self.stages
+                cute.arch.mbarrier_wait(barriers.q_full + q_stage, started // self.stages & 1)
                 for tile in cutlass.range(piece.tile, stop, unroll=1):
                     stage, parity = count % STAGES, count // STAGES & 1
                     warpgroup.fence()
@@ -361,11 +378,12 @@ class FewRowsDecode:
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive(barriers.q_empty + q_stage)
                     if (tile + 1) * BLOCK > plain:
-                        self.mask(s, tile * BLOCK + warp * 16 + lane // 4, limits)
+                        self.mask(args, s, rows, plain, tile * BLOCK + warp * 16, anew(lane))
 
-                    self.column_tops(s, tops, stage, warp, lane, factors)
+                    p_stage, p_parity = count % self.stages, count // self.stages & 1
+                    self.column_tops(s, tops, p_stage, warp, lane, factors)
                     # P and the factors of this stage have been read.
-                    cute.arch.mbarrier_wait(barriers.p_empty + stage, parity ^ 1)
+                    cute.arch.mbarrier_wait(barriers.p_empty + p_stage, p_parity ^ 1)
                     moves = Int32(0)
                     for i in range_constexpr(columns):
                         top = factors[i]
@@ -377,10 +395,10 @@ class FewRowsDecode:
                     any_moves = cute.arch.vote_any_sync(moves != 0)
                     if warp == 0:
                         if lane == 0:
-                            moved[stage] = cutlass.select_(any_moves, Int32(1), Int32(0))
+                            moved[p_stage] = cutlass.select_(any_moves, Int32(1), Int32(0))
                         if lane < 4:
                             for i in range_constexpr(columns):
-                                shared_factors[stage, self.column(lane, i)] = factors[i]
+                                shared_factors[p_stage, self.column(lane, i)] = factors[i]
                     for i in range_constexpr(columns):
                         offset = m[i] * scale
                         total = sums[i] * factors[i]
@@ -390,11 +408,11 @@ class FewRowsDecode:
                             total = total + value
                             p[e] = value.to(self.dtype)
                         sums[i] = total
-                    cute.copy(store, store.retile(p), p_out[None, None, None, stage])
+                    cute.copy(store, store.retile(p), p_out[None, None, None, p_stage])
                     cute.arch.fence_proxy("async.shared", space="cta")
                     cute.arch.sync_warp()
                     with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive(barriers.p_full + stage)
+                        cute.arch.mbarrier_arrive(barriers.p_full + p_stage)
                     count += 1
                 started += 1
             self.finish(args, shared, barriers, rows, slot, m, sums, pieces, warp, lane)
@@ -414,12 +432,13 @@ class FewRowsDecode:
         return i // 2 * 4 + 2 * r + i % 2
 
     @cute.jit
-    def mask(self, s: cute.Tensor, token: Int32, limits: cute.Tensor):
-        """Set the scores of tokens at or beyond a query row's limit to -inf; this thread's are token and token + 8."""
+    def mask(self, args, s: cute.Tensor, rows, plain: Int32, first_token: Int32, lane: Int32):
+        """Set the scores of tokens that a query row does not see to -inf; the first query token sees those < plain."""
         for i in range_constexpr(self.rows // 4):
+            more = cutlass.select_(args.causal != 0, rows.query(self.column(lane, i))[0], Int32(0))
             for r in range_constexpr(2):
                 e = self.element(i, r)
-                s[e] = cutlass.select_(token + 8 * r < limits[i], s[e], -Float32.inf)
+                s[e] = cutlass.select_(first_token + lane // 4 + 8 * r < plain + more, s[e], -Float32.inf)
 
     @cute.jit
     def column_tops(self, s: cute.Tensor, tops: cute.Tensor, stage: Int32, warp: Int32, lane: Int32, to: cute.Tensor):
@@ -429,10 +448,12 @@ class FewRowsDecode:
             for distance in (4, 8, 16):
                 top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, distance))
             to[i] = top
+        if const_expr(self.stages == 1):  # the tops of the block before have been read
+            cute.arch.barrier(barrier_id=SCORES_ONLY, number_of_threads=WARPGROUP)
         if lane < 4:
             for i in range_constexpr(self.rows // 4):
                 tops[stage, warp, self.column(lane, i)] = to[i]
-        # One barrier is enough: what is written next is the other stage.
+        # With two stages one barrier is enough: what is written next is the other stage.
         cute.arch.barrier(barrier_id=SCORES_ONLY, number_of_threads=WARPGROUP)
         for i in range_constexpr(self.rows // 4):
             top = tops[stage, 0, self.column(lane, i)]
@@ -478,8 +499,8 @@ class FewRowsDecode:
     # ---------------------------------------------------------------------------------------------- output
 
     @cute.jit
-    def accumulate(self, args, shared, barriers, thread: Int32):
-        """The warpgroup of the output: eight tiles of 64 columns, all query rows."""
+    def accumulate(self, groups: cutlass.Constexpr, args, shared, barriers, thread: Int32):
+        """A warpgroup of the output: tiles of 64 columns, those of `groups` of chunks, all query rows."""
         lane = thread % 32
         op = warpgroup.MmaF16BF16Op(
             self.dtype, Float32, (CHUNK, self.rows, 16), OperandSource.SMEM, OperandMajorMode.MN, OperandMajorMode.MN
@@ -488,9 +509,10 @@ class FewRowsDecode:
         v_layout, p_layout = self.v_layout(), self.p_layout()
         v = part.make_fragment_A(part.partition_A(shared.k.get_tensor(v_layout.outer, swizzle=v_layout.inner)))
         p = part.make_fragment_B(part.partition_B(shared.p.get_tensor(p_layout.outer, swizzle=p_layout.inner)))
-        o = [part.make_fragment_C(part.partition_shape_C((CHUNK, self.rows))) for _ in range(V_CHUNKS)]
-        shared_factors = shared.factors.get_tensor(cute.make_ordered_layout((STAGES, self.rows), order=(1, 0)))
-        moved = shared.moved.get_tensor(cute.make_layout(STAGES))
+        chunks = [chunk for group in groups for chunk in self.groups[group]]
+        o = {chunk: part.make_fragment_C(part.partition_shape_C((CHUNK, self.rows))) for chunk in chunks}
+        shared_factors = shared.factors.get_tensor(cute.make_ordered_layout((self.stages, self.rows), order=(1, 0)))
+        moved = shared.moved.get_tensor(cute.make_layout(self.stages))
         inv = shared.inv.get_tensor(cute.make_layout(self.rows))
 
         count, pieces = Int32(0), Int32(0)
@@ -499,37 +521,39 @@ class FewRowsDecode:
             seqlen, slot = args.seqlen(piece), args.slot(piece)
             tiles = (seqlen + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
-            for chunk in range_constexpr(V_CHUNKS):
+            for chunk in chunks:
                 o[chunk].fill(0.0)
             for tile in cutlass.range(piece.tile, stop, unroll=1):
-                stage, parity = count % STAGES, count // STAGES & 1
-                cute.arch.mbarrier_wait(barriers.p_full + stage, parity)
-                if uniform(moved[stage]) != 0:
+                stage, p_stage = count % STAGES, count % self.stages
+                cute.arch.mbarrier_wait(barriers.p_full + p_stage, count // self.stages & 1)
+                if uniform(moved[p_stage]) != 0:
                     for i in range_constexpr(self.rows // 4):
-                        factor = shared_factors[stage, self.column(lane, i)]
-                        for chunk in range_constexpr(V_CHUNKS):
+                        factor = shared_factors[p_stage, self.column(lane, i)]
+                        for chunk in chunks:
                             for r in range_constexpr(2):
                                 e = self.element(i, r)
                                 o[chunk][e] = o[chunk][e] * factor
                 if (tile + 1) * BLOCK > seqlen:
-                    self.clear_unused(shared, stage, seqlen - tile * BLOCK, thread)
+                    self.clear_unused(groups, shared, stage, seqlen - tile * BLOCK, thread)
                 warpgroup.fence()
-                for group in range_constexpr(2):
+                for group in groups:
                     for chunk in self.groups[group]:
-                        gemm(op, o[chunk], v[None, None, None, stage * self.chunks + chunk], p[None, None, None, stage])
+                        gemm(
+                            op, o[chunk], v[None, None, None, stage * self.chunks + chunk], p[None, None, None, p_stage]
+                        )
                     warpgroup.commit_group()
-                for group in range_constexpr(2):
-                    warpgroup.wait_group(1 - group)
+                for group in groups:
+                    warpgroup.wait_group(groups[-1] - group)
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(barriers.k_empty + (stage * len(self.groups) + group))
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(barriers.p_empty + stage)
+                    cute.arch.mbarrier_arrive(barriers.p_empty + p_stage)
                 count += 1
 
             cute.arch.mbarrier_wait(barriers.sums_full, pieces & 1)
             for i in range_constexpr(self.rows // 4):
                 factor = inv[self.column(lane, i)]
-                for chunk in range_constexpr(V_CHUNKS):
+                for chunk in chunks:
                     for r in range_constexpr(2):
                         e = self.element(i, r)
                         o[chunk][e] = o[chunk][e] * factor
@@ -541,21 +565,22 @@ class FewRowsDecode:
             piece = next_piece(piece, stop, tiles)
 
     @cute.jit
-    def clear_unused(self, shared, stage: Int32, used: Int32, thread: Int32):
-        """Zero V in the rows of a stage beyond its `used` first: 0 * NaN must not reach the output."""
+    def clear_unused(self, groups: cutlass.Constexpr, shared, stage: Int32, used: Int32, thread: Int32):
+        """Zero this warpgroup's V in the rows of a stage beyond its `used` first: 0 * NaN must not reach the output."""
         row = thread // 2
         if row >= used:
-            base = shared.k.data_ptr() + stage * (self.chunks * BLOCK * CHUNK)
+            first = self.groups[groups[0]][0]
+            base = shared.k.data_ptr() + (stage * self.chunks + first) * (BLOCK * CHUNK)
             start = base + row * CHUNK + thread % 2 * (CHUNK // 2)
-            zeros = cute.make_rmem_tensor((CHUNK // 2, V_CHUNKS), self.dtype)
+            zeros = cute.make_rmem_tensor((CHUNK // 2, 4 * len(groups)), self.dtype)
             zeros.fill(0.0)
-            layout = cute.make_layout((CHUNK // 2, V_CHUNKS), stride=(1, BLOCK * CHUNK))
+            layout = cute.make_layout((CHUNK // 2, 4 * len(groups)), stride=(1, BLOCK * CHUNK))
             cute.autovec_copy(zeros, cute.make_tensor(start.align(16), layout))
         cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier(barrier_id=OUTPUT_ONLY, number_of_threads=WARPGROUP)
+        cute.arch.barrier(barrier_id=OUTPUT_ONLY + groups[0], number_of_threads=WARPGROUP)
 
     @cute.jit
-    def write(self, args, o: list, rows, slot: Int32, thread: Int32):
+    def write(self, args, o: dict, rows, slot: Int32, thread: Int32):
         """Write a whole unit to the outputs, a piece of one to its slot of the workspace."""
         lane = thread % 32
         column0 = thread // 32 * 16 + lane // 4  # of a chunk's 64 output columns; the other is 8 further
@@ -566,7 +591,7 @@ class FewRowsDecode:
                 exists = row < rows.count
                 token, head = rows.query(cutlass.select_(exists, row, Int32(0)))
                 to = args.out[rows.request, token, head, None].iterator + (thread // 32 * 16 + lane % 4 * 2)
-                for chunk in range_constexpr(V_CHUNKS):
+                for chunk in o:
                     for r in range_constexpr(2):
                         pair = cute.make_rmem_tensor(2, self.dtype)
                         for c in range_constexpr(2):
@@ -580,7 +605,7 @@ class FewRowsDecode:
                 column = self.column(lane, i)
                 if column < rows.count:
                     to = args.partial_o[slot, column, None].iterator + column0
-                    for chunk in range_constexpr(V_CHUNKS):
+                    for chunk in o:
                         for r in range_constexpr(2):
                             cute.make_tensor(to + (chunk * CHUNK + 8 * r), cute.make_layout(1))[0] = o[chunk][
                                 self.element(i, r)
@@ -607,13 +632,13 @@ class FewRowsDecode:
     def q_layout(self):
         """Q's chunks: query rows x 64 columns, dense in the columns."""
         atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.dtype)
-        return cute.tile_to_shape(atom, (self.rows, CHUNK, STAGES * self.chunks), (0, 1, 2))
+        return cute.tile_to_shape(atom, (self.rows, CHUNK, self.stages * self.chunks), (0, 1, 2))
 
     def p_layout(self):
         """P^T as a B operand: query rows x tokens, dense in the query rows."""
-        kind = {16: SmemLayoutAtomKind.MN_SW32, 32: SmemLayoutAtomKind.MN_SW64}[self.rows]
-        atom = warpgroup.make_smem_layout_atom(kind, self.dtype)
-        return cute.tile_to_shape(atom, (self.rows, BLOCK, STAGES), (0, 1, 2))
+        kinds = {16: SmemLayoutAtomKind.MN_SW32, 32: SmemLayoutAtomKind.MN_SW64, 64: SmemLayoutAtomKind.MN_SW128}
+        atom = warpgroup.make_smem_layout_atom(kinds[self.rows], self.dtype)
+        return cute.tile_to_shape(atom, (self.rows, BLOCK, self.stages), (0, 1, 2))
 
 
 def compile_variant(dtype: str, d: int, rows: int) -> aot.Compiled:

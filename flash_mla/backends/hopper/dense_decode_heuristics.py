@@ -10,7 +10,7 @@ __all__ = ["DenseDecodeConfig", "dense_decode_config"]
 ROWS = 64  # query rows of a CTA
 BLOCK = 64  # tokens in a KV block, which one page holds
 TILE = 2 * BLOCK  # tokens in a tile of the plan
-FEW_ROWS = (16, 32)  # what few query rows are padded to
+FEW_ROWS = (16, 32, 64)  # what few query rows are padded to
 
 # Microseconds that a CTA takes for a tile of 128 tokens: its matrix multiplies, alone or with K shared by a cluster of
 # two, and reading the tile's KV from HBM when every SM reads its own.
@@ -25,6 +25,7 @@ LEAST_BUSY = 0.9  # part of the SMs that still draws all of HBM's bandwidth
 class DenseDecodeConfig:
     """How dense decode is laid out on a GPU."""
 
+    swapped: bool  # tokens are the rows of products, and query rows, which are few, their columns
     rows: int  # packed query rows of a CTA
     tile: int  # tokens in a tile of the plan
     cluster: int  # CTAs that share K by multicast
@@ -49,6 +50,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int) -> DenseDecodeC
     few = next((padded for padded in FEW_ROWS if rows <= padded), None)
     if few is not None:
         return DenseDecodeConfig(
+            swapped=True,
             rows=few,
             tile=BLOCK,
             cluster=1,
@@ -73,6 +75,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int) -> DenseDecodeC
     if bound_by_hbm:
         num_workers = even_workers(num_pairs * passes, num_workers)
     return DenseDecodeConfig(
+        swapped=False,
         rows=ROWS,
         tile=TILE,
         cluster=2 if row_tiles % 2 == 0 else 1,

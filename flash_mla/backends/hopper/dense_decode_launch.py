@@ -7,7 +7,7 @@ import functools
 import torch
 
 from flash_mla import kernels
-from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK, ROWS, DenseDecodeConfig, dense_decode_config
+from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK, DenseDecodeConfig, dense_decode_config
 from flash_mla.backends.hopper.launch import (
     SHORT_NAME,
     DecodeCall,
@@ -43,7 +43,7 @@ def _layout(problem: DecodeProblem) -> DenseDecodeConfig:
 def dense_decode_kernel(problem: DecodeProblem) -> str:
     """Name of the variant that serves a problem."""
     config = _layout(problem)
-    shape = f"cluster{config.cluster}" if config.rows == ROWS else f"rows{config.rows}"
+    shape = f"rows{config.rows}" if config.swapped else f"cluster{config.cluster}"
     return f"dense_decode_{SHORT_NAME[problem.dtype]}_{problem.d_qk}_{shape}"
 
 
@@ -73,7 +73,7 @@ def _dense_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_
         num_workers,
         unit_rows=config.unit_rows,
         max_tiles=-(-max_pages * problem.page_size // config.tile),
-        flags=(problem.causal, config.row_tiles) if config.rows == ROWS else (problem.causal,),
+        flags=(problem.causal,) if config.swapped else (problem.causal, config.row_tiles),
     )
 
 

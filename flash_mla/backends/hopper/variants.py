@@ -49,7 +49,7 @@ DENSE_DECODE |= {
     )
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
     for d in (576, 512)
-    for rows in (16, 32)
+    for rows in (16, 32, 64)
 }
 
 SPARSE_PREFILL = {
