@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 DSL = "nvidia-cutlass-dsl"
 PACKAGE = Path(__file__).parent
+HOST_SOURCES = ("backends/hopper/raise_cuda_error.c", "backends/hopper/recorded_call.c")  # are part of every kernel
 
 
 class KernelUnavailableError(RuntimeError):
@@ -64,7 +65,8 @@ def source_hash(name: str) -> str:
     digest = hashlib.sha256(json.dumps(dict(variant.config), sort_keys=True).encode())
     for module in sorted(_import_closure(variant.module)):
         digest.update(_module_file(module).read_bytes())
-    digest.update((PACKAGE / "backends/hopper/raise_cuda_error.c").read_bytes())
+    for source in HOST_SOURCES:
+        digest.update((PACKAGE / source).read_bytes())
     return digest.hexdigest()
 
 
@@ -169,8 +171,10 @@ def unavailable(name: str) -> str | None:
 
 
 @functools.cache
-def load(name: str) -> Callable[..., None]:
+def load(name: str, function: str | None = None) -> Callable[..., Any]:
     """The compiled function of a kernel; takes torch tensors and scalars, runs on torch's current stream.
+
+    `function` names another one of its shared object, such as the `record_call` that each has.
 
     Raises:
         KernelUnavailableError: it is in no bundle and cannot be compiled; the message lists the places and the remedy.
@@ -188,4 +192,4 @@ def load(name: str) -> Callable[..., None]:
             raise KernelUnavailableError(f"kernel {name} was compiled but is refused: {'; '.join(refusals)}")
     import tvm_ffi
 
-    return getattr(tvm_ffi.load_module(str(path)), name)
+    return getattr(tvm_ffi.load_module(str(path)), function or name)
