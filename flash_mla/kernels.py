@@ -29,6 +29,8 @@ DSL = "nvidia-cutlass-dsl"
 PACKAGE = Path(__file__).parent
 HOST_SOURCES = ("backends/hopper/raise_cuda_error.c", "backends/hopper/recorded_call.c")  # are part of every kernel
 
+_loaded: set[str] = set()  # kernels whose files need no second look: reading and hashing one takes a millisecond
+
 
 class KernelUnavailableError(RuntimeError):
     """A kernel is in no bundle and cannot be compiled here."""
@@ -155,6 +157,8 @@ def _places(name: str) -> Iterator[Path]:
 
 def unavailable(name: str) -> str | None:
     """Why `load(name)` would fail, without loading or compiling; None if it would not."""
+    if name in _loaded:
+        return None
     from flash_mla import build
 
     path, refusals = find(name)
@@ -192,4 +196,5 @@ def load(name: str, function: str | None = None) -> Callable[..., Any]:
             raise KernelUnavailableError(f"kernel {name} was compiled but is refused: {'; '.join(refusals)}")
     import tvm_ffi
 
+    _loaded.add(name)
     return getattr(tvm_ffi.load_module(str(path)), function or name)
