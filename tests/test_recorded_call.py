@@ -16,9 +16,12 @@ from flash_mla.backends import hopper
 from flash_mla.backends.hopper import dense_decode_launch, sparse_decode_launch
 from flash_mla.backends.hopper.launch import LOG2_E
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler"),
+    pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="tvm-ffi cannot allocate"),
+]
 
-CONSTANT = -1
+CONSTANT, WORKSPACE = -1, -2
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,16 @@ class TestReplay:
             assert view == Kernel.is_given(y[:, :, :2].transpose(0, 1))
             assert given == (address, (5,), (1,))
             assert [same, *rest] == [scale, 7, Kernel.is_given(y), 2.5]
+
+    def test_each_launch_has_a_workspace_of_its_own(self, record_call):
+        kernel = Kernel()
+        x, workspace = torch.rand(4), torch.rand(3, 50)
+        replay = record_call(kernel.function, 1, x, 0, x, WORKSPACE, workspace)
+        for _ in range(2):
+            assert replay(x) is True
+        for _, (address, *layout) in kernel.launches:
+            assert layout == [(3, 50), (50, 1)]
+            assert address not in (0, x.data_ptr(), workspace.data_ptr())
 
     @pytest.mark.parametrize(
         "other",

@@ -7,8 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <tvm/ffi/c_api.h>
+#include <tvm/ffi/extra/c_env_api.h>
 
-enum { MAX_ARGUMENTS = 40, MAX_DIMS = 5, CONSTANT = -1 };
+enum { MAX_ARGUMENTS = 40, MAX_DIMS = 5, CONSTANT = -1, WORKSPACE = -2 };
 
 typedef struct {
   int64_t shape[MAX_DIMS], strides[MAX_DIMS];
@@ -18,7 +19,7 @@ typedef struct {
 typedef struct {
   TVMFFIAny value; /* of a call's argument only the type index; a constant's reference is held */
   Layout layout;   /* if it is a tensor */
-  int32_t source;  /* of a kernel's argument: which of the call's it follows, or CONSTANT */
+  int32_t source;  /* of a kernel's argument: which of the call's it follows, CONSTANT or WORKSPACE */
 } Argument;
 
 typedef struct {
@@ -80,21 +81,29 @@ static int replay(void *self, const TVMFFIAny *inputs, int32_t num_inputs, TVMFF
 
   TVMFFIAny values[MAX_ARGUMENTS], none = {.type_index = kTVMFFINone};
   DLTensor tensors[MAX_ARGUMENTS];
+  TVMFFIObjectHandle workspace = NULL;
   for (int32_t i = 0; i < call->num_arguments; i++) {
     const Argument *argument = &call->arguments[i];
     values[i] = argument->value;
     if (argument->source == CONSTANT) continue;
+    tensors[i] = argument->layout.tensor;
+    if (argument->source == WORKSPACE) {
+      if (TVMFFIEnvTensorAlloc(&tensors[i], &workspace)) return -1;
+      values[i].type_index = kTVMFFITensor;
+      values[i].v_ptr = workspace;
+      continue;
+    }
     const DLTensor *tensor = tensor_of(&inputs[argument->source]);
     if (!tensor) {
       values[i] = inputs[argument->source];
       continue;
     }
-    tensors[i] = argument->layout.tensor;
     tensors[i].data = tensor->data;
     values[i].type_index = kTVMFFIDLTensorPtr;
     values[i].v_ptr = &tensors[i];
   }
   int error = TVMFFIFunctionCall(call->kernel, values, call->num_arguments, &none);
+  if (workspace) TVMFFIObjectDecRef(workspace); /* whoever gets its memory next is behind the kernel in the stream */
   result->v_int64 = !error;
   return error;
 }
@@ -122,6 +131,7 @@ int __tvm_ffi_record_call(void *self, const TVMFFIAny *args, int32_t num_args, T
   TVMFFIObjectIncRef(call->kernel);
   call->num_inputs = num_inputs;
   int error = 0;
+  TVMFFIObjectHandle workspace;
   const TVMFFIAny *inputs = args + 2, *rest = inputs + num_inputs;
   for (int32_t i = 0; i < num_inputs && !error; i++) error = note(&inputs[i], &call->inputs[i]);
   for (int32_t i = 0; i < num_arguments && !error; i++) {
@@ -131,6 +141,8 @@ int __tvm_ffi_record_call(void *self, const TVMFFIAny *args, int32_t num_args, T
     argument->source = (int32_t)rest[2 * i].v_int64;
     call->num_arguments = i + 1;
     if (argument->source == CONSTANT && value->type_index >= kTVMFFIStaticObjectBegin) TVMFFIObjectIncRef(value->v_obj);
+    if (argument->source == WORKSPACE && !error && !(error = TVMFFIEnvTensorAlloc(&argument->layout.tensor, &workspace)))
+      TVMFFIObjectDecRef(workspace); /* it can be allocated */
   }
   TVMFFIObjectHandle function;
   if (error || (error = TVMFFIFunctionCreate(call, replay, forget, &function))) {

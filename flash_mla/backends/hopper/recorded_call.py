@@ -21,8 +21,8 @@ __all__ = ["RecordedCall", "recorded"]
 RecordedCall = Callable[[tuple[torch.Tensor | None, ...], float], Results | None]
 
 OUT = DecodeInputs._fields.index("out")
-LSE, WORKSPACE, SCALE = range(OUT + 1, OUT + 4)  # follow the tensors of DecodeInputs in what is repeated
-CONSTANT = -1
+LSE, SCALE = OUT + 1, OUT + 2  # follow the tensors of DecodeInputs in what is repeated
+CONSTANT, WORKSPACE = -1, -2
 
 
 def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> RecordedCall | None:
@@ -39,11 +39,11 @@ def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> Re
     out = torch.empty_like(call.out) if inputs.out is None else inputs.out
     if not (rows_aligned(inputs.q) and rows_aligned(out) and inputs.softmax_scale > 0.0):
         return None
-    lse, workspace = torch.empty_like(call.lse), torch.empty_like(call.workspace)
-    given = (*inputs[:OUT], out, lse, workspace, 1.0)
+    lse = torch.empty_like(call.lse)
+    given = (*inputs[:OUT], out, lse, 1.0)
     kernel_arguments = (
         *((CONSTANT if source is None else DecodeInputs._fields.index(source), tensor) for source, tensor in arguments),
-        (WORKSPACE, workspace),
+        (WORKSPACE, torch.empty_like(call.workspace)),
         (OUT, out),
         (LSE, lse),
         (SCALE, 1.0),
@@ -52,7 +52,7 @@ def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> Re
     record_call = kernels.load(call.name, "record_call")
     try:
         replay = record_call(call.kernel, len(given), *given, *(value for pair in kernel_arguments for value in pair))
-    except (BufferError, RuntimeError, ValueError):  # such as a dtype unknown to this torch's DLPack
+    except (BufferError, RuntimeError, ValueError):  # an older torch's DLPack may lack a dtype, or allocation
         return None
     device = out.device.index
 
@@ -64,7 +64,7 @@ def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> Re
             out = torch.empty_like(call.out)
         lse = torch.empty_like(call.lse)
         try:
-            done = replay(*tensors[:OUT], out, lse, torch.empty_like(call.workspace), scale * LOG2_E)
+            done = replay(*tensors[:OUT], out, lse, scale * LOG2_E)
         except (BufferError, RuntimeError, TypeError, ValueError):  # which a full check of the call explains
             return None
         return (out, lse) if done else None
