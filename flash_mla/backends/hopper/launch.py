@@ -27,6 +27,7 @@ __all__ = [
     "plan",
     "positive_scale",
     "rows_aligned",
+    "template",
     "with_aligned_rows",
 ]
 
@@ -143,7 +144,7 @@ class DecodeCall(NamedTuple):
 
     def launch(self, out: torch.Tensor | None, scale: float, *arguments: Argument) -> Results:
         """(out, lse) of the kernel, given the tensors that it reads."""
-        written = out if out is not None and rows_aligned(out) else torch.empty_like(self.out)
+        written = out_with_aligned_rows(out, self.out)
         lse = torch.empty_like(self.lse)
         tensors = (argument.tensor for argument in arguments)
         self.kernel(*tensors, torch.empty_like(self.workspace), written, lse, scale * LOG2_E, *self.flags)
@@ -187,11 +188,9 @@ def with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if rows_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def out_with_aligned_rows(out: torch.Tensor | None, shape: tuple[int, ...], problem: Problem) -> torch.Tensor:
-    """`out` if a kernel can write it, else a new tensor."""
-    if out is not None and rows_aligned(out):
-        return out
-    return torch.empty(shape, dtype=problem.dtype, device=problem.device)
+def out_with_aligned_rows(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """`out` if a kernel can write it, else a new tensor of the template."""
+    return out if out is not None and rows_aligned(out) else torch.empty_like(like)
 
 
 def rows_aligned(tensor: torch.Tensor) -> bool:
