@@ -9,7 +9,9 @@ import torch
 from flash_mla import kernels
 from flash_mla.backends.hopper.launch import (
     SHORT_NAME,
+    Argument,
     DecodeCall,
+    Results,
     constant,
     num_sms,
     on_its_device,
@@ -17,6 +19,7 @@ from flash_mla.backends.hopper.launch import (
     positive_scale,
     with_aligned_rows,
 )
+from flash_mla.backends.hopper.recorded_call import RecordedCall, recorded
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
     TILE,
     SparseDecodeConfig,
@@ -27,7 +30,7 @@ from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem
 
-__all__ = ["decode", "plan_decode", "sparse_decode_kernel", "why_not"]
+__all__ = ["decode", "plan_decode", "record", "sparse_decode_kernel", "why_not"]
 
 FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
 
@@ -103,27 +106,51 @@ def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int) -> 
 
 
 @on_its_device
-def decode(
-    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> Results:
     """Run a planned sparse decode call: the attention kernel and, behind it, combine."""
     q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.softmax_scale)
     call = _sparse_decode(problem, splits.shape[0] - 1, work.shape[0] - 1)
-    pages = _pages("k_cache", inputs.k_cache)
+    return call.launch(inputs.out, scale, *_arguments(problem, inputs, q, work, splits))
+
+
+@on_its_device
+def record(
+    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
+) -> RecordedCall | None:
+    """What repeats a call that `decode` has run, if it can be repeated."""
+    call = _sparse_decode(problem, splits.shape[0] - 1, work.shape[0] - 1)
+    return recorded(call, inputs, *_arguments(problem, inputs, inputs.q, work, splits))
+
+
+def _arguments(
+    problem: DecodeProblem, inputs: DecodeInputs, q: torch.Tensor, work: torch.Tensor, splits: torch.Tensor
+) -> tuple[Argument, ...]:
+    """What the kernel reads, in its order."""
+
+    def given(source: str, absent: torch.Tensor) -> Argument:
+        tensor = getattr(inputs, source)
+        return Argument(None, absent) if tensor is None else Argument(source, tensor)
+
     assert inputs.indices is not None
-    extra_pages, extra_indices = pages, inputs.indices  # stand in for what is absent
+    pages, indices = Argument("k_cache", _pages("k_cache", inputs.k_cache)), Argument("indices", inputs.indices)
+    extra_pages, extra_indices = pages, indices  # stand in for what is absent
     if inputs.extra_k_cache is not None:
         assert inputs.extra_indices is not None
-        extra_pages, extra_indices = _pages("extra_k_cache", inputs.extra_k_cache), inputs.extra_indices
-    sink = inputs.attn_sink
-    if sink is None:
-        sink = constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q)
-    return call.launch(
-        problem, inputs.out, scale,
-        q, pages, inputs.indices, _lengths(problem, inputs.topk_length, problem.topk),
-        extra_pages, extra_indices, _lengths(problem, inputs.extra_topk_length, problem.extra_topk),
-        sink, work, splits,
-    )  # fmt: skip
+        extra_pages = Argument("extra_k_cache", _pages("extra_k_cache", inputs.extra_k_cache))
+        extra_indices = Argument("extra_indices", inputs.extra_indices)
+    no_sink = constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q)
+    return (
+        Argument("q", q),
+        pages,
+        indices,
+        given("topk_length", _lengths(problem, None, problem.topk)),
+        extra_pages,
+        extra_indices,
+        given("extra_topk_length", _lengths(problem, None, problem.extra_topk)),
+        given("attn_sink", no_sink),
+        Argument(None, work),
+        Argument(None, splits),
+    )
 
 
 def _pages(name: str, cache: torch.Tensor) -> torch.Tensor:
