@@ -230,7 +230,7 @@ class SparseDecode:
         page_size: Int32,
         extra_page_size: Int32,
         row_tiles: Int32,  # CTAs of a worker
-        slots: Int32,
+        slots: Int32,  # 0 if no unit is split
         batch_invariant: Int32,
         combine_by_unit: Int32,
         combine_many_rows: Int32,
@@ -276,7 +276,10 @@ class SparseDecode:
             stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
-        self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_many_rows, stream)
+        if slots != 0:
+            self.combine(
+                partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_many_rows, stream
+            )
 
     @cute.jit
     def combine(

@@ -25,6 +25,7 @@ class SparseDecodeConfig:
     num_workers: int
     fixed_cost: int  # of starting a piece, in tiles
     min_cost: int  # range of the plan that is worth a worker, in tiles
+    unsplit: bool  # whether every cut of the plan falls between units
 
     @property
     def unit_rows(self) -> int:
@@ -46,13 +47,13 @@ def sparse_decode_config(queries: int, h_q: int, tiles: int | None, num_sms: int
     row_tiles = cluster = cluster_size(h_q)
     passes = -(-h_q // (row_tiles * ROWS))
     units, workers = queries * passes, num_sms // row_tiles
-    num_workers = workers
+    num_workers, unsplit = workers, False
     if tiles is not None:
         rounds = -(-units // workers)
         whole = rounds * (tiles + FIXED_COST)
         split = units * (tiles + FIXED_COST) / workers + FIXED_COST + COMBINE_COST
         if whole <= split:
-            num_workers = -(-units // rounds)
             # Cuts fall on units only if every worker gets as many.
-            num_workers = num_workers if num_workers * rounds == units else workers
-    return SparseDecodeConfig(cluster, row_tiles, passes, num_workers, FIXED_COST, min_cost=1)
+            unsplit = units % rounds == 0
+            num_workers = units // rounds if unsplit else workers
+    return SparseDecodeConfig(cluster, row_tiles, passes, num_workers, FIXED_COST, min_cost=1, unsplit=unsplit)
