@@ -689,11 +689,14 @@ class SparseDecode:
             row_sum.fill(0.0)
             if stop > piece.tile:
                 cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
-                warpgroup.fence()
-                self.issue_qk(side, f, barriers, 0, pairs & 1)
-                self.issue_qk(side, f, barriers, 1, pairs & 1)
-                warpgroup.commit_group()
-                warpgroup.wait_group(0)
+                if const_expr(side == LEFT):
+                    warpgroup.fence()
+                    self.issue_qk(LEFT, f, barriers, 0, pairs & 1)
+                    self.issue_qk(LEFT, f, barriers, 1, pairs & 1)
+                    warpgroup.commit_group()
+                    warpgroup.wait_group(0)
+                else:
+                    self.score_right(shared, barriers, f, m, row_sum, scale, pairs & 1, thread)
                 # The last tile, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
                 # makes ptxas serialise all of them.
                 for _ in cutlass.range(piece.tile, stop - 1, unroll=1):
@@ -802,7 +805,10 @@ class SparseDecode:
                 cute.arch.mbarrier_arrive(empty, barriers.peer)
 
     def pair(self, side, last, shared, barriers, f, m, row_sum, scale, pairs, thread):
-        """One pair of K blocks: its scores are complete on entry; unless `last`, those of the next pair are on exit."""
+        """One pair of K blocks: its scores are complete on entry; unless `last`, those of the next pair are on exit.
+
+        The right side has also multiplied by the left one's probabilities of the pair then.
+        """
         role = self.pair_left if side == LEFT else self.pair_right
         role(last, shared, barriers, f, m, row_sum, scale, (pairs + 1) & 1, thread)
 
@@ -851,15 +857,9 @@ class SparseDecode:
         n = cute.make_rmem_tensor(2, Float32)
         sums = cute.make_rmem_tensor(2, Float32)
         row = thread // 32 * 16 + thread % 32 // 4
-        max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
         max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
 
-        cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
-        n[0], n[1] = max0[row], max0[row + 8]
-        rescale(f.o, row_sum, m, n[0], n[1], scale)
-        warpgroup.fence()
-        self.issue_pv(f, f.p_in, 0)
-        warpgroup.commit_group()
+        n[0], n[1] = m[0], m[1]
         self.hide_unattended(f.s, shared, RIGHT, thread % 32)
         softmax(f.s, f.p_scores, sums, n, scale)
         cute.arch.barrier(barrier_id=RIGHT_ONLY, number_of_threads=WARPGROUP)
@@ -867,8 +867,6 @@ class SparseDecode:
         max1[row], max1[row + 8] = n[0], n[1]
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
-        warpgroup.wait_group(0)
-        self.free(barriers, 0, RIGHT)
 
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
@@ -878,11 +876,29 @@ class SparseDecode:
         warpgroup.wait_group(0)
         self.free(barriers, 1, RIGHT)
         if not last:
-            warpgroup.fence()
-            self.issue_qk(RIGHT, f, barriers, 0, next_parity)
-            self.issue_qk(RIGHT, f, barriers, 1, next_parity)
-            warpgroup.commit_group()
-            warpgroup.wait_group(0)
+            self.score_right(shared, barriers, f, m, row_sum, scale, next_parity, thread)
+
+    def score_right(self, shared, barriers, f, m, row_sum, scale, parity, thread):
+        """The right side's scores and, between their parts, its product with the left side's probabilities.
+
+        The part that is converted last comes last, and the producers get the right half of block 0 back before it.
+        """
+        row = thread // 32 * 16 + thread % 32 // 4
+        max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
+        warpgroup.fence()
+        self.issue_qk(RIGHT, f, barriers, 0, parity)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+        cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
+        rescale(f.o, row_sum, m, max0[row], max0[row + 8], scale)
+        warpgroup.fence()
+        self.issue_pv(f, f.p_in, 0)
+        warpgroup.commit_group()
+        self.issue_qk(RIGHT, f, barriers, 1, parity)
+        warpgroup.commit_group()
+        warpgroup.wait_group(1)
+        self.free(barriers, 0, RIGHT)
+        warpgroup.wait_group(0)
 
     @cute.jit
     def hide_unattended(self, s: cute.Tensor, shared, block: cutlass.Constexpr, lane: Int32):
