@@ -45,6 +45,7 @@ V_CHUNKS = D_V // CHUNK
 K_CHUNKS = V_CHUNKS + 1  # the last is RoPE, then P
 CHUNK_ELEMENTS = ROWS * CHUNK
 WARPGROUP = 128
+L2_LINE = 128  # bytes
 OCTET = 32 // THREADS_PER_ROW  # rows that a warp converts at a time
 ROW_BYTES = CHUNK * 2  # of a chunk
 PRODUCER_WARP = 8
@@ -121,6 +122,11 @@ class Source:
 
     def length(self, request: Int32) -> Int32:
         return uniform(cutlass.max(0, cutlass.min(self.lengths[request], self.indices.shape[2])))
+
+    def prefetch_lengths(self):
+        """Bring lengths (32 a lane) to the L2 before it is known which of them are needed."""
+        first = cutlass.min(cute.arch.lane_idx() * 32, self.lengths.shape[0] - 1)
+        prefetch((self.lengths.iterator + first * self.lengths.stride[0]).toint(), 0)
 
 
 @dataclass(frozen=True)
@@ -351,6 +357,11 @@ class SparseDecode:
             Source(extra_cache, extra_page_size, extra_indices, extra_lengths), sink, work, splits, partial_o,
             partial_lse, out, lse, scale_log2, batch_invariant,
         )  # fmt: skip
+        if warp == PRODUCER_WARP:
+            cpasync.prefetch_descriptor(tma_q)
+        if warp == PRODUCER_WARP + 1:
+            for source in (args.main, args.extra):
+                source.prefetch_lengths()
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -430,9 +441,11 @@ class SparseDecode:
         inverses = tuple(Uint32(0xFFFFFFFF) // Uint32(source.page_size) for source in (args.main, args.extra))
 
         cursor = self.settle(args, first_piece(args.work), end)
-        exists, opened = cursor.exists, cursor.unit
+        exists = cursor.exists
         self.fetch_index(args, cursor, lane)
         cute.arch.cp_async_commit_group()
+        if exists & (lane.warp == 0):
+            self.load_q(args, shared, barriers, tma_q, q_tma, cursor.unit, Int32(0))
         wait_copies(0)
         tokens = self.locate(args, cursor, lane, inverses)
         cursor = self.next_cursor(args, cursor, end)
@@ -440,11 +453,13 @@ class SparseDecode:
         for i in range_constexpr(2):
             step, octet = i // self.octets, i % self.octets
             self.fetch(lane, i, Int32(step), Int32(step), tokens.of_lane(octet * OCTET + lane.row))
-        wait_copies(0)  # for the next tile's index
+        self.prefetch_rows(lane, tokens)
 
-        tiles, pieces = Int32(0), Int32(0)
+        tiles, pieces, opened = Int32(0), Int32(1), Int32(-1)
         while exists:
+            wait_copies(1)  # for the next tile's index
             next_tokens = self.locate(args, cursor, lane, inverses)
+            self.prefetch_rows(lane, next_tokens)
             next_exists = cursor.exists
             next_opened = cutlass.select_(next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
             cursor = self.next_cursor(args, cursor, end)
@@ -482,6 +497,16 @@ class SparseDecode:
             pieces += cutlass.select_(opened >= 0, Int32(1), Int32(0))
             tokens, exists, opened = next_tokens, next_exists, next_opened
             tiles += 1
+
+    @cute.jit
+    def prefetch_rows(self, lane: Lane, tokens: Tokens):
+        """Bring the rows that this warp will fetch to the L2: its copies are too few to hide the memory's latency."""
+        mine = lane.slots.thread % (2 * OCTET) < self.octets * OCTET
+        if mine & (tokens.row != 0):
+            for line in range_constexpr(0, self.loader.token_bytes, L2_LINE):
+                prefetch(tokens.row, line)
+            if const_expr(self.loader.scales_apart):
+                prefetch(tokens.row + Int64(tokens.scales), 0)
 
     @cute.jit
     def fetch(self, lane: Lane, index, half: Int32, late: Int32, token: tuple):
@@ -654,7 +679,7 @@ class SparseDecode:
         cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_BYTES)
-        for chunk in range_constexpr(V_CHUNKS):
+        for chunk in cutlass.range(V_CHUNKS, unroll=1):
             cute.copy(
                 tma_q,
                 source[None, rows.head_tile, chunk, rows.token, rows.request],
@@ -680,9 +705,13 @@ class SparseDecode:
         piece, end = first_piece(args.work), end_of_work(args.work)
         if remains(piece, end):
             tiles, slot = self.begin_piece(args, f, piece, row0, lane)
+        # A turn in advance, of no tiles and no rows, fetches the instructions of `write` while the first K is awaited.
+        rehearsal = Int32(1)
         while remains(piece, end):
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             following = next_piece(piece, stop, tiles)
+            if rehearsal != 0:
+                stop, following = piece.tile, piece
             next_tiles, next_slot = Int32(0), Int32(0)
             f.o.fill(0.0)
             m.fill(NO_SCORE)
@@ -712,8 +741,11 @@ class SparseDecode:
             elif remains(following, end):
                 next_tiles, next_slot = self.begin_piece(args, f, following, row0, lane)
 
-            self.write(side, args, shared, f, m, row_sum, slot, args.rows(piece), thread)
-            piece, tiles, slot = following, next_tiles, next_slot
+            rows = args.rows(piece)
+            count = cutlass.select_(rehearsal != 0, Int32(0), rows.count)
+            rows = Rows(rows.request, rows.token, rows.head_tile, count)
+            self.write(side, args, shared, f, m, row_sum, slot, rows, thread)
+            piece, tiles, slot, rehearsal = following, next_tiles, next_slot, Int32(0)
 
     @cute.jit
     def begin_piece(self, args, f, piece: Piece, row0: Int32, lane: Int32):
@@ -932,6 +964,8 @@ class SparseDecode:
         sum0 = shared.sum0.get_tensor(cute.make_layout(ROWS))
         sum1 = shared.sum1.get_tensor(cute.make_layout(ROWS))
         mine, other = (sum0, sum1) if const_expr(side == LEFT) else (sum1, sum0)
+        heads = [cutlass.min(rows.head_tile * ROWS + row0 + 8 * r, args.q.shape[2] - 1) for r in range(2)]
+        sinks = [args.sink[head] * LOG2_E for head in heads]  # early, for their latency
         row_sum[0], row_sum[1] = quad_sum(row_sum[0]), quad_sum(row_sum[1])
         if lane % 4 == 0:
             mine[row0], mine[row0 + 8] = row_sum[0], row_sum[1]
@@ -945,7 +979,7 @@ class SparseDecode:
         # The sums are read before the next piece may overwrite them.
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
         if slot < 0:
-            self.write_outputs(side, args, f, row_sum, inv, rows, row0, lane)
+            self.write_outputs(side, args, f, row_sum, inv, heads, sinks, rows, row0, lane)
         else:
             self.write_partials(side, args, f, row_sum, inv, slot, rows, row0, lane)
 
@@ -957,16 +991,17 @@ class SparseDecode:
         f,
         lse2: cute.Tensor,
         inv: cute.Tensor,
+        heads: list,
+        sinks: list,
         rows,
         row0: Int32,
         lane: Int32,
     ):
         for r in range_constexpr(2):
-            exists = row0 + 8 * r < rows.count
-            head = cutlass.select_(exists, rows.head_tile * ROWS + row0 + 8 * r, Int32(0))
+            exists, head = row0 + 8 * r < rows.count, heads[r]
             seen = lse2[r] > -Float32.inf
             # exp(lse) / (exp(lse) + exp(sink))
-            kept = 1.0 / (1.0 + cute.math.exp2(args.sink[head] * LOG2_E - lse2[r], fastmath=True))
+            kept = 1.0 / (1.0 + cute.math.exp2(sinks[r] - lse2[r], fastmath=True))
             factor = cutlass.select_(seen, inv[r] * kept, Float32(0.0))
             if const_expr(side == LEFT):
                 if exists and lane % 4 == 0:
@@ -1028,6 +1063,11 @@ def remote(address: Int32, peer: Int32) -> Int32:
         "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, peer]
     )
     return cute.arch.make_warp_uniform(there)
+
+
+def prefetch(address: Int64, offset: int) -> None:
+    """Start to bring the line of a global address to the L2."""
+    cute.arch.inline_ptx(f"prefetch.global.L2 [{{$r0}}+{offset}];", read_only_args=[address])
 
 
 def wait_copies(pending: int) -> None:
