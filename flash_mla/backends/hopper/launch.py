@@ -118,7 +118,9 @@ class DecodeCall(NamedTuple):
         flags: tuple[int, ...], unsplit: bool = False,
     ) -> DecodeCall:  # fmt: skip
         """The call of a kernel over a plan, `unsplit` if it never cuts a unit; `flags` are those its mode alone has."""
-        slots = 0 if unsplit else max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
+        slots = 0
+        if not unsplit:
+            slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
         _, by_unit, many_rows = _who_looks(num_units, num_workers, unit_rows, problem.batch_invariant)
         return DecodeCall(
             kernel=kernels.load(kernel),

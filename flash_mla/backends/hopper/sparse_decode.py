@@ -45,7 +45,6 @@ V_CHUNKS = D_V // CHUNK
 K_CHUNKS = V_CHUNKS + 1  # the last is RoPE, then P
 CHUNK_ELEMENTS = ROWS * CHUNK
 WARPGROUP = 128
-L2_LINE = 128  # bytes
 OCTET = 32 // THREADS_PER_ROW  # rows that a warp converts at a time
 ROW_BYTES = CHUNK * 2  # of a chunk
 PRODUCER_WARP = 8
@@ -450,16 +449,16 @@ class SparseDecode:
         tokens = self.locate(args, cursor, lane, inverses)
         cursor = self.next_cursor(args, cursor, end)
         self.fetch_index(args, cursor, lane)
+        cute.arch.cp_async_commit_group()
         for i in range_constexpr(2):
             step, octet = i // self.octets, i % self.octets
             self.fetch(lane, i, Int32(step), Int32(step), tokens.of_lane(octet * OCTET + lane.row))
-        self.prefetch_rows(lane, tokens)
+
+        wait_copies(2)  # for the next tile's index
 
         tiles, pieces, opened = Int32(0), Int32(1), Int32(-1)
         while exists:
-            wait_copies(1)  # for the next tile's index
             next_tokens = self.locate(args, cursor, lane, inverses)
-            self.prefetch_rows(lane, next_tokens)
             next_exists = cursor.exists
             next_opened = cutlass.select_(next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
             cursor = self.next_cursor(args, cursor, end)
@@ -497,16 +496,6 @@ class SparseDecode:
             pieces += cutlass.select_(opened >= 0, Int32(1), Int32(0))
             tokens, exists, opened = next_tokens, next_exists, next_opened
             tiles += 1
-
-    @cute.jit
-    def prefetch_rows(self, lane: Lane, tokens: Tokens):
-        """Bring the rows that this warp will fetch to the L2: its copies are too few to hide the memory's latency."""
-        mine = lane.slots.thread % (2 * OCTET) < self.octets * OCTET
-        if mine & (tokens.row != 0):
-            for line in range_constexpr(0, self.loader.token_bytes, L2_LINE):
-                prefetch(tokens.row, line)
-            if const_expr(self.loader.scales_apart):
-                prefetch(tokens.row + Int64(tokens.scales), 0)
 
     @cute.jit
     def fetch(self, lane: Lane, index, half: Int32, late: Int32, token: tuple):
@@ -705,47 +694,25 @@ class SparseDecode:
         piece, end = first_piece(args.work), end_of_work(args.work)
         if remains(piece, end):
             tiles, slot = self.begin_piece(args, f, piece, row0, lane)
-        # A turn in advance, of no tiles and no rows, fetches the instructions of `write` while the first K is awaited.
-        rehearsal = Int32(1)
         while remains(piece, end):
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             following = next_piece(piece, stop, tiles)
-            if rehearsal != 0:
-                stop, following = piece.tile, piece
             next_tiles, next_slot = Int32(0), Int32(0)
             f.o.fill(0.0)
             m.fill(NO_SCORE)
             row_sum.fill(0.0)
             if stop > piece.tile:
                 cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
-                if const_expr(side == LEFT):
-                    warpgroup.fence()
-                    self.issue_qk(LEFT, f, barriers, 0, pairs & 1)
-                    self.issue_qk(LEFT, f, barriers, 1, pairs & 1)
-                    warpgroup.commit_group()
-                    warpgroup.wait_group(0)
-                else:
-                    self.score_right(shared, barriers, f, m, row_sum, scale, pairs & 1, thread)
-                # The last tile, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
-                # makes ptxas serialise all of them.
-                for _ in cutlass.range(piece.tile, stop - 1, unroll=1):
-                    self.pair(side, False, shared, barriers, f, m, row_sum, scale, pairs, thread)
-                    pairs += 1
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(barriers.q_empty)
-                if remains(following, end):
-                    next_tiles, next_slot = self.begin_piece(args, f, following, row0, lane)
-                self.pair(side, True, shared, barriers, f, m, row_sum, scale, pairs, thread)
-                pairs += 1
                 pieces += 1
-            elif remains(following, end):
+            for tile in cutlass.range(piece.tile, stop, unroll=1):
+                pair = self.pair_left if const_expr(side == LEFT) else self.pair_right
+                pair(shared, barriers, f, m, row_sum, scale, pairs & 1, tile + 1 == stop, thread)
+                pairs += 1
+            if remains(following, end):
                 next_tiles, next_slot = self.begin_piece(args, f, following, row0, lane)
 
-            rows = args.rows(piece)
-            count = cutlass.select_(rehearsal != 0, Int32(0), rows.count)
-            rows = Rows(rows.request, rows.token, rows.head_tile, count)
-            self.write(side, args, shared, f, m, row_sum, slot, rows, thread)
-            piece, tiles, slot, rehearsal = following, next_tiles, next_slot, Int32(0)
+            self.write(side, args, shared, f, m, row_sum, slot, args.rows(piece), thread)
+            piece, tiles, slot = following, next_tiles, next_slot
 
     @cute.jit
     def begin_piece(self, args, f, piece: Piece, row0: Int32, lane: Int32):
@@ -836,20 +803,20 @@ class SparseDecode:
             if self.cluster > 1:
                 cute.arch.mbarrier_arrive(empty, barriers.peer)
 
-    def pair(self, side, last, shared, barriers, f, m, row_sum, scale, pairs, thread):
-        """One pair of K blocks: its scores are complete on entry; unless `last`, those of the next pair are on exit.
-
-        The right side has also multiplied by the left one's probabilities of the pair then.
-        """
-        role = self.pair_left if side == LEFT else self.pair_right
-        role(last, shared, barriers, f, m, row_sum, scale, (pairs + 1) & 1, thread)
-
-    def pair_left(self, last, shared, barriers, f, m, row_sum, scale, next_parity, thread):
+    def pair_left(self, shared, barriers, f, m, row_sum, scale, parity, closes, thread):
+        """A pair of K blocks on the left side; `closes` its piece or not."""
         n = cute.make_rmem_tensor(2, Float32)
         sums = cute.make_rmem_tensor(2, Float32)
         row = thread // 32 * 16 + thread % 32 // 4
         max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
         max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
+
+        warpgroup.fence()
+        self.issue_qk(LEFT, f, barriers, 0, parity)
+        self.issue_qk(LEFT, f, barriers, 1, parity)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+        self.free_q(barriers, closes)
 
         n[0], n[1] = m[0], m[1]
         self.hide_unattended(f.s, shared, LEFT, thread % 32)
@@ -873,56 +840,28 @@ class SparseDecode:
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 1)
         warpgroup.commit_group()
-        if last:
-            warpgroup.wait_group(0)
-            self.free(barriers, 1, LEFT)
-        else:
-            self.issue_qk(LEFT, f, barriers, 0, next_parity)
-            warpgroup.commit_group()
-            warpgroup.wait_group(1)
-            self.free(barriers, 1, LEFT)
-            self.issue_qk(LEFT, f, barriers, 1, next_parity)
-            warpgroup.commit_group()
-            warpgroup.wait_group(0)
+        warpgroup.wait_group(0)
+        self.free(barriers, 1, LEFT)
 
-    def pair_right(self, last, shared, barriers, f, m, row_sum, scale, next_parity, thread):
+    def pair_right(self, shared, barriers, f, m, row_sum, scale, parity, closes, thread):
+        """A pair of K blocks on the right side.
+
+        The left side's probabilities come between the parts of the scores: the part of K that is converted last has
+        until then, and the producers get the right half of block 0 back before it.
+        """
         n = cute.make_rmem_tensor(2, Float32)
         sums = cute.make_rmem_tensor(2, Float32)
         row = thread // 32 * 16 + thread % 32 // 4
+        max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
         max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
 
-        n[0], n[1] = m[0], m[1]
-        self.hide_unattended(f.s, shared, RIGHT, thread % 32)
-        softmax(f.s, f.p_scores, sums, n, scale)
-        cute.arch.barrier(barrier_id=RIGHT_ONLY, number_of_threads=WARPGROUP)
-        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
-        max1[row], max1[row + 8] = n[0], n[1]
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
-
-        rescale(f.o, row_sum, m, n[0], n[1], scale)
-        warpgroup.fence()
-        self.issue_pv(f, f.p, 1)
-        warpgroup.commit_group()
-        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
-        warpgroup.wait_group(0)
-        self.free(barriers, 1, RIGHT)
-        if not last:
-            self.score_right(shared, barriers, f, m, row_sum, scale, next_parity, thread)
-
-    def score_right(self, shared, barriers, f, m, row_sum, scale, parity, thread):
-        """The right side's scores and, between their parts, its product with the left side's probabilities.
-
-        The part that is converted last comes last, and the producers get the right half of block 0 back before it.
-        """
-        row = thread // 32 * 16 + thread % 32 // 4
-        max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
         warpgroup.fence()
         self.issue_qk(RIGHT, f, barriers, 0, parity)
         warpgroup.commit_group()
         warpgroup.wait_group(0)
         cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
-        rescale(f.o, row_sum, m, max0[row], max0[row + 8], scale)
+        n[0], n[1] = max0[row], max0[row + 8]
+        rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 0)
         warpgroup.commit_group()
@@ -931,6 +870,29 @@ class SparseDecode:
         warpgroup.wait_group(1)
         self.free(barriers, 0, RIGHT)
         warpgroup.wait_group(0)
+        self.free_q(barriers, closes)
+
+        self.hide_unattended(f.s, shared, RIGHT, thread % 32)
+        softmax(f.s, f.p_scores, sums, n, scale)
+        cute.arch.barrier(barrier_id=RIGHT_ONLY, number_of_threads=WARPGROUP)
+        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
+        max1[row], max1[row + 8] = n[0], n[1]
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
+        rescale(f.o, row_sum, m, n[0], n[1], scale)
+        warpgroup.fence()
+        self.issue_pv(f, f.p, 1)
+        warpgroup.commit_group()
+        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
+        warpgroup.wait_group(0)
+        self.free(barriers, 1, RIGHT)
+
+    @cute.jit
+    def free_q(self, barriers: Barriers, closes):
+        """Tell the producers that this warp has read Q for the last time in a piece, if this pair `closes` it."""
+        if closes:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barriers.q_empty)
 
     @cute.jit
     def hide_unattended(self, s: cute.Tensor, shared, block: cutlass.Constexpr, lane: Int32):
