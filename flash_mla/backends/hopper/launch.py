@@ -134,10 +134,12 @@ class DecodeCall(NamedTuple):
     @staticmethod
     def of(
         problem: DecodeProblem, kernel: str, num_units: int, num_workers: int, *, unit_rows: int, max_tiles: int,
-        flags: tuple[int, ...],
+        flags: tuple[int, ...], unsplit: bool = False,
     ) -> DecodeCall:  # fmt: skip
-        """The call of a kernel over a plan; `flags` are those that its mode alone has."""
-        slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
+        """The call of a kernel over a plan, `unsplit` if it never cuts a unit; `flags` are those its mode alone has."""
+        slots = 0
+        if not unsplit:
+            slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
         _, by_unit, warps = _who_merges(num_units, num_workers, unit_rows, problem.batch_invariant)
         device = problem.device
         return DecodeCall(

@@ -102,6 +102,7 @@ def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int) -> 
         unit_rows=config.unit_rows,
         max_tiles=_max_tiles(problem),
         flags=(problem.page_size, problem.extra_page_size or problem.page_size, config.row_tiles),
+        unsplit=config.unsplit and not problem.batch_invariant,
     )
 
 
