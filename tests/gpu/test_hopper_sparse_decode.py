@@ -20,12 +20,13 @@ def on_gpu(tensor):
     return raw.cuda().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
+QUANTISED = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
+PLAIN = (KVCacheFormat.BF16, KVCacheFormat.FP16)
+KINDS = [(kv_format, d) for kv_format in (*QUANTISED, *PLAIN) for d in kv_format.head_dims]
 
 
-def scope_of(generator, kv_format, b, s_q, topk, *, lengths=None, **pages):
+def scope_of(generator, kv_format, d, b, s_q, topk, *, lengths=None, **pages):
     """A cache and indices into it; latents are of the size for which the tolerances are meant."""
-    d = kv_format.head_dims[0]
     scope = sparse_scope(generator, kv_format, b, s_q, topk, d=d, lengths=lengths, **pages)
     counted = scope.indices
     if lengths is not None:
@@ -35,15 +36,22 @@ def scope_of(generator, kv_format, b, s_q, topk, *, lengths=None, **pages):
     return scope
 
 
+def as_stored(kv_format, cache):
+    """The cache on the GPU, as vLLM passes it: the bytes of a quantised one."""
+    return on_gpu(cache.view(torch.uint8) if kv_format.is_quantised else cache)
+
+
 def case(
-    b, s_q, h_q, topk, *, kv_format=KVCacheFormat.FP8_V32, lengths=None, page_size=64, num_pages=8, q_scale=1.0,
+    b, s_q, h_q, topk, *, kv_format=KVCacheFormat.FP8_V32, d=None, lengths=None, page_size=64, num_pages=8, q_scale=1.0,
     sink=None, seed=0, strided=False, extra_topk=None, extra_lengths=None, extra_page_size=64,
 ):  # fmt: skip
     """Keyword arguments of a call; every byte that no counting index names is NaN."""
     generator = torch.Generator().manual_seed(seed)
     pages = {"page_size": page_size, "num_pages": num_pages}
-    scope = scope_of(generator, kv_format, b, s_q, topk, lengths=lengths, **pages)
-    q = randn(generator, b, s_q, h_q, kv_format.head_dims[0]) * q_scale
+    d = d or kv_format.head_dims[0]
+    dtype = torch.bfloat16 if kv_format.is_quantised else kv_format.dtype
+    scope = scope_of(generator, kv_format, d, b, s_q, topk, lengths=lengths, **pages)
+    q = randn(generator, b, s_q, h_q, d, dtype=dtype) * q_scale
     indices = scope.indices
     if strided:
         q, indices = spread(q), spread(indices)
@@ -52,7 +60,7 @@ def case(
         sink[0], sink[-1] = -math.inf, math.inf
     arguments = {
         "q": on_gpu(q),
-        "k_cache": on_gpu(scope.cache.view(torch.uint8)),
+        "k_cache": as_stored(kv_format, scope.cache),
         "block_table": None,
         "cache_seqlens": None,
         "head_dim_v": 512,
@@ -63,9 +71,9 @@ def case(
     }
     if extra_topk is not None:
         pages = {"page_size": extra_page_size, "num_pages": num_pages}
-        extra = scope_of(generator, kv_format, b, s_q, extra_topk, lengths=extra_lengths, **pages)
+        extra = scope_of(generator, kv_format, d, b, s_q, extra_topk, lengths=extra_lengths, **pages)
         arguments |= {
-            "extra_k_cache": on_gpu(extra.cache.view(torch.uint8)),
+            "extra_k_cache": as_stored(kv_format, extra.cache),
             "extra_indices_in_kvcache": on_gpu(extra.indices),
             "extra_topk_length": on_gpu(extra.topk_length),
         }
@@ -87,31 +95,35 @@ def check(arguments, **options):
     assert_close_lse(lse, want_lse)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_random_shapes(seed):
-    rng = random.Random(seed)
-
+def one_random_shape(rng, seed):
     def random_lengths(b, topk):
         if topk is None or rng.random() < 0.5:
             return None
         return [rng.choice([-3, 0, 1, 64, 65, topk, topk + 7, rng.randint(0, topk)]) for _ in range(b)]
 
+    b = rng.choice([1, 2, 3, 9, 40])
+    topk = rng.choice([1, 5, 63, 64, 65, 128, 129, 200, 512, 1000, 2048])
+    extra_topk = rng.choice([None, 1, 64, 65, 300, 1024])
+    kv_format, d = rng.choice(KINDS)
+    arguments = case(
+        b, rng.choice([1, 2, 3]), rng.choice([1, 2, 8, 16, 33, 64, 65, 100, 128, 200]), topk,
+        kv_format=kv_format, d=d, lengths=random_lengths(b, topk), extra_topk=extra_topk,
+        extra_lengths=random_lengths(b, extra_topk), extra_page_size=rng.choice([1, 2, 64]),
+        page_size=rng.choice([1, 2, 16, 64, 100]), num_pages=rng.choice([1, 8, 40]),
+        q_scale=rng.choice([0.125, 1.0, 8.0]), sink=rng.choice([None, False]), seed=seed,
+        strided=rng.random() < 0.3,
+    )  # fmt: skip
+    options = {"enable_batch_invariant": rng.random() < 0.3}
+    if rng.random() < 0.3:
+        options["softmax_scale"] = rng.choice([0.5, 0.01, -0.04, 0.0])
+    check(arguments, **options)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_shapes(seed):
+    rng = random.Random(seed)
     for turn in range(10):
-        b = rng.choice([1, 2, 3, 9, 40])
-        topk = rng.choice([1, 5, 63, 64, 65, 128, 129, 200, 512, 1000, 2048])
-        extra_topk = rng.choice([None, 1, 64, 65, 300, 1024])
-        arguments = case(
-            b, rng.choice([1, 2, 3]), rng.choice([1, 2, 8, 16, 33, 64, 65, 100, 128, 200]), topk,
-            kv_format=rng.choice(FORMATS), lengths=random_lengths(b, topk), extra_topk=extra_topk,
-            extra_lengths=random_lengths(b, extra_topk), extra_page_size=rng.choice([1, 2, 64]),
-            page_size=rng.choice([1, 2, 16, 64, 100]), num_pages=rng.choice([1, 8, 40]),
-            q_scale=rng.choice([0.125, 1.0, 8.0]), sink=rng.choice([None, False]), seed=100 * seed + turn,
-            strided=rng.random() < 0.3,
-        )  # fmt: skip
-        options = {"enable_batch_invariant": rng.random() < 0.3}
-        if rng.random() < 0.3:
-            options["softmax_scale"] = rng.choice([0.5, 0.01, -0.04, 0.0])
-        check(arguments, **options)
+        one_random_shape(rng, 100 * seed + turn)
 
 
 def test_nothing_to_attend_to():

@@ -116,6 +116,7 @@ class Source:
 
     cache: cute.Tensor
     page_size: Int32
+    token_bytes: Int64 | int  # from one token of a page to the next
     indices: cute.Tensor
     lengths: cute.Tensor
 
@@ -208,13 +209,16 @@ class SparseDecode:
         self.cluster = cluster
         self.loader = getattr(dequant, kv_format)(dtype)
         self.has_rope = self.loader.d > D_V
+        self.registers = REGISTERS[self.has_rope]
+        self.scales_apart = self.loader.scales_apart
+        self.raw_bytes = self.loader.raw_bytes()
         self.octets = BLOCK // OCTET // 4 // cluster  # that each producer warp converts of a block
 
     @cute.jit
     def __call__(
         self,
         q: cute.Tensor,  # [b, s_q, h_q, d]
-        k_cache: cute.Tensor,  # [num_pages, bytes of a page]
+        k_cache: cute.Tensor,  # [num_pages, bytes of a page] uint8
         indices: cute.Tensor,  # [b, s_q, topk]
         lengths: cute.Tensor,  # [b]: entries of indices that count
         extra_cache: cute.Tensor,  # the same of a second cache
@@ -255,7 +259,7 @@ class SparseDecode:
             sum1: cute.struct.MemRange[Float32, ROWS]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
-            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.loader.raw_bytes()], 128]
+            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.raw_bytes], 128]
 
         self.Shared = Shared
         unit_rows = row_tiles * ROWS
@@ -344,14 +348,14 @@ class SparseDecode:
             self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
         args = Arguments(
-            q, Source(k_cache, page_size, indices, lengths),
-            Source(extra_cache, extra_page_size, extra_indices, extra_lengths), sink, work, splits, partial_o,
-            partial_lse, out, lse, scale_log2, batch_invariant,
+            q, Source(k_cache, page_size, self.token_bytes(k_cache), indices, lengths),
+            Source(extra_cache, extra_page_size, self.token_bytes(extra_cache), extra_indices, extra_lengths),
+            sink, work, splits, partial_o, partial_lse, out, lse, scale_log2, batch_invariant,
         )  # fmt: skip
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
 
-        consumer_registers, producer_registers = REGISTERS[self.has_rope]
+        consumer_registers, producer_registers = self.registers
         if warp >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(producer_registers)
             self.produce(args, shared, barriers, tma_q, q_tma, thread - PRODUCER_WARP * 32)
@@ -364,6 +368,9 @@ class SparseDecode:
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
+
+    def token_bytes(self, cache: cute.Tensor) -> Int64 | int:
+        return self.loader.token_bytes
 
     def cluster_rank(self) -> Int32:
         return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
@@ -398,8 +405,6 @@ class SparseDecode:
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         u, row = lane % THREADS_PER_ROW, lane // THREADS_PER_ROW
         k = Int32(shared.k.data_ptr().toint()) + row * ROW_BYTES
-        # Half of the lanes look up tokens of block 0, half of block 1; the first eight of each, those of octet 0.
-        octet = self.octet(warp, lane // OCTET % 2)
         return Lane(
             warp=warp,
             row=row,
@@ -407,9 +412,15 @@ class SparseDecode:
             # Columns 16 u are the units 2 u and 2 u + 1 of a chunk's row, which the swizzle permutes.
             k=k + ((2 * u) ^ row) * UNIT,
             plain=k + (self.loader.plain_chunk or 0) * CHUNK_BYTES + (u ^ row) * UNIT,
-            entry=lane // (2 * OCTET) * BLOCK + octet * OCTET + lane % OCTET,
+            entry=self.entry(warp, lane),
             index=Int32(shared.indices.data_ptr().toint()) + thread * 4,
         )
+
+    def entry(self, warp: Int32, lane: Int32) -> Int32:
+        """The entry of a tile that a producer lane looks up: half of the lanes block 0's, half block 1's; the first
+        eight of each, those of octet 0."""
+        octet = self.octet(warp, lane // OCTET % 2)
+        return lane // (2 * OCTET) * BLOCK + octet * OCTET + lane % OCTET
 
     def octet(self, warp, i):
         """Number, in a block, of the i-th eight rows that a producer warp looks up; the first self.octets are its own.
@@ -565,13 +576,14 @@ class SparseDecode:
         )
         extra = cursor.is_extra
         sources = (args.main, args.extra)
-        inverse, page_size, num_pages, page_bytes, base = (
+        inverse, page_size, num_pages, page_bytes, token_bytes, base = (
             cutlass.select_(extra, of_extra, of_main)
             for of_main, of_extra in (
                 inverses,
                 [source.page_size for source in sources],
                 [source.cache.shape[0] for source in sources],
                 [Int64(source.cache.stride[0]) for source in sources],
+                [Int64(source.token_bytes) for source in sources],
                 [source.cache.iterator.toint() for source in sources],
             )
         )
@@ -581,9 +593,9 @@ class SparseDecode:
         # The product falls short of the quotient by one at most.
         page += cutlass.select_(slot - page * page_size >= page_size, Int32(1), Int32(0))
         offset = slot - page * page_size
-        row = base + Int64(page) * page_bytes + Int64(offset) * self.loader.token_bytes
+        row = base + Int64(page) * page_bytes + Int64(offset) * token_bytes
         scales = None
-        if const_expr(self.loader.scales_apart):
+        if const_expr(self.scales_apart):
             scales = (page_size - offset) * self.loader.token_bytes + offset * 8
         return Tokens(cutlass.select_((slot >= 0) & (page < num_pages), row, Int64(0)), scales)
 
@@ -1042,22 +1054,25 @@ def write_16bit_row(o: cute.Tensor, r: cutlass.Constexpr, factor: Float32, to: c
 
 def compile_variant(dtype: str, kv_format: str, cluster: int) -> aot.Compiled:
     """Compile for tensors of any extents whose rows, tokens and pages are 16-byte aligned."""
-    element = getattr(cutlass, dtype)
-    loader = getattr(dequant, kv_format)
+    kernel = SparseDecode(getattr(cutlass, dtype), kv_format, cluster)
+    caches = [aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16) for _ in range(2)]
+    return compile_for(kernel, kernel.loader.d, caches)
+
+
+def compile_for(kernel: SparseDecode, d: int, caches: list) -> aot.Compiled:
+    """Compile for descriptions of the main and the extra cache, and queries of head dim d."""
     b, s_q, h_q = (cute.sym_int() for _ in range(3))
-    q = aot.strided(element, (b, s_q, h_q, loader.d), dense_last=True, align=16)
+    q = aot.strided(kernel.dtype, (b, s_q, h_q, d), dense_last=True, align=16)
     sources = []
-    for _ in range(2):
-        k_cache = aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16)
+    for cache in caches:
         indices = aot.strided(Int32, (b, s_q, cute.sym_int()), dense_last=True)
-        sources += [k_cache, indices, aot.strided(Int32, (b,))]
+        sources += [cache, indices, aot.strided(Int32, (b,))]
     sink = aot.strided(Float32, (h_q,))
     work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
     splits = aot.compact(Int32, (cute.sym_int(),))
     workspace = aot.compact(Float32, (cute.sym_int(),), align=16)
-    out = aot.strided(element, (b, s_q, h_q, D_V), dense_last=True, align=16)
+    out = aot.strided(kernel.dtype, (b, s_q, h_q, D_V), dense_last=True, align=16)
     lse = aot.strided(Float32, (b, h_q, s_q))
     return aot.compile_kernel(
-        SparseDecode(element, kv_format, cluster), q, *sources, sink, work, splits, workspace, out, lse,
-        Float32(1.0), *[Int32(0)] * 7,
-    )  # fmt: skip
+        kernel, q, *sources, sink, work, splits, workspace, out, lse, Float32(1.0), *[Int32(0)] * 7
+    )

@@ -29,22 +29,21 @@ from flash_mla.problem import DecodeInputs, DecodeProblem
 
 __all__ = ["decode", "plan_decode", "sparse_decode_kernel", "why_not"]
 
-FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
-
 
 def why_not(problem: DecodeProblem) -> str | None:
     """The reason there is no kernel for a sparse problem, or None."""
-    if problem.kv_format not in FORMATS:
-        return f"no Hopper kernel for sparse decode over {problem.kv_format.name} yet"
     if problem.extra_format not in (None, problem.kv_format):
         return f"no Hopper kernel for {problem.extra_format.name} beside {problem.kv_format.name} yet"
-    if problem.dtype != torch.bfloat16:
+    if problem.kv_format.is_quantised and problem.dtype != torch.bfloat16:
         return f"no Hopper kernel for sparse decode of {problem.dtype} queries over {problem.kv_format.name}"
-    return kernels.unavailable(sparse_decode_kernel(problem, cluster_size(problem.h_q)))
+    return kernels.unavailable(sparse_decode_kernel(problem))
 
 
-def sparse_decode_kernel(problem: DecodeProblem, cluster: int) -> str:
+def sparse_decode_kernel(problem: DecodeProblem) -> str:
     """Name of the variant that serves a problem."""
+    if not problem.kv_format.is_quantised:
+        return f"sparse_decode_{problem.kv_format.value}_{problem.d_qk}"
+    cluster = cluster_size(problem.h_q)
     return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{problem.kv_format.value}_cluster{cluster}"
 
 
@@ -93,7 +92,7 @@ def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int) -> 
     config = _layout(problem)
     return DecodeCall.of(
         problem,
-        sparse_decode_kernel(problem, config.cluster),
+        sparse_decode_kernel(problem),
         num_units,
         num_workers,
         unit_rows=config.unit_rows,
@@ -109,12 +108,14 @@ def decode(
     """Run a planned sparse decode call: the attention kernel and, behind it, combine."""
     q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.softmax_scale)
     call = _sparse_decode(problem, splits.shape[0] - 1, work.shape[0] - 1)
-    pages = _pages("k_cache", inputs.k_cache)
+    pages = _pages("k_cache", problem.kv_format, inputs.k_cache)
     assert inputs.indices is not None
     extra_pages, extra_indices = pages, inputs.indices  # stand in for what is absent
     if inputs.extra_k_cache is not None:
         assert inputs.extra_indices is not None
-        extra_pages, extra_indices = _pages("extra_k_cache", inputs.extra_k_cache), inputs.extra_indices
+        assert problem.extra_format is not None
+        extra_pages = _pages("extra_k_cache", problem.extra_format, inputs.extra_k_cache)
+        extra_indices = inputs.extra_indices
     sink = inputs.attn_sink
     if sink is None:
         sink = constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q)
@@ -126,9 +127,17 @@ def decode(
     )  # fmt: skip
 
 
-def _pages(name: str, cache: torch.Tensor) -> torch.Tensor:
-    """The bytes of a cache: [num_pages, bytes of a page] uint8, a view."""
-    pages = cache.view(torch.uint8).flatten(1)
+def _pages(name: str, kv_format: KVCacheFormat, cache: torch.Tensor) -> torch.Tensor:
+    """A cache as uint8, a view: [num_pages, bytes of a page], or [num_pages, page_size, bytes] of a plain one."""
+    pages = cache.view(torch.uint8)
+    if not kv_format.is_quantised:
+        if pages.data_ptr() % 16 or any(stride % 16 for stride in pages.stride()[:2]):
+            raise ValueError(
+                f"{name}: got strides {list(cache.stride())} at address {cache.data_ptr():#x}, "
+                "need rows that begin at multiples of 16 bytes"
+            )
+        return pages[:, :, 0]
+    pages = pages.flatten(1)
     if len(pages) == 1:  # its stride means nothing
         pages = pages.as_strided(pages.shape, (-(-pages.shape[1] // 16) * 16, 1))
     if pages.data_ptr() % 16 or pages.stride(0) % 16:

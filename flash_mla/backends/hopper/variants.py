@@ -59,4 +59,19 @@ SPARSE_DECODE = {
     for cluster in (1, 2)
 }
 
-VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER, **DENSE_DECODE, **SPARSE_DECODE, **SPARSE_PREFILL}
+PLAIN_SPARSE_DECODE = {
+    f"sparse_decode_{short}_{d}": Variant(
+        "flash_mla.backends.hopper.plain_sparse_decode", 168, {"dtype": dtype, "d": d}
+    )
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
+    for d in (576, 512)
+}
+
+VARIANTS: dict[str, Variant] = {
+    **COMBINE,
+    **PLANNER,
+    **DENSE_DECODE,
+    **SPARSE_DECODE,
+    **PLAIN_SPARSE_DECODE,
+    **SPARSE_PREFILL,
+}
