@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint8, Uint32, range_constexpr
+from cutlass import Int32, Int64, Uint8, range_constexpr
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, UNIT, copy_async
@@ -32,41 +32,42 @@ WARP_ROWS = 16  # of a block, that a warp brings
 
 
 @dataclass(frozen=True)
-class Lane:
+class CopyLane:
     """What a producer thread works on."""
 
     warp: Int32
     lane: Int32
     k: tuple  # addresses of its units in the first row that it brings of a block, and in the next: they take turns
-    entry: Int32  # in a tile: the index that it looks up
-    index: Int32  # address of that index's value
+    token: Int32  # of a tile: the one that it looks up
+    index: Int32  # address of that token's index
 
 
 class PlainSparseDecode(SparseDecode):
     def __init__(self, dtype: type[cutlass.Numeric], d: int):
         self.dtype = dtype
         self.cluster = 1
+        self.extra_loader = None
         self.has_rope = d > D_V
         self.registers = REGISTERS[self.has_rope]
         self.scales_apart = False
         self.raw_bytes = 0
 
-    def token_bytes(self, cache: cute.Tensor) -> Int64:
+    def token_bytes(self, cache: cute.Tensor, is_extra: bool) -> Int64:
         return cache.stride[1]
 
     def comes_with_copies(self, block, half):
         return True
 
-    def lane(self, shared, thread: Int32) -> Lane:
+    def copy_lane(self, shared, thread: Int32) -> CopyLane:
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         row, unit = lane // LANES_PER_ROW, lane % LANES_PER_ROW
         k = Int32(shared.k.data_ptr().toint()) + (warp * WARP_ROWS + row) * ROW_BYTES
-        return Lane(
+        return CopyLane(
             warp=warp,
             lane=lane,
             # The swizzle permutes a row's units by its number modulo 8.
             k=tuple(k + (unit ^ (row + i * ROWS_PER_COPY)) * UNIT for i in range(2)),
-            entry=self.entry(warp, lane),
+            token=self.token(warp, lane),
             index=Int32(shared.indices.data_ptr().toint()) + thread * 4,
         )
 
@@ -74,18 +75,18 @@ class PlainSparseDecode(SparseDecode):
     def produce(self, args, shared, barriers, tma_q: cute.CopyAtom, q_tma: cute.Tensor, thread: Int32):
         """Fill K blocks half by half, in the order in which the consumers need and free them: of block 0 the left half,
         then the right half and RoPE; of block 1 the right half, then the left half and RoPE."""
-        lane = self.lane(shared, thread)
+        lane = self.copy_lane(shared, thread)
         end = end_of_work(args.work)
-        inverses = tuple(Uint32(0xFFFFFFFF) // Uint32(source.page_size) for source in (args.main, args.extra))
+        inverses = self.inverses(args)
 
         cursor = self.settle(args, first_piece(args.work), end)
         exists, opened = cursor.exists, cursor.unit
-        self.fetch_index(args, cursor, lane)
+        self.fetch_index(args, cursor, lane, inverses)
         cute.arch.cp_async_commit_group()
         wait_copies(0)
         tokens = self.locate(args, cursor, lane, inverses)
         cursor = self.next_cursor(args, cursor, end)
-        self.fetch_index(args, cursor, lane)
+        self.fetch_index(args, cursor, lane, inverses)
         cute.arch.cp_async_commit_group()
         cute.arch.cp_async_commit_group()  # as if of the rows of a tile before the first
 
@@ -96,7 +97,7 @@ class PlainSparseDecode(SparseDecode):
             next_exists = cursor.exists
             next_opened = cutlass.select_(next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
             cursor = self.next_cursor(args, cursor, end)
-            self.fetch_index(args, cursor, lane)
+            self.fetch_index(args, cursor, lane, inverses)
             cute.arch.cp_async_commit_group()
             attended = cute.arch.vote_ballot_sync(tokens.row != 0)
             for block in range_constexpr(2):
@@ -127,14 +128,14 @@ class PlainSparseDecode(SparseDecode):
         first = half * HALF_CHUNKS
         return (*range(first, first + HALF_CHUNKS), *((V_CHUNKS,) if late and self.has_rope else ()))
 
-    def rows(self, tokens: Tokens, block: int, lane: Lane) -> list:
+    def rows(self, tokens: Tokens, block: int, lane: CopyLane) -> list:
         """Addresses of the rows of a block that this lane brings a part of, or 0."""
         first = block * WARP_ROWS + lane.lane // LANES_PER_ROW
         return [
             cute.arch.shuffle_sync(tokens.row, first + i * ROWS_PER_COPY) for i in range(WARP_ROWS // ROWS_PER_COPY)
         ]
 
-    def gather(self, lane: Lane, rows: list, block: int, chunks: tuple) -> None:
+    def gather(self, lane: CopyLane, rows: list, block: int, chunks: tuple) -> None:
         """Start to copy this warp's rows of some chunks; those of tokens that are not attended to become zeros."""
         unit = Int64(lane.lane % LANES_PER_ROW * UNIT)
         for chunk in chunks:

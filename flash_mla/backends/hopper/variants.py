@@ -57,6 +57,13 @@ SPARSE_DECODE = {
     )
     for short, kv_format in (("fp8_v32", "Fp8V32"), ("fp8_v4", "Fp8V4"), ("fp8_v41", "Fp8V41"), ("nvfp4", "Nvfp4"))
     for cluster in (1, 2)
+} | {
+    f"sparse_decode_bf16_fp8_v41_fp4_v41_cluster{cluster}": Variant(
+        "flash_mla.backends.hopper.sparse_decode",
+        168,
+        {"dtype": "BFloat16", "kv_format": "Fp8V41", "extra_format": "Fp4V41", "cluster": cluster},
+    )
+    for cluster in (1, 2)
 }
 
 PLAIN_SPARSE_DECODE = {
