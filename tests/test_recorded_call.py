@@ -139,6 +139,8 @@ class TestReplay:
 def in_memory(tensor: tvm_ffi.Tensor) -> torch.Tensor:
     """The same memory; a replayed tensor has no owner that DLPack could name."""
     shape, strides, dtype = tensor.shape, tensor.strides, getattr(torch, str(tensor.dtype))
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
     elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     memory = (ctypes.c_char * (elements * dtype.itemsize)).from_address(tensor.data_ptr())
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)

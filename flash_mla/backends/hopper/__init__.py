@@ -54,4 +54,5 @@ def record(
 
 
 def _of_its_mode(problem: DecodeProblem) -> ModuleType:
-    return dense_decode_launch if problem.topk is None else sparse_decode_launch
+    is_dense = problem.topk is None and not problem.kv_format.is_quantised
+    return dense_decode_launch if is_dense else sparse_decode_launch

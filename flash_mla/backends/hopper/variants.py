@@ -66,6 +66,28 @@ SPARSE_DECODE = {
     )
     for short, kv_format in (("fp8_v32", "Fp8V32"), ("fp8_v4", "Fp8V4"), ("fp8_v41", "Fp8V41"), ("nvfp4", "Nvfp4"))
     for cluster in (1, 2)
+} | {
+    f"sparse_decode_bf16_fp8_v41_fp4_v41_cluster{cluster}": Variant(
+        "flash_mla.backends.hopper.sparse_decode",
+        168,
+        {"dtype": "BFloat16", "kv_format": "Fp8V41", "extra_format": "Fp4V41", "cluster": cluster},
+    )
+    for cluster in (1, 2)
 }
 
-VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER, **DENSE_DECODE, **SPARSE_DECODE, **SPARSE_PREFILL}
+PLAIN_SPARSE_DECODE = {
+    f"sparse_decode_{short}_{d}": Variant(
+        "flash_mla.backends.hopper.plain_sparse_decode", 168, {"dtype": dtype, "d": d}
+    )
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
+    for d in (576, 512)
+}
+
+VARIANTS: dict[str, Variant] = {
+    **COMBINE,
+    **PLANNER,
+    **DENSE_DECODE,
+    **SPARSE_DECODE,
+    **PLAIN_SPARSE_DECODE,
+    **SPARSE_PREFILL,
+}
