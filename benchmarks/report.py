@@ -61,7 +61,7 @@ def sparse_decode_table(result: dict) -> str:
     ceilings = result["ceilings"]
     lines = [
         f"Sparse decode on one {result['gpu']}, {result['date']}, torch {result['torch']}, measured likewise. FlashMLA "
-        "is given 64 heads where there are fewer. GB/s counts each attended token's bytes once. bf16 matmul of the run: "
+        "is given 64 heads where there are fewer. GB/s counts each attended token's bytes once. bf16 matmul: "
         f"{ceilings['matmul_cold_flops'] / 1e12:.0f} TFLOP/s.",
         "",
         "| batch | query tokens | cache | topk | heads | us | TFLOP/s | GB/s | x flushed | x back to back |",
