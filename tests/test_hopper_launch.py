@@ -7,6 +7,7 @@ import torch
 
 from flash_mla import KVCacheFormat, kernels
 from flash_mla.backends.hopper import dense_decode_launch, sparse_decode_launch, sparse_prefill_launch
+from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK
 from flash_mla.backends.hopper.launch import LOG2_E
 from flash_mla.backends.hopper.variants import VARIANTS
 from flash_mla.problem import DecodeInputs, DecodeProblem, SparsePrefillInputs, SparsePrefillProblem
@@ -30,11 +31,11 @@ def launched(monkeypatch):
         cache.cache_clear()
 
 
-def dense(h_q, *, scale=0.1, dtype=torch.bfloat16, out=None, q=None, k_cache=None):
+def dense(h_q, *, scale=0.1, dtype=torch.bfloat16, d=576, page_size=64, out=None, q=None, k_cache=None):
     kv_format = KVCacheFormat.BF16 if dtype == torch.bfloat16 else KVCacheFormat.FP16
-    problem = DecodeProblem(CPU, dtype, 4, 2, h_q, 1, 576, 512, kv_format, 64)
-    q = torch.ones(4, 2, h_q, 576, dtype=dtype) if q is None else q
-    k_cache = torch.zeros(8, 64, 1, 576, dtype=dtype) if k_cache is None else k_cache
+    problem = DecodeProblem(CPU, dtype, 4, 2, h_q, 1, d, 512, kv_format, page_size)
+    q = torch.ones(4, 2, h_q, d, dtype=dtype) if q is None else q
+    k_cache = torch.zeros(8, page_size, 1, d, dtype=dtype) if k_cache is None else k_cache
     table, seqlens = torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     inputs = DecodeInputs(q, k_cache, table, seqlens, None, None, None, None, None, None, out, scale)
     plan = dense_decode_launch.plan_decode(problem, inputs)
@@ -67,6 +68,18 @@ def test_only_kernels_that_are_compiled_are_launched(launched, run, h_q):
     run(h_q)
     assert launched
     assert {name for name, _ in launched} <= VARIANTS.keys()
+
+
+@pytest.mark.parametrize(("page_size", "box"), [(8, 8), (16, 8), (72, 8), (64, 64), (192, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [576, 512])
+@pytest.mark.parametrize("h_q", [1, 20, 128])
+def test_dense_kernels_load_boxes_that_pages_consist_of(launched, h_q, d, dtype, page_size, box):
+    dense(h_q, dtype=dtype, d=d, page_size=page_size)
+    variant = VARIANTS[launched[-1][0]]
+    assert variant.config.get("box", BLOCK) == box, "those for few rows load whole blocks"
+    assert variant.config["d"] == d
+    assert variant.config["dtype"] == {torch.bfloat16: "BFloat16", torch.float16: "Float16"}[dtype]
 
 
 @MODES

@@ -35,12 +35,13 @@ PLANNER = {
 
 # 168 registers a thread at launch, which the roles redistribute.
 DENSE_DECODE = {
-    f"dense_decode_{short}_{d}_cluster{cluster}": Variant(
-        "flash_mla.backends.hopper.dense_decode", 168, {"dtype": dtype, "d": d, "cluster": cluster}
+    f"dense_decode_{short}_{d}_cluster{cluster}_pages{box}": Variant(
+        "flash_mla.backends.hopper.dense_decode", 168, {"dtype": dtype, "d": d, "cluster": cluster, "box": box}
     )
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
     for d in (576, 512)
     for cluster in (1, 2)
+    for box in (64, 8)
 }
 
 DENSE_DECODE |= {
