@@ -271,8 +271,8 @@ class DenseDecode:
             cute.make_ordered_layout((slots, unit_rows), order=(1, 0)),
         )
         self.kernel(
-            tma_k, k_tma, tma_prefetch, k_prefetch, q, block_table, seqlens, work, splits, partial_o, partial_lse, out,
-            lse, h_kv, k_cache.shape[1] // self.box, scale_log2, causal, batch_invariant,
+            tma_k, k_tma, tma_prefetch, k_prefetch, k_cache, q, block_table, seqlens, work, splits, partial_o,
+            partial_lse, out, lse, h_kv, k_cache.shape[1] // self.box, scale_log2, causal, batch_invariant,
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -291,6 +291,7 @@ class DenseDecode:
         k_tma: cute.Tensor,
         tma_prefetch: cute.CopyAtom,
         k_prefetch: cute.Tensor,
+        k_cache: cute.Tensor,
         q: cute.Tensor,
         block_table: cute.Tensor,
         seqlens: cute.Tensor,
@@ -326,7 +327,7 @@ class DenseDecode:
         if warp >= K_WARP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == K_WARP:
-                self.load_k(args, shared, barriers, tma_k, k_tma, tma_prefetch, k_prefetch)
+                self.load_k(args, shared, barriers, tma_k, k_tma, tma_prefetch, k_prefetch, k_cache)
             else:
                 self.load_q(args, shared, barriers, thread - (K_WARP + 1) * 32)
         elif warp < 4:
@@ -368,6 +369,7 @@ class DenseDecode:
         k_tma: cute.Tensor,
         tma_prefetch: cute.CopyAtom,
         k_prefetch: cute.Tensor,
+        k_cache: cute.Tensor,
     ):
         """Bring K blocks, a pair at a time; each chunk as soon as its group of the buffer is free."""
         cpasync.prefetch_descriptor(tma_k)
@@ -389,7 +391,7 @@ class DenseDecode:
             cute.group_modes(smem, 0, 2),
             cute.group_modes(cute.local_tile(k_prefetch, (self.box, CHUNK), (None, None, None, None)), 0, 2),
         )
-        lane_cta, row_tiles = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        row_tiles = cute.arch.grid_dim()[0]
         # K that no other cluster reads need not stay in L2, where Q, outputs and partial results are.
         cache_policy = Int64(cutlass.select_(row_tiles == self.cluster, Int64(EVICT_FIRST), Int64(EVICT_NORMAL)))
 
@@ -409,11 +411,7 @@ class DenseDecode:
                 for tile in cutlass.range(piece.tile, stop, unroll=1):
                     later = pages.locate(tile + 2)
                     if const_expr(self.cluster > 1):
-                        # The next pair into L2, shared among the CTAs of this worker.
-                        for box in cutlass.range(2 * self.boxes, unroll=2):
-                            row, page = then.get(box)
-                            for chunk in cutlass.range(lane_cta, self.chunks, row_tiles, unroll=1):
-                                cute.prefetch(tma_prefetch, ahead[None, row, chunk, kv_head, page])
+                        self.prefetch(tma_prefetch, ahead, k_cache, then, kv_head)
                     for buffer, group in self.load_order():
                         empty = barriers.k_empty + (buffer * len(self.groups) + group)
                         cute.arch.mbarrier_wait(empty, (pairs & 1) ^ 1)
@@ -426,6 +424,23 @@ class DenseDecode:
         """(buffer, group) in the order in which the consumers free and then need them."""
         rope = ((0, ROPE), (1, ROPE)) if self.has_rope else ()
         return (*rope, (0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))
+
+    @cute.jit
+    def prefetch(self, tma_prefetch: cute.CopyAtom, ahead: cute.Tensor, k_cache: cute.Tensor, boxes, kv_head: Int32):
+        """Bring a pair of blocks into L2, shared among the CTAs of this worker."""
+        cta, row_tiles = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        if const_expr(self.box == BLOCK):
+            for box in cutlass.range(2, unroll=2):
+                row, page = boxes.get(box)
+                for chunk in cutlass.range(cta, self.chunks, row_tiles, unroll=1):
+                    cute.prefetch(tma_prefetch, ahead[None, row, chunk, kv_head, page])
+        else:  # loading small boxes takes all of TMA's time: a lane asks for a token's lines instead
+            for i in range_constexpr(TILE // 32):
+                token = 32 * i + cute.arch.lane_idx()
+                row, page = boxes.get(token // self.box)
+                start = k_cache[page, row * self.box + token % self.box, kv_head, None].iterator.toint()
+                for line in cutlass.range(cta, self.d * 2 // 128, row_tiles, unroll=1):
+                    cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[start + Int64(line * 128)])
 
     @cute.jit
     def load_group(
