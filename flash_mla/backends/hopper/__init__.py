@@ -9,11 +9,12 @@ import torch
 
 from flash_mla import kernels
 from flash_mla.backends.hopper import dense_decode_launch, sparse_decode_launch
+from flash_mla.backends.hopper.recorded_call import RecordedCall
 from flash_mla.backends.hopper.sparse_prefill_launch import sparse_prefill, sparse_prefill_kernel
 from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem, Problem, SparsePrefillProblem
 
-__all__ = ["NAME", "decode", "plan_decode", "sparse_prefill", "why_not"]
+__all__ = ["NAME", "decode", "plan_decode", "record", "sparse_prefill", "why_not"]
 
 NAME = "hopper"
 
@@ -43,6 +44,13 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [b, s_q, h_q, d_v], lse [b, h_q, s_q] fp32) of a planned call."""
     return _of_its_mode(problem).decode(problem, inputs, work, splits)
+
+
+def record(
+    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
+) -> RecordedCall | None:
+    """What repeats a call that `decode` has run, if it can be repeated."""
+    return _of_its_mode(problem).record(problem, inputs, work, splits)
 
 
 def _of_its_mode(problem: DecodeProblem) -> ModuleType:

@@ -136,6 +136,11 @@ class Source:
     def length(self, request: Int32, run: Int32) -> Int32:
         return uniform(cutlass.max(0, cutlass.min(self.lengths[request], self.indices.shape[2] * run)))
 
+    def prefetch_lengths(self):
+        """Bring lengths (32 a lane) to the L2 before it is known which of them are needed."""
+        first = cutlass.min(cute.arch.lane_idx() * 32, self.lengths.shape[0] - 1)
+        prefetch((self.lengths.iterator + first * self.lengths.stride[0]).toint(), 0)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -263,10 +268,10 @@ class SparseDecode:
         run: Int32,  # consecutive tokens that an index names, a multiple of itself: 1, or a page in dense decode
         causal: Int32,  # dense decode: whether a query token sees one key more than the one before
         row_tiles: Int32,  # CTAs of a worker
-        slots: Int32,
+        slots: Int32,  # 0 if no unit is split
         batch_invariant: Int32,
         combine_by_unit: Int32,
-        combine_many_rows: Int32,
+        combine_warps: Int32,
         stream,
     ):
         by_heads = cute.make_tensor(q.iterator, cute.select(q.layout, mode=[2, 3, 1, 0]))
@@ -309,7 +314,8 @@ class SparseDecode:
             stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
-        self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_many_rows, stream)
+        if slots != 0:
+            self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps, stream)
 
     @cute.jit
     def combine(
@@ -322,7 +328,7 @@ class SparseDecode:
         out: cute.Tensor,
         lse: cute.Tensor,
         by_unit: Int32,
-        many_rows: Int32,
+        warps: Int32,
         stream,
     ):
         """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done."""
@@ -335,12 +341,12 @@ class SparseDecode:
         rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
         candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
         arguments = (
-            partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, candidates, by_unit, stream
+            partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, candidates, by_unit, warps, stream
         )  # fmt: skip
-        if many_rows != 0:
-            Combine(self.dtype, D_V, warps_per_row=1)(*arguments)
+        if warps == 1:
+            Combine(self.dtype, D_V, columns=D_V)(*arguments)
         else:
-            Combine(self.dtype, D_V, warps_per_row=8)(*arguments)
+            Combine(self.dtype, D_V, columns=D_V // 4)(*arguments)
 
     @cute.kernel
     def kernel(
@@ -383,6 +389,11 @@ class SparseDecode:
             Source(extra_cache, extra_page_size, self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
             sink, work, splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant,
         )  # fmt: skip
+        if warp == PRODUCER_WARP:
+            cpasync.prefetch_descriptor(tma_q)
+        if warp == PRODUCER_WARP + 1:
+            for source in (args.main, args.extra):
+                source.prefetch_lengths()
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -470,20 +481,23 @@ class SparseDecode:
         inverses = self.inverses(args)
 
         cursor = self.settle(args, first_piece(args.work), end)
-        exists, opened = cursor.exists, cursor.unit
+        exists = cursor.exists
         self.fetch_index(args, cursor, lane, inverses)
         cute.arch.cp_async_commit_group()
+        if exists & (lane.warp == 0):
+            self.load_q(args, shared, barriers, tma_q, q_tma, cursor.unit, Int32(0))
         wait_copies(0)
         tokens = self.locate(args, cursor, lane, inverses)
         cursor = self.next_cursor(args, cursor, end)
         self.fetch_index(args, cursor, lane, inverses)
+        cute.arch.cp_async_commit_group()
         for i in range_constexpr(2):
             step, octet = i // self.octets, i % self.octets
             self.fetch(lane, i, Int32(step), Int32(step), tokens.of_lane(octet * OCTET + lane.row))
-        wait_copies(0)  # for the next tile's index
+        wait_copies(2)  # for the next tile's index
 
         pending = 1 + self.converts_plain  # groups of copies behind the one that is needed
-        tiles, pieces = Int32(0), Int32(0)
+        tiles, pieces, opened = Int32(0), Int32(1), Int32(-1)
         while exists:
             next_tokens = self.locate(args, cursor, lane, inverses)
             next_exists = cursor.exists
@@ -734,7 +748,7 @@ class SparseDecode:
         cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_BYTES)
-        for chunk in range_constexpr(V_CHUNKS):
+        for chunk in cutlass.range(V_CHUNKS, unroll=1):
             cute.copy(
                 tma_q,
                 source[None, rows.head_tile, chunk, rows.token, rows.request],
@@ -769,24 +783,12 @@ class SparseDecode:
             row_sum.fill(0.0)
             if stop > piece.tile:
                 cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
-                warpgroup.fence()
-                self.issue_qk(side, f, barriers, 0, pairs & 1)
-                self.issue_qk(side, f, barriers, 1, pairs & 1)
-                warpgroup.commit_group()
-                warpgroup.wait_group(0)
-                # The last tile, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
-                # makes ptxas serialise all of them.
-                for _ in cutlass.range(piece.tile, stop - 1, unroll=1):
-                    self.pair(side, False, shared, barriers, f, m, row_sum, scale, pairs, thread)
-                    pairs += 1
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(barriers.q_empty)
-                if remains(following, end):
-                    next_tiles, next_slot = self.begin_piece(args, f, following, row0, lane)
-                self.pair(side, True, shared, barriers, f, m, row_sum, scale, pairs, thread)
-                pairs += 1
                 pieces += 1
-            elif remains(following, end):
+            for tile in cutlass.range(piece.tile, stop, unroll=1):
+                pair = self.pair_left if const_expr(side == LEFT) else self.pair_right
+                pair(shared, barriers, f, m, row_sum, scale, pairs & 1, tile + 1 == stop, thread)
+                pairs += 1
+            if remains(following, end):
                 next_tiles, next_slot = self.begin_piece(args, f, following, row0, lane)
 
             self.write(side, args, shared, f, m, row_sum, slot, args.rows(piece), thread)
@@ -881,17 +883,20 @@ class SparseDecode:
             if self.cluster > 1:
                 cute.arch.mbarrier_arrive(empty, barriers.peer)
 
-    def pair(self, side, last, shared, barriers, f, m, row_sum, scale, pairs, thread):
-        """One pair of K blocks: its scores are complete on entry; unless `last`, those of the next pair are on exit."""
-        role = self.pair_left if side == LEFT else self.pair_right
-        role(last, shared, barriers, f, m, row_sum, scale, (pairs + 1) & 1, thread)
-
-    def pair_left(self, last, shared, barriers, f, m, row_sum, scale, next_parity, thread):
+    def pair_left(self, shared, barriers, f, m, row_sum, scale, parity, closes, thread):
+        """A pair of K blocks on the left side; `closes` its piece or not."""
         n = cute.make_rmem_tensor(2, Float32)
         sums = cute.make_rmem_tensor(2, Float32)
         row = thread // 32 * 16 + thread % 32 // 4
         max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
         max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
+
+        warpgroup.fence()
+        self.issue_qk(LEFT, f, barriers, 0, parity)
+        self.issue_qk(LEFT, f, barriers, 1, parity)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+        self.free_q(barriers, closes)
 
         n[0], n[1] = m[0], m[1]
         self.hide_unattended(f.s, shared, LEFT, thread % 32)
@@ -915,31 +920,38 @@ class SparseDecode:
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 1)
         warpgroup.commit_group()
-        if last:
-            warpgroup.wait_group(0)
-            self.free(barriers, 1, LEFT)
-        else:
-            self.issue_qk(LEFT, f, barriers, 0, next_parity)
-            warpgroup.commit_group()
-            warpgroup.wait_group(1)
-            self.free(barriers, 1, LEFT)
-            self.issue_qk(LEFT, f, barriers, 1, next_parity)
-            warpgroup.commit_group()
-            warpgroup.wait_group(0)
+        warpgroup.wait_group(0)
+        self.free(barriers, 1, LEFT)
 
-    def pair_right(self, last, shared, barriers, f, m, row_sum, scale, next_parity, thread):
+    def pair_right(self, shared, barriers, f, m, row_sum, scale, parity, closes, thread):
+        """A pair of K blocks on the right side.
+
+        The left side's probabilities come between the parts of the scores: the part of K that is converted last has
+        until then, and the producers get the right half of block 0 back before it.
+        """
         n = cute.make_rmem_tensor(2, Float32)
         sums = cute.make_rmem_tensor(2, Float32)
         row = thread // 32 * 16 + thread % 32 // 4
         max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
         max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
 
+        warpgroup.fence()
+        self.issue_qk(RIGHT, f, barriers, 0, parity)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
         cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
         n[0], n[1] = max0[row], max0[row + 8]
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 0)
         warpgroup.commit_group()
+        self.issue_qk(RIGHT, f, barriers, 1, parity)
+        warpgroup.commit_group()
+        warpgroup.wait_group(1)
+        self.free(barriers, 0, RIGHT)
+        warpgroup.wait_group(0)
+        self.free_q(barriers, closes)
+
         self.hide_unattended(f.s, shared, RIGHT, thread % 32)
         softmax(f.s, f.p_scores, sums, n, scale)
         cute.arch.barrier(barrier_id=RIGHT_ONLY, number_of_threads=WARPGROUP)
@@ -947,9 +959,6 @@ class SparseDecode:
         max1[row], max1[row + 8] = n[0], n[1]
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
-        warpgroup.wait_group(0)
-        self.free(barriers, 0, RIGHT)
-
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
         self.issue_pv(f, f.p, 1)
@@ -957,12 +966,13 @@ class SparseDecode:
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
         warpgroup.wait_group(0)
         self.free(barriers, 1, RIGHT)
-        if not last:
-            warpgroup.fence()
-            self.issue_qk(RIGHT, f, barriers, 0, next_parity)
-            self.issue_qk(RIGHT, f, barriers, 1, next_parity)
-            warpgroup.commit_group()
-            warpgroup.wait_group(0)
+
+    @cute.jit
+    def free_q(self, barriers: Barriers, closes):
+        """Tell the producers that this warp has read Q for the last time in a piece, if this pair `closes` it."""
+        if closes:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barriers.q_empty)
 
     @cute.jit
     def hide_unattended(self, s: cute.Tensor, shared, block: cutlass.Constexpr, lane: Int32):
@@ -996,6 +1006,8 @@ class SparseDecode:
         sum0 = shared.sum0.get_tensor(cute.make_layout(ROWS))
         sum1 = shared.sum1.get_tensor(cute.make_layout(ROWS))
         mine, other = (sum0, sum1) if const_expr(side == LEFT) else (sum1, sum0)
+        heads = [cutlass.min(rows.head_tile * ROWS + row0 + 8 * r, args.q.shape[2] - 1) for r in range(2)]
+        sinks = [args.sink[head] * LOG2_E for head in heads]  # early, for their latency
         row_sum[0], row_sum[1] = quad_sum(row_sum[0]), quad_sum(row_sum[1])
         if lane % 4 == 0:
             mine[row0], mine[row0 + 8] = row_sum[0], row_sum[1]
@@ -1009,7 +1021,7 @@ class SparseDecode:
         # The sums are read before the next piece may overwrite them.
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
         if slot < 0:
-            self.write_outputs(side, args, f, row_sum, inv, rows, row0, lane)
+            self.write_outputs(side, args, f, row_sum, inv, heads, sinks, rows, row0, lane)
         else:
             self.write_partials(side, args, f, row_sum, inv, slot, rows, row0, lane)
 
@@ -1021,16 +1033,17 @@ class SparseDecode:
         f,
         lse2: cute.Tensor,
         inv: cute.Tensor,
+        heads: list,
+        sinks: list,
         rows,
         row0: Int32,
         lane: Int32,
     ):
         for r in range_constexpr(2):
-            exists = row0 + 8 * r < rows.count
-            head = cutlass.select_(exists, rows.head_tile * ROWS + row0 + 8 * r, Int32(0))
+            exists, head = row0 + 8 * r < rows.count, heads[r]
             seen = lse2[r] > -Float32.inf
             # exp(lse) / (exp(lse) + exp(sink))
-            kept = 1.0 / (1.0 + cute.math.exp2(args.sink[head] * LOG2_E - lse2[r], fastmath=True))
+            kept = 1.0 / (1.0 + cute.math.exp2(sinks[r] - lse2[r], fastmath=True))
             factor = cutlass.select_(seen, inv[r] * kept, Float32(0.0))
             if const_expr(side == LEFT):
                 if exists and lane % 4 == 0:
@@ -1099,6 +1112,11 @@ def remote(address: Int32, peer: Int32) -> Int32:
         "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, peer]
     )
     return cute.arch.make_warp_uniform(there)
+
+
+def prefetch(address: Int64, offset: int) -> None:
+    """Start to bring the line of a global address to the L2."""
+    cute.arch.inline_ptx(f"prefetch.global.L2 [{{$r0}}+{offset}];", read_only_args=[address])
 
 
 def wait_copies(pending: int) -> None:

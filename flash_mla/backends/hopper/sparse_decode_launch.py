@@ -12,7 +12,9 @@ import torch
 from flash_mla import kernels
 from flash_mla.backends.hopper.launch import (
     SHORT_NAME,
+    Argument,
     DecodeCall,
+    Results,
     constant,
     num_sms,
     on_its_device,
@@ -20,6 +22,7 @@ from flash_mla.backends.hopper.launch import (
     positive_scale,
     with_aligned_rows,
 )
+from flash_mla.backends.hopper.recorded_call import RecordedCall, recorded
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
     TILE,
     SparseDecodeConfig,
@@ -30,7 +33,7 @@ from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem
 
-__all__ = ["decode", "plan_decode", "sparse_decode_kernel", "why_not"]
+__all__ = ["decode", "plan_decode", "record", "sparse_decode_kernel", "why_not"]
 
 # (main, extra) of the calls whose caches are of two formats.
 TWO_FORMATS = ((KVCacheFormat.FP8_V41, KVCacheFormat.FP4_V41),)
@@ -39,8 +42,8 @@ TWO_FORMATS = ((KVCacheFormat.FP8_V41, KVCacheFormat.FP4_V41),)
 class _Names(NamedTuple):
     """What names the tokens of a cache to attend to."""
 
-    indices: torch.Tensor  # [b, s_q, n] int32
-    lengths: torch.Tensor  # [b] int32: how many tokens count; perhaps more than are named, or less than 0
+    indices: Argument  # [b, s_q, n] int32
+    lengths: Argument  # [b] int32: how many tokens count; perhaps more than are named, or less than 0
     tokens: int  # that the indices name
     all_count: bool  # whether lengths says no more than tokens does
 
@@ -88,19 +91,28 @@ def _names(problem: DecodeProblem, inputs: DecodeInputs) -> tuple[_Names, _Names
         assert inputs.block_table is not None
         assert inputs.cache_seqlens is not None
         pages = inputs.block_table[:, None].expand(-1, problem.s_q, -1)
-        main = _Names(pages, inputs.cache_seqlens, pages.shape[2] * problem.page_size, all_count=False)
+        lengths = Argument("cache_seqlens", inputs.cache_seqlens)
+        main = _Names(Argument("block_table", pages), lengths, pages.shape[2] * problem.page_size, all_count=False)
     else:
-        main = _sparse_names(problem, inputs.indices, inputs.topk_length)
+        main = _sparse_names(problem, inputs, "indices", "topk_length")
     if inputs.extra_indices is None:
-        return main, _sparse_names(problem, main.indices[..., :0], None)
-    return main, _sparse_names(problem, inputs.extra_indices, inputs.extra_topk_length)
+        source, indices = main.indices
+        none = Argument(source, indices[..., :0])
+        return main, _Names(none, _constant_length(problem, 0), 0, all_count=True)
+    return main, _sparse_names(problem, inputs, "extra_indices", "extra_topk_length")
 
 
-def _sparse_names(problem: DecodeProblem, indices: torch.Tensor, lengths: torch.Tensor | None) -> _Names:
-    topk = indices.shape[2]
-    if lengths is not None:
-        return _Names(indices, lengths, topk, all_count=False)
-    return _Names(indices, constant(topk, torch.int32, problem.device).expand(problem.b), topk, all_count=True)
+def _sparse_names(problem: DecodeProblem, inputs: DecodeInputs, indices: str, lengths: str) -> _Names:
+    """Of the cache that these inputs name the tokens of."""
+    named, counts = Argument(indices, getattr(inputs, indices)), getattr(inputs, lengths)
+    topk = named.tensor.shape[2]
+    if counts is not None:
+        return _Names(named, Argument(lengths, counts), topk, all_count=False)
+    return _Names(named, _constant_length(problem, topk), topk, all_count=True)
+
+
+def _constant_length(problem: DecodeProblem, topk: int) -> Argument:
+    return Argument(None, constant(topk, torch.int32, problem.device).expand(problem.b))
 
 
 @on_its_device
@@ -108,7 +120,8 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     """Plan a decode call on the device."""
     config = _layout(problem)
     lengths, extra_lengths = (
-        names.lengths if names.all_count else names.lengths.clamp(0, names.tokens) for names in _names(problem, inputs)
+        names.lengths.tensor if names.all_count else names.lengths.tensor.clamp(0, names.tokens)
+        for names in _names(problem, inputs)
     )
     return plan(
         lengths,
@@ -139,29 +152,53 @@ def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int, max
             problem.causal,
             config.row_tiles,
         ),
+        unsplit=config.unsplit and not problem.batch_invariant,
     )
 
 
 @on_its_device
-def decode(
-    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> Results:
     """Run a planned call: the attention kernel and, behind it, combine."""
     q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.softmax_scale)
+    call, arguments = _call(problem, inputs, q, work, splits)
+    return call.launch(inputs.out, scale, *arguments)
+
+
+@on_its_device
+def record(
+    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
+) -> RecordedCall | None:
+    """What repeats a call that `decode` has run, if it can be repeated."""
+    call, arguments = _call(problem, inputs, inputs.q, work, splits)
+    return recorded(call, inputs, *arguments)
+
+
+def _call(
+    problem: DecodeProblem, inputs: DecodeInputs, q: torch.Tensor, work: torch.Tensor, splits: torch.Tensor
+) -> tuple[DecodeCall, tuple[Argument, ...]]:
+    """The call over a plan, and what its kernel reads, in its order."""
     main, extra = _names(problem, inputs)
     max_tiles = _tiles(main.tokens, extra.tokens)
-    call = _sparse_decode(problem, splits.shape[0] - 1, work.shape[0] - 1, max_tiles)
-    pages = extra_pages = _pages("k_cache", problem.kv_format, inputs.k_cache)
+    pages = extra_pages = Argument("k_cache", _pages("k_cache", problem.kv_format, inputs.k_cache))
     if inputs.extra_k_cache is not None:
         assert problem.extra_format is not None
-        extra_pages = _pages("extra_k_cache", problem.extra_format, inputs.extra_k_cache)
-    sink = inputs.attn_sink
-    if sink is None:
-        sink = constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q)
-    return call.launch(
-        problem, inputs.out, scale,
-        q, pages, main.indices, main.lengths, extra_pages, extra.indices, extra.lengths, sink, work, splits,
-    )  # fmt: skip
+        extra_pages = Argument("extra_k_cache", _pages("extra_k_cache", problem.extra_format, inputs.extra_k_cache))
+    if inputs.attn_sink is None:
+        sink = Argument(None, constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q))
+    else:
+        sink = Argument("attn_sink", inputs.attn_sink)
+    return _sparse_decode(problem, splits.shape[0] - 1, work.shape[0] - 1, max_tiles), (
+        Argument("q", q),
+        pages,
+        main.indices,
+        main.lengths,
+        extra_pages,
+        extra.indices,
+        extra.lengths,
+        sink,
+        Argument(None, work),
+        Argument(None, splits),
+    )
 
 
 def _pages(name: str, kv_format: KVCacheFormat, cache: torch.Tensor) -> torch.Tensor:

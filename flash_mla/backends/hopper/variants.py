@@ -22,10 +22,10 @@ class Variant:
 
 COMBINE = {
     f"combine_{short}_{shape}": Variant(
-        "flash_mla.backends.hopper.combine", 80, {"dtype": dtype, "d_v": 512, "warps_per_row": warps}
+        "flash_mla.backends.hopper.combine", 80, {"dtype": dtype, "d_v": 512, "columns": columns}
     )
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
-    for shape, warps in (("many_rows", 1), ("many_splits", 8))
+    for shape, columns in (("many_rows", 512), ("many_splits", 128))
 }
 
 PLANNER = {
@@ -41,6 +41,15 @@ DENSE_DECODE = {
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
     for d in (576, 512)
     for cluster in (1, 2)
+}
+
+DENSE_DECODE |= {
+    f"dense_decode_{short}_{d}_rows{rows}": Variant(
+        "flash_mla.backends.hopper.dense_decode_few_rows", 168, {"dtype": dtype, "d": d, "rows": rows}
+    )
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
+    for d in (576, 512)
+    for rows in (16, 32, 64)
 }
 
 SPARSE_PREFILL = {
