@@ -49,8 +49,8 @@ OCTET = 32 // THREADS_PER_ROW  # rows that a warp converts at a time
 ROW_BYTES = CHUNK * 2  # of a chunk
 PRODUCER_WARP = 8
 
-# Registers of a consumer and of a producer thread, with RoPE and without: what ptxas fits without spilling.
-REGISTERS = {True: (208, 88), False: (224, 56)}
+# Registers of a thread: what ptxas fits without spilling.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 208, 88
 
 LEFT, RIGHT = 0, 1
 
@@ -104,6 +104,12 @@ class Arguments:
         request = piece.unit // self.passes // self.q.shape[1]
         return self.main.length(request), self.extra.length(request)
 
+    def entries(self, piece) -> tuple[Int64, Int64]:
+        """Addresses of the indices into the main and the extra cache."""
+        query = piece.unit // self.passes
+        request, token = query // self.q.shape[1], query % self.q.shape[1]
+        return tuple(source.indices[request, token, None].iterator.toint() for source in (self.main, self.extra))
+
     def slot(self, piece: Piece) -> Int32:
         """Where the piece's partial result goes, or -1 if it is a whole unit."""
         first, after = self.splits[piece.unit], self.splits[piece.unit + 1]
@@ -144,10 +150,16 @@ class Cursor:
     Behind the last piece, `exists` is false.
     """
 
-    def __init__(self, unit, tile, stop, length, extra_length, opens):
+    def __init__(self, unit, tile, stop, opens, length, extra_length, entries, extra_entries):
         self.unit, self.tile, self.stop = unit, tile, stop
-        self.length, self.extra_length = length, extra_length  # entries of the unit that count
         self.opens = opens  # 1 for the first tile of a piece
+        self.length, self.extra_length = length, extra_length  # entries of the unit that count
+        self.entries, self.extra_entries = entries, extra_entries  # addresses of the unit's indices
+
+    def advanced(self) -> "Cursor":
+        """The next tile of the piece."""
+        unit = (self.length, self.extra_length, self.entries, self.extra_entries)
+        return Cursor(self.unit, self.tile + 1, self.stop, Int32(0), *unit)
 
     @property
     def exists(self):
@@ -159,11 +171,11 @@ class Cursor:
         return self.tile >= tiles_of(self.length)
 
     def __extract_mlir_values__(self):
-        values = (self.unit, self.tile, self.stop, self.length, self.extra_length, self.opens)
-        return [value.ir_value() for value in values]
+        small = (self.unit, self.tile, self.stop, self.opens, self.length, self.extra_length)
+        return [value.ir_value() for value in (*small, self.entries, self.extra_entries)]
 
     def __new_from_mlir_values__(self, values):
-        return Cursor(*(Int32(value) for value in values))
+        return Cursor(*(Int32(value) for value in values[:6]), *(Int64(value) for value in values[6:]))
 
 
 class Tokens:
@@ -364,15 +376,14 @@ class SparseDecode:
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
 
-        consumer_registers, producer_registers = REGISTERS[self.has_rope]
         if warp >= PRODUCER_WARP:
-            cute.arch.setmaxregister_decrease(producer_registers)
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             self.produce(args, shared, barriers, tma_q, q_tma, thread - PRODUCER_WARP * 32)
         elif warp < 4:
-            cute.arch.setmaxregister_increase(consumer_registers)
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             self.consume(LEFT, args, shared, barriers, thread)
         else:
-            cute.arch.setmaxregister_increase(consumer_registers)
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
@@ -546,11 +557,12 @@ class SparseDecode:
             if stop <= piece.tile:
                 piece = next_piece(piece, stop, tiles)
                 stop = Int32(0)
-        return Cursor(piece.unit, piece.tile, stop, length, extra_length, Int32(1))
+        entries, extra_entries = args.entries(piece)
+        return Cursor(piece.unit, piece.tile, stop, Int32(1), length, extra_length, entries, extra_entries)
 
     @cute.jit
     def next_cursor(self, args, cursor: Cursor, end):
-        following = Cursor(cursor.unit, cursor.tile + 1, cursor.stop, cursor.length, cursor.extra_length, Int32(0))
+        following = cursor.advanced()
         if following.tile == following.stop:
             # Which piece of its unit it is, is of no concern here.
             tiles = tiles_of(cursor.length) + tiles_of(cursor.extra_length)
@@ -565,11 +577,7 @@ class SparseDecode:
         length = cutlass.select_(cursor.is_extra, cursor.extra_length, cursor.length)
         entry = (cursor.tile - main_tiles) * TILE + lane.entry
         if entry < cutlass.select_(cursor.exists, length, Int32(0)):
-            rows = args.rows(cursor)
-            addresses = [
-                source.indices[rows.request, rows.token, None].iterator.toint() for source in (args.main, args.extra)
-            ]
-            entries = cutlass.select_(cursor.is_extra, addresses[1], addresses[0])
+            entries = cutlass.select_(cursor.is_extra, cursor.extra_entries, cursor.entries)
             copy_async((lane.index, 0), entries, (entries + Int64(entry) * 4, 0), 4)
         else:
             cute.arch.inline_ptx("st.shared.s32 [{$r0}], -1;", read_only_args=[lane.index])
