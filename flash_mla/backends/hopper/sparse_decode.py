@@ -85,29 +85,29 @@ class Arguments:
     lse: cute.Tensor
     scale_log2: Float32
     batch_invariant: Int32
+    passes: cute.FastDivmodDivisorV2  # units that the heads of a query token make
+    tokens: cute.FastDivmodDivisorV2  # query tokens of a request
 
-    @property
-    def passes(self):
-        """Units that the heads of a query token make."""
-        tile = cute.arch.grid_dim()[0] * ROWS
-        return (self.q.shape[2] + tile - 1) // tile
+    def place(self, unit: Int32) -> tuple[Int32, Int32, Int32]:
+        """(request, query token, pass over its heads) of a unit."""
+        query, turn = divmod(unit, self.passes)
+        request, token = divmod(query, self.tokens)
+        return Int32(request), Int32(token), Int32(turn)
 
     def rows(self, piece) -> "Rows":
         """The query rows of this CTA in the piece's unit."""
-        query, turn = piece.unit // self.passes, piece.unit % self.passes
+        request, token, turn = self.place(piece.unit)
         head_tile = turn * cute.arch.grid_dim()[0] + cute.arch.block_idx()[0]
-        count = self.q.shape[2] - head_tile * ROWS
-        return Rows(query // self.q.shape[1], query % self.q.shape[1], head_tile, count)
+        return Rows(request, token, head_tile, self.q.shape[2] - head_tile * ROWS)
 
     def lengths(self, piece) -> tuple[Int32, Int32]:
         """Entries of the indices into the main and the extra cache that count."""
-        request = piece.unit // self.passes // self.q.shape[1]
+        request, _, _ = self.place(piece.unit)
         return self.main.length(request), self.extra.length(request)
 
     def entries(self, piece) -> tuple[Int64, Int64]:
         """Addresses of the indices into the main and the extra cache."""
-        query = piece.unit // self.passes
-        request, token = query // self.q.shape[1], query % self.q.shape[1]
+        request, token, _ = self.place(piece.unit)
         return tuple(source.indices[request, token, None].iterator.toint() for source in (self.main, self.extra))
 
     def slot(self, piece: Piece) -> Int32:
@@ -286,6 +286,8 @@ class SparseDecode:
         self.kernel(
             tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
             partial_o, partial_lse, out, lse, scale_log2, page_size, extra_page_size, batch_invariant,
+            cute.fast_divmod_create_divisor_v2((q.shape[2] + unit_rows - 1) // unit_rows),
+            cute.fast_divmod_create_divisor_v2(q.shape[1]),
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -352,6 +354,8 @@ class SparseDecode:
         page_size: Int32,
         extra_page_size: Int32,
         batch_invariant: Int32,
+        passes: cute.FastDivmodDivisorV2,
+        tokens: cute.FastDivmodDivisorV2,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -366,7 +370,7 @@ class SparseDecode:
         args = Arguments(
             q, Source(k_cache, page_size, indices, lengths),
             Source(extra_cache, extra_page_size, extra_indices, extra_lengths), sink, work, splits, partial_o,
-            partial_lse, out, lse, scale_log2, batch_invariant,
+            partial_lse, out, lse, scale_log2, batch_invariant, passes, tokens,
         )  # fmt: skip
         if warp == PRODUCER_WARP:
             cpasync.prefetch_descriptor(tma_q)
