@@ -18,8 +18,7 @@ def test_every_head_is_covered_and_no_sm_counted_twice(num_sms, tiles):
             config = sparse_decode_config(queries, h_q, tiles, num_sms)
             assert config.unit_rows * config.passes >= h_q, h_q
             assert config.unit_rows * (config.passes - 1) < h_q, f"{h_q} heads: a pass without rows"
-            assert config.cluster == config.row_tiles, "the CTAs that share rows are those of a worker"
-            assert config.cluster in (1, 2), "a kernel is compiled for no other cluster"
+            assert config.row_tiles in (1, 2), "a kernel is compiled for no other cluster"
             assert 1 <= config.num_workers * config.row_tiles <= num_sms
             assert tiles or config.fixed_cost >= 1, "a piece without cost, hence empty units without a worker"
             assert config.unit_rows == config.row_tiles * ROWS

@@ -12,6 +12,7 @@ right half of V, of block 1 with the left one, and the producers fill it togethe
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -84,6 +85,8 @@ class Arguments:
     out: cute.Tensor
     lse: cute.Tensor
     scale_log2: Float32
+    run: Int32
+    causal: Int32
     batch_invariant: Int32
     passes: cute.FastDivmodDivisorV2  # units that the heads of a query token make
     tokens: cute.FastDivmodDivisorV2  # query tokens of a request
@@ -103,12 +106,14 @@ class Arguments:
     def lengths(self, piece) -> tuple[Int32, Int32]:
         """Entries of the indices into the main and the extra cache that count."""
         request, _, _ = self.place(piece.unit)
-        return self.main.length(request), self.extra.length(request)
+        return self.main.length(request, self.run), self.extra.length(request, self.run)
 
-    def entries(self, piece) -> tuple[Int64, Int64]:
-        """Addresses of the indices into the main and the extra cache."""
+    def entries(self, piece) -> tuple[Int32, Int64, Int64]:
+        """(last tokens that the query must not see, addresses of its indices into the main and the extra cache)."""
         request, token, _ = self.place(piece.unit)
-        return tuple(source.indices[request, token, None].iterator.toint() for source in (self.main, self.extra))
+        hidden = self.causal * (self.q.shape[1] - 1 - token)
+        sources = (self.main, self.extra)
+        return hidden, *(source.indices[request, token, None].iterator.toint() for source in sources)
 
     def slot(self, piece: Piece) -> Int32:
         """Where the piece's partial result goes, or -1 if it is a whole unit."""
@@ -122,11 +127,12 @@ class Source:
 
     cache: cute.Tensor
     page_size: Int32
+    token_bytes: Int64 | int  # from one token of a page to the next
     indices: cute.Tensor
     lengths: cute.Tensor
 
-    def length(self, request: Int32) -> Int32:
-        return uniform(cutlass.max(0, cutlass.min(self.lengths[request], self.indices.shape[2])))
+    def length(self, request: Int32, run: Int32) -> Int32:
+        return uniform(cutlass.max(0, cutlass.min(self.lengths[request], self.indices.shape[2] * run)))
 
     def prefetch_lengths(self):
         """Bring lengths (32 a lane) to the L2 before it is known which of them are needed."""
@@ -150,16 +156,17 @@ class Cursor:
     Behind the last piece, `exists` is false.
     """
 
-    def __init__(self, unit, tile, stop, opens, length, extra_length, entries, extra_entries):
+    def __init__(self, unit, tile, stop, opens, length, extra_length, hidden, entries, extra_entries):
         self.unit, self.tile, self.stop = unit, tile, stop
         self.opens = opens  # 1 for the first tile of a piece
-        self.length, self.extra_length = length, extra_length  # entries of the unit that count
+        self.length, self.extra_length = length, extra_length  # tokens of the unit
+        self.hidden = hidden  # how many of the last ones its query must not see
         self.entries, self.extra_entries = entries, extra_entries  # addresses of the unit's indices
 
     def advanced(self) -> "Cursor":
         """The next tile of the piece."""
-        unit = (self.length, self.extra_length, self.entries, self.extra_entries)
-        return Cursor(self.unit, self.tile + 1, self.stop, Int32(0), *unit)
+        of_unit = (self.length, self.extra_length, self.hidden, self.entries, self.extra_entries)
+        return Cursor(self.unit, self.tile + 1, self.stop, Int32(0), *of_unit)
 
     @property
     def exists(self):
@@ -170,40 +177,50 @@ class Cursor:
         """Whether the tile is of the extra cache; its tiles follow those of the main one."""
         return self.tile >= tiles_of(self.length)
 
+    def position(self, lane: "Lane") -> Int32:
+        """Among the tokens of the tile's cache: of the one that a producer lane looks up."""
+        main_tiles = cutlass.select_(self.is_extra, tiles_of(self.length), Int32(0))
+        return (self.tile - main_tiles) * TILE + lane.token
+
     def __extract_mlir_values__(self):
-        small = (self.unit, self.tile, self.stop, self.opens, self.length, self.extra_length)
+        small = (self.unit, self.tile, self.stop, self.opens, self.length, self.extra_length, self.hidden)
         return [value.ir_value() for value in (*small, self.entries, self.extra_entries)]
 
     def __new_from_mlir_values__(self, values):
-        return Cursor(*(Int32(value) for value in values[:6]), *(Int64(value) for value in values[6:]))
+        return Cursor(*(Int32(value) for value in values[:7]), *(Int64(value) for value in values[7:]))
 
 
 class Tokens:
     """The token that a producer lane looks up of a tile. Lives in registers, across loops.
 
     row: address, or 0 if it is not to be attended to. scales: how much farther its scales begin, if they are apart.
+    extra: whether the tile is of the extra cache, if that is of another format.
     """
 
-    def __init__(self, row: Int64, scales: Int32 | None):
-        self.row, self.scales = row, scales
+    def __init__(self, row: Int64, scales: Int32 | None, extra: Int32 | None):
+        self.row, self.scales, self.extra = row, scales, extra
 
     def __extract_mlir_values__(self):
-        return [value.ir_value() for value in (self.row, self.scales) if value is not None]
+        return [value.ir_value() for value in (self.row, self.scales, self.extra) if value is not None]
 
     def __new_from_mlir_values__(self, values):
-        return Tokens(Int64(values[0]), None if self.scales is None else Int32(values[1]))
+        rest = iter(values[1:])
+        scales, extra = (None if value is None else Int32(next(rest)) for value in (self.scales, self.extra))
+        return Tokens(Int64(values[0]), scales, extra)
 
-    def of_lane(self, lane: Int32) -> tuple[Int64, Int64]:
-        """(row, its scales) of the token of another lane."""
+    def of_lane(self, lane: Int32) -> tuple:
+        """(row, its scales, extra) of the token of another lane."""
         row = cute.arch.shuffle_sync(self.row, lane)
-        if self.scales is None:
-            return row, row
-        return row, row + Int64(cute.arch.shuffle_sync(self.scales, lane))
+        scales = row if self.scales is None else row + Int64(cute.arch.shuffle_sync(self.scales, lane))
+        return row, scales, self.extra
 
     def unless(self, condition, other: "Tokens") -> "Tokens":
         """These tokens, or the others if the condition holds."""
-        row = cutlass.select_(condition, other.row, self.row)
-        return Tokens(row, None if self.scales is None else cutlass.select_(condition, other.scales, self.scales))
+        row, scales, extra = (
+            None if mine is None else cutlass.select_(condition, theirs, mine)
+            for mine, theirs in ((self.row, other.row), (self.scales, other.scales), (self.extra, other.extra))
+        )
+        return Tokens(row, scales, extra)
 
 
 @dataclass(frozen=True)
@@ -215,23 +232,27 @@ class Lane:
     slots: dequant.Slots  # of raw bytes
     k: Int32  # address of its columns in the first of eight rows of block 0
     plain: Int32  # address of its columns there in the chunk that is copied as it is
-    entry: Int32  # in a tile: the index that it looks up
-    index: Int32  # address of that index's value
+    token: Int32  # of a tile: the one that it looks up
+    index: Int32  # address of that token's index
 
 
 class SparseDecode:
-    def __init__(self, dtype: type[cutlass.Numeric], kv_format: str, cluster: int):
+    def __init__(self, dtype: type[cutlass.Numeric], kv_format: str, cluster: int, extra_format: str | None = None):
         self.dtype = dtype
         self.cluster = cluster
         self.loader = getattr(dequant, kv_format)(dtype)
+        # Of the extra cache, if it is of another format; its raw bytes take no other places than the main one's.
+        self.extra_loader: Any = None if extra_format is None else getattr(dequant, extra_format)(dtype)
         self.has_rope = self.loader.d > D_V
+        self.scales_apart = self.loader.scales_apart
+        self.raw_bytes = self.loader.raw_bytes()
         self.octets = BLOCK // OCTET // 4 // cluster  # that each producer warp converts of a block
 
     @cute.jit
     def __call__(
         self,
         q: cute.Tensor,  # [b, s_q, h_q, d]
-        k_cache: cute.Tensor,  # [num_pages, bytes of a page]
+        k_cache: cute.Tensor,  # [num_pages, bytes of a page] uint8
         indices: cute.Tensor,  # [b, s_q, topk]
         lengths: cute.Tensor,  # [b]: entries of indices that count
         extra_cache: cute.Tensor,  # the same of a second cache
@@ -246,11 +267,13 @@ class SparseDecode:
         scale_log2: Float32,
         page_size: Int32,
         extra_page_size: Int32,
+        run: Int32,  # consecutive tokens that an index names, a multiple of itself: 1, or a page in dense decode
+        causal: Int32,  # dense decode: whether a query token sees one key more than the one before
         row_tiles: Int32,  # CTAs of a worker
         slots: Int32,  # 0 if no unit is split
         batch_invariant: Int32,
         combine_by_unit: Int32,
-        combine_many_rows: Int32,
+        combine_warps: Int32,
         stream,
     ):
         by_heads = cute.make_tensor(q.iterator, cute.select(q.layout, mode=[2, 3, 1, 0]))
@@ -272,7 +295,7 @@ class SparseDecode:
             sum1: cute.struct.MemRange[Float32, ROWS]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
-            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.loader.raw_bytes()], 128]
+            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.raw_bytes], 128]
 
         self.Shared = Shared
         unit_rows = row_tiles * ROWS
@@ -285,7 +308,7 @@ class SparseDecode:
         )
         self.kernel(
             tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
-            partial_o, partial_lse, out, lse, scale_log2, page_size, extra_page_size, batch_invariant,
+            partial_o, partial_lse, out, lse, scale_log2, page_size, extra_page_size, run, causal, batch_invariant,
             cute.fast_divmod_create_divisor_v2((q.shape[2] + unit_rows - 1) // unit_rows),
             cute.fast_divmod_create_divisor_v2(q.shape[1]),
         ).launch(
@@ -296,9 +319,7 @@ class SparseDecode:
             min_blocks_per_mp=1,
         )  # fmt: skip
         if slots != 0:
-            self.combine(
-                partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_many_rows, stream
-            )
+            self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps, stream)
 
     @cute.jit
     def combine(
@@ -311,7 +332,7 @@ class SparseDecode:
         out: cute.Tensor,
         lse: cute.Tensor,
         by_unit: Int32,
-        many_rows: Int32,
+        warps: Int32,
         stream,
     ):
         """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done."""
@@ -324,12 +345,12 @@ class SparseDecode:
         rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
         candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
         arguments = (
-            partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, candidates, by_unit, stream
+            partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, candidates, by_unit, warps, stream
         )  # fmt: skip
-        if many_rows != 0:
-            Combine(self.dtype, D_V, warps_per_row=1)(*arguments)
+        if warps == 1:
+            Combine(self.dtype, D_V, columns=D_V)(*arguments)
         else:
-            Combine(self.dtype, D_V, warps_per_row=8)(*arguments)
+            Combine(self.dtype, D_V, columns=D_V // 4)(*arguments)
 
     @cute.kernel
     def kernel(
@@ -353,6 +374,8 @@ class SparseDecode:
         scale_log2: Float32,
         page_size: Int32,
         extra_page_size: Int32,
+        run: Int32,
+        causal: Int32,
         batch_invariant: Int32,
         passes: cute.FastDivmodDivisorV2,
         tokens: cute.FastDivmodDivisorV2,
@@ -368,9 +391,10 @@ class SparseDecode:
             self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
         args = Arguments(
-            q, Source(k_cache, page_size, indices, lengths),
-            Source(extra_cache, extra_page_size, extra_indices, extra_lengths), sink, work, splits, partial_o,
-            partial_lse, out, lse, scale_log2, batch_invariant, passes, tokens,
+            q, Source(k_cache, page_size, self.token_bytes(k_cache, False), indices, lengths),
+            Source(extra_cache, extra_page_size, self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
+            sink, work, splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant,
+            passes, tokens,
         )  # fmt: skip
         if warp == PRODUCER_WARP:
             cpasync.prefetch_descriptor(tma_q)
@@ -392,6 +416,10 @@ class SparseDecode:
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
+
+    def token_bytes(self, cache: cute.Tensor, is_extra: bool) -> Int64 | int:
+        """From one token of a page to the next."""
+        return ((self.extra_loader if is_extra else None) or self.loader).token_bytes
 
     def cluster_rank(self) -> Int32:
         return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
@@ -426,8 +454,6 @@ class SparseDecode:
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         u, row = lane % THREADS_PER_ROW, lane // THREADS_PER_ROW
         k = Int32(shared.k.data_ptr().toint()) + row * ROW_BYTES
-        # Half of the lanes look up tokens of block 0, half of block 1; the first eight of each, those of octet 0.
-        octet = self.octet(warp, lane // OCTET % 2)
         return Lane(
             warp=warp,
             row=row,
@@ -435,9 +461,15 @@ class SparseDecode:
             # Columns 16 u are the units 2 u and 2 u + 1 of a chunk's row, which the swizzle permutes.
             k=k + ((2 * u) ^ row) * UNIT,
             plain=k + (self.loader.plain_chunk or 0) * CHUNK_BYTES + (u ^ row) * UNIT,
-            entry=lane // (2 * OCTET) * BLOCK + octet * OCTET + lane % OCTET,
+            token=self.token(warp, lane),
             index=Int32(shared.indices.data_ptr().toint()) + thread * 4,
         )
+
+    def token(self, warp: Int32, lane: Int32) -> Int32:
+        """The token of a tile that a producer lane looks up: half of the lanes block 0's, half block 1's; the first
+        eight of each, those of octet 0."""
+        octet = self.octet(warp, lane // OCTET % 2)
+        return lane // (2 * OCTET) * BLOCK + octet * OCTET + lane % OCTET
 
     def octet(self, warp, i):
         """Number, in a block, of the i-th eight rows that a producer warp looks up; the first self.octets are its own.
@@ -452,23 +484,22 @@ class SparseDecode:
         right half, then the left half and RoPE. That is the order in which the consumers need and free them."""
         lane = self.lane(shared, thread)
         end = end_of_work(args.work)
-        inverses = tuple(Uint32(0xFFFFFFFF) // Uint32(source.page_size) for source in (args.main, args.extra))
+        inverses = self.inverses(args)
 
         cursor = self.settle(args, first_piece(args.work), end)
         exists = cursor.exists
-        self.fetch_index(args, cursor, lane)
+        self.fetch_index(args, cursor, lane, inverses)
         cute.arch.cp_async_commit_group()
         if exists & (lane.warp == 0):
             self.load_q(args, shared, barriers, tma_q, q_tma, cursor.unit, Int32(0))
         wait_copies(0)
         tokens = self.locate(args, cursor, lane, inverses)
         cursor = self.next_cursor(args, cursor, end)
-        self.fetch_index(args, cursor, lane)
+        self.fetch_index(args, cursor, lane, inverses)
         cute.arch.cp_async_commit_group()
         for i in range_constexpr(2):
             step, octet = i // self.octets, i % self.octets
             self.fetch(lane, i, Int32(step), Int32(step), tokens.of_lane(octet * OCTET + lane.row))
-
         wait_copies(2)  # for the next tile's index
 
         tiles, pieces, opened = Int32(0), Int32(1), Int32(-1)
@@ -477,7 +508,7 @@ class SparseDecode:
             next_exists = cursor.exists
             next_opened = cutlass.select_(next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
             cursor = self.next_cursor(args, cursor, end)
-            self.fetch_index(args, cursor, lane)
+            self.fetch_index(args, cursor, lane, inverses)
             attended = cute.arch.vote_ballot_sync(tokens.row != 0)
             for step in cutlass.range(4, unroll=1):
                 block, late = step // 2, step % 2
@@ -501,7 +532,14 @@ class SparseDecode:
                     to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
                     wait_copies(1)
                     cute.arch.sync_warp()
-                    self.convert(lane, index, half, late, to, next_block ^ next_late, next_late, token)
+                    following = (next_block ^ next_late, next_late, token)
+                    if const_expr(self.extra_loader is not None):
+                        if tokens.extra != 0:
+                            self.convert(self.extra_loader, lane, index, half, late, to, following)
+                        else:
+                            self.convert(self.loader, lane, index, half, late, to, following)
+                    else:
+                        self.convert(self.loader, lane, index, half, late, to, following)
                 if const_expr(self.cluster == 1):
                     cute.arch.sync_warp()
                     with cute.arch.elect_one():
@@ -515,8 +553,14 @@ class SparseDecode:
     @cute.jit
     def fetch(self, lane: Lane, index, half: Int32, late: Int32, token: tuple):
         """Start the copies of half a row into the slots number `index`."""
-        row, scales = token
-        self.loader.fetch(lane.slots, index, half, row, scales)
+        row, scales, extra = token
+        if const_expr(self.extra_loader is not None):
+            if extra != 0:
+                self.extra_loader.fetch(lane.slots, index, half, row, scales)
+            else:
+                self.loader.fetch(lane.slots, index, half, row, scales)
+        else:
+            self.loader.fetch(lane.slots, index, half, row, scales)
         if const_expr(self.loader.rope_codes):
             if late != 0:
                 self.loader.fetch_rope(lane.slots, index, row)
@@ -524,31 +568,31 @@ class SparseDecode:
 
     @cute.jit
     def convert(
-        self, lane: Lane, index, half: Int32, late: Int32, to: Int32, next_half: Int32, next_late: Int32, token: tuple
+        self, loader: cutlass.Constexpr, lane: Lane, index, half: Int32, late: Int32, to: Int32, following: tuple
     ):
-        """Half a row out of its slots, which are filled again at once, and into K at `to`."""
-        if const_expr(self.loader.rope_codes):
+        """Half a row out of its slots, which at once take the following (half, late, token), and into K at `to`."""
+        if const_expr(loader.rope_codes):
             if late != 0:
                 at = to + V_CHUNKS * CHUNK_BYTES
-                self.loader.store_rope(lane.slots, index, (at, at ^ UNIT))
-        scales = self.loader.read_scales(lane.slots, index, half)
-        codes = [self.loader.read_codes(lane.slots, index, chunk) for chunk in range(2)]
+                loader.store_rope(lane.slots, index, (at, at ^ UNIT))
+        scales = loader.read_scales(lane.slots, index, half)
+        codes = [loader.read_codes(lane.slots, index, chunk) for chunk in range(2)]
         to += half * (HALF_CHUNKS * CHUNK_BYTES)
         for chunk in range_constexpr(HALF_CHUNKS):
             if const_expr(chunk + 2 < HALF_CHUNKS):  # two chunks ahead: registers do not suffice for more
-                codes.append(self.loader.read_codes(lane.slots, index, chunk + 2))
+                codes.append(loader.read_codes(lane.slots, index, chunk + 2))
             if const_expr(chunk + 3 == HALF_CHUNKS):
-                self.fetch(lane, index, next_half, next_late, token)
-            if const_expr(self.loader.plain_chunk == HALF_CHUNKS + chunk):
+                self.fetch(lane, index, *following)
+            if const_expr(loader.plain_chunk == HALF_CHUNKS + chunk):
                 if half == 0:
-                    self.store(lane, codes[chunk], scales, to, chunk)
+                    self.store(loader, lane, codes[chunk], scales, to, chunk)
             else:
-                self.store(lane, codes[chunk], scales, to, chunk)
+                self.store(loader, lane, codes[chunk], scales, to, chunk)
 
-    def store(self, lane: Lane, codes: tuple, scales: tuple, to: Int32, chunk: int):
+    def store(self, loader: dequant.Loader, lane: Lane, codes: tuple, scales: tuple, to: Int32, chunk: int):
         """A chunk of half a row into K, the half beginning at `to`."""
-        scale = self.loader.scale(scales, chunk, lane.slots.thread % THREADS_PER_ROW)
-        self.loader.store(codes, scale, (to, to ^ UNIT), chunk * CHUNK_BYTES)
+        scale = loader.scale(scales, chunk, lane.slots.thread % THREADS_PER_ROW)
+        loader.store(codes, scale, (to, to ^ UNIT), chunk * CHUNK_BYTES)
 
     @cute.jit
     def settle(self, args, piece: Piece, end):
@@ -561,8 +605,8 @@ class SparseDecode:
             if stop <= piece.tile:
                 piece = next_piece(piece, stop, tiles)
                 stop = Int32(0)
-        entries, extra_entries = args.entries(piece)
-        return Cursor(piece.unit, piece.tile, stop, Int32(1), length, extra_length, entries, extra_entries)
+        hidden, entries, extra_entries = args.entries(piece)
+        return Cursor(piece.unit, piece.tile, stop, Int32(1), length, extra_length, hidden, entries, extra_entries)
 
     @cute.jit
     def next_cursor(self, args, cursor: Cursor, end):
@@ -574,13 +618,21 @@ class SparseDecode:
             following = self.settle(args, piece, end)
         return following
 
+    def inverses(self, args) -> tuple:
+        """What `quotient` takes of the page sizes."""
+        return tuple(Uint32(0xFFFFFFFF) // Uint32(source.page_size) for source in (args.main, args.extra))
+
+    def entry(self, args, position: Int32, inverses: tuple) -> Int32:
+        """Of the indices: the one that names a token, by the token's position."""
+        return cutlass.select_(args.run == 1, position, quotient(position, args.run, inverses[0]))
+
     @cute.jit
-    def fetch_index(self, args, cursor: Cursor, lane: Lane):
-        """Start to bring the index that this lane looks up: a slot of the cache, or less than 0 if there is none."""
-        main_tiles = cutlass.select_(cursor.is_extra, tiles_of(cursor.length), Int32(0))
+    def fetch_index(self, args, cursor: Cursor, lane: Lane, inverses: tuple):
+        """Start to bring the index that this lane looks up: of a run of slots, or less than 0 if there is none."""
         length = cutlass.select_(cursor.is_extra, cursor.extra_length, cursor.length)
-        entry = (cursor.tile - main_tiles) * TILE + lane.entry
-        if entry < cutlass.select_(cursor.exists, length, Int32(0)):
+        position = cursor.position(lane)
+        if position < cutlass.select_(cursor.exists, length - cursor.hidden, Int32(0)):
+            entry = self.entry(args, position, inverses)
             entries = cutlass.select_(cursor.is_extra, cursor.extra_entries, cursor.entries)
             copy_async((lane.index, 0), entries, (entries + Int64(entry) * 4, 0), 4)
         else:
@@ -589,32 +641,32 @@ class SparseDecode:
     @cute.jit
     def locate(self, args, cursor: Cursor, lane: Lane, inverses: tuple):
         """The token whose index of the cursor's tile has arrived."""
-        slot = cute.arch.inline_ptx(
+        index = cute.arch.inline_ptx(
             "ld.shared.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[lane.index]
         )
+        position = cursor.position(lane)
+        slot = (index - self.entry(args, position, inverses)) * args.run + position
         extra = cursor.is_extra
         sources = (args.main, args.extra)
-        inverse, page_size, num_pages, page_bytes, base = (
+        inverse, page_size, num_pages, page_bytes, token_bytes, base = (
             cutlass.select_(extra, of_extra, of_main)
             for of_main, of_extra in (
                 inverses,
                 [source.page_size for source in sources],
                 [source.cache.shape[0] for source in sources],
                 [Int64(source.cache.stride[0]) for source in sources],
+                [Int64(source.token_bytes) for source in sources],
                 [source.cache.iterator.toint() for source in sources],
             )
         )
-        page = cute.arch.inline_ptx(
-            "mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[slot, inverse]
-        )
-        # The product falls short of the quotient by one at most.
-        page += cutlass.select_(slot - page * page_size >= page_size, Int32(1), Int32(0))
+        page = quotient(slot, page_size, inverse)
         offset = slot - page * page_size
-        row = base + Int64(page) * page_bytes + Int64(offset) * self.loader.token_bytes
+        row = base + Int64(page) * page_bytes + Int64(offset) * token_bytes
         scales = None
-        if const_expr(self.loader.scales_apart):
+        if const_expr(self.scales_apart):
             scales = (page_size - offset) * self.loader.token_bytes + offset * 8
-        return Tokens(cutlass.select_((slot >= 0) & (page < num_pages), row, Int64(0)), scales)
+        row = cutlass.select_((slot >= 0) & (page < num_pages), row, Int64(0))
+        return Tokens(row, scales, None if self.extra_loader is None else Int32(extra))
 
     @cute.jit
     def copy_plain(self, lane: Lane, tokens: Tokens, block: Int32, full: cute.Pointer):
@@ -1022,6 +1074,13 @@ def tiles_of(length: Int32) -> Int32:
     return (length + (TILE - 1)) // TILE
 
 
+def quotient(n: Int32, divisor: Int32, inverse: Uint32) -> Int32:
+    """n // divisor of n >= 0, given (2^32 - 1) // divisor."""
+    q = cute.arch.inline_ptx("mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[n, inverse])
+    # The product falls short of the quotient by one at most.
+    return q + cutlass.select_(n - q * divisor >= divisor, Int32(1), Int32(0))
+
+
 def push_octet(source: Int32, there: Int32, full_there: Int32) -> None:
     """Copy eight rows of a chunk, one swizzle atom, to the peer's shared memory, `there` farther."""
     cute.arch.inline_ptx(
@@ -1073,24 +1132,27 @@ def write_16bit_row(o: cute.Tensor, r: cutlass.Constexpr, factor: Float32, to: c
             cute.autovec_copy(values, cute.make_tensor((start + group * 32).align(16), cute.make_layout(8)))
 
 
-def compile_variant(dtype: str, kv_format: str, cluster: int) -> aot.Compiled:
+def compile_variant(dtype: str, kv_format: str, cluster: int, extra_format: str | None = None) -> aot.Compiled:
     """Compile for tensors of any extents whose rows, tokens and pages are 16-byte aligned."""
-    element = getattr(cutlass, dtype)
-    loader = getattr(dequant, kv_format)
+    kernel = SparseDecode(getattr(cutlass, dtype), kv_format, cluster, extra_format)
+    caches = [aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16) for _ in range(2)]
+    return compile_for(kernel, kernel.loader.d, caches)
+
+
+def compile_for(kernel: SparseDecode, d: int, caches: list) -> aot.Compiled:
+    """Compile for descriptions of the main and the extra cache, and queries of head dim d."""
     b, s_q, h_q = (cute.sym_int() for _ in range(3))
-    q = aot.strided(element, (b, s_q, h_q, loader.d), dense_last=True, align=16)
+    q = aot.strided(kernel.dtype, (b, s_q, h_q, d), dense_last=True, align=16)
     sources = []
-    for _ in range(2):
-        k_cache = aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16)
+    for cache in caches:
         indices = aot.strided(Int32, (b, s_q, cute.sym_int()), dense_last=True)
-        sources += [k_cache, indices, aot.strided(Int32, (b,))]
+        sources += [cache, indices, aot.strided(Int32, (b,))]
     sink = aot.strided(Float32, (h_q,))
     work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
     splits = aot.compact(Int32, (cute.sym_int(),))
     workspace = aot.compact(Float32, (cute.sym_int(),), align=16)
-    out = aot.strided(element, (b, s_q, h_q, D_V), dense_last=True, align=16)
+    out = aot.strided(kernel.dtype, (b, s_q, h_q, D_V), dense_last=True, align=16)
     lse = aot.strided(Float32, (b, h_q, s_q))
     return aot.compile_kernel(
-        SparseDecode(element, kv_format, cluster), q, *sources, sink, work, splits, workspace, out, lse,
-        Float32(1.0), *[Int32(0)] * 7,
-    )  # fmt: skip
+        kernel, q, *sources, sink, work, splits, workspace, out, lse, Float32(1.0), *[Int32(0)] * 9
+    )
