@@ -55,7 +55,7 @@ def sparse_decode_config(queries: int, h_q: int, tiles: int | None, num_sms: int
     piece = -(-tiles // max(1, workers // units))
     whole = rounds * (tiles + FIXED_COST)
     alike = FIXED_COST + piece + COMBINE_COST if piece < tiles else math.inf
-    split = units * (tiles + FIXED_COST) / workers + FIXED_COST + COMBINE_COST
+    split = max(1.0, units * (tiles + FIXED_COST) / workers) + FIXED_COST + COMBINE_COST
     if alike <= min(whole, split):
         return replace(balanced, num_workers=units * -(-tiles // piece), fixed_cost=0)
     # Cuts fall on units only if every worker gets as many.
