@@ -47,7 +47,11 @@ class Strides(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """A cache as kernels take it: bytes or 16-bit floats, and its format's number."""
+    """A cache as kernels take it: bytes or 16-bit floats.
+
+    Kernels are compiled for the strides of pages and tokens, of which a process has few: an address is one instruction
+    then, where 64-bit numbers only known when running take five.
+    """
 
     data: torch.Tensor
     page_stride: int
