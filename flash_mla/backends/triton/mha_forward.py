@@ -54,10 +54,10 @@ def forward_kernel(
     head = (program // tiles % h_q).to(tl.int64)
     i = program // tiles // h_q
     start_q, s_q = sequence(cu_seqlens_qo_ptr, i)
+    start_kv, s_kv = sequence(cu_seqlens_kv_ptr, i)  # before the branch, so that a program waits for memory once
     row = tile * TILE_Q
     if row >= s_q:
         return
-    start_kv, s_kv = sequence(cu_seqlens_kv_ptr, i)
     q_ptr += start_q * q_stride_t + head * q_stride_h
     k_ptr += start_kv * k_stride_t + head // group * k_stride_h
     v_ptr += start_kv * v_stride_t + head // group * v_stride_h
