@@ -8,6 +8,7 @@ import importlib
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -63,6 +64,24 @@ def back_to_back(
             torch.cuda.synchronize()
             means[name].append(start.elapsed_time(end) * 1e-3 / calls[name])
     return {name: statistics.median(values) for name, values in means.items()}
+
+
+def host(functions: Mapping[str, Callable[[], object]], calls: int = 100, rounds: int = 20) -> dict[str, float]:
+    """Seconds until a call of each function returns, its kernels launched but not waited for.
+
+    The GPU must be done with a call before the host is with the next, or the launch queue fills and the host waits. Of
+    the means of `calls` calls the least counts: what else runs on the host only adds.
+    """
+    means: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            means[name].append((time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
+    return {name: min(values) for name, values in means.items()}
 
 
 @triton.jit
@@ -123,6 +142,18 @@ def graph(call: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
+def command_line(description: str | None) -> tuple[dict[str, ModuleType], Path]:
+    """(what to measure: "flash-mla" and, if `--peer` names one, "peer"; the folder for results)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="module to compare with")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    modules = {"flash-mla": flash_mla}
+    if options.peer:
+        modules["peer"] = importlib.import_module(options.peer)
+    return modules, options.out
+
+
 def beside_a_peer(
     name: str,
     description: str | None,
@@ -138,13 +169,7 @@ def beside_a_peer(
         prepare: makes a case's inputs and returns a call for each of the modules, which are named "flash-mla" and
             "peer", and what the case amounts to: "flops" at least.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", help="module to compare with")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    modules = {"flash-mla": flash_mla}
-    if options.peer:
-        modules["peer"] = importlib.import_module(options.peer)
+    modules, folder = command_line(description)
     ceilings = {"read_bytes_per_second": read_bandwidth()}
     ceilings["matmul_cold_flops"], ceilings["matmul_hot_flops"] = matmul_rate()
     print({ceiling: f"{value / 1e12:.2f}e12" for ceiling, value in ceilings.items()}, flush=True)
@@ -163,4 +188,4 @@ def beside_a_peer(
         ours = row["cold_us"]["flash-mla"]
         rates = ", ".join(f"{amount / ours / 1e6:.2f}e12 {unit}/s" for unit, amount in amounts.items())
         print(f"{case}: {ours:.1f} us, {rates}, x{ratios[0]:.3f} cold, x{ratios[1]:.3f} hot", flush=True)
-    print(record(name, ceilings, rows, options.out))
+    print(record(name, ceilings, rows, folder))

@@ -161,11 +161,14 @@ def _compile_here(name: str, folder: Path) -> dict[str, Any]:
 
 def _link(obj: Path, library: Path) -> Path:
     import cutlass.cute as cute
+    from tvm_ffi.libinfo import include_paths
 
     runtime = Path(cute.runtime.find_runtime_libraries(enable_tvm_ffi=True)[0]).parent
-    stub = kernels.PACKAGE / "backends/hopper/raise_cuda_error.c"
+    sources = [kernels.PACKAGE / source for source in kernels.HOST_SOURCES]
+    includes = [f"-I{folder}" for folder in include_paths()]
     static = runtime / "libcuda_dialect_runtime_static.a"
-    command = ["cc", "-shared", "-fPIC", "-O2", "-s", "-o", library, obj, static, stub, "-lstdc++", "-ldl", "-lpthread"]
+    libraries = [static, "-lstdc++", "-ldl", "-lpthread"]
+    command = ["cc", "-shared", "-fPIC", "-O2", "-s", *includes, "-o", library, obj, *sources, *libraries]
     subprocess.run(list(map(str, command)), check=True)
     return library
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -15,7 +16,7 @@ from flash_mla.problem import DecodeInputs, DecodeProblem
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Served:
     """What the last call looked like from outside, what its checks made of it, and who ran it."""
 
@@ -24,6 +25,16 @@ class _Served:
     problem: DecodeProblem
     backend: ModuleType
     default_scale: float
+    work: torch.Tensor | None = None  # the plan that `repeat` follows
+    splits: torch.Tensor | None = None
+    repeat: Callable[[tuple[torch.Tensor | None, ...], float], tuple[torch.Tensor, torch.Tensor] | None] | None = None
+
+    def note_plan(self, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> None:
+        """Have the backend, if it can, repeat a call that ran by this plan."""
+        if self.work is not work or self.splits is not splits:
+            record = getattr(self.backend, "record", None)
+            self.work, self.splits = work, splits
+            self.repeat = None if record is None else record(self.problem, inputs, work, splits)
 
 
 @dataclasses.dataclass
@@ -176,8 +187,18 @@ def flash_mla_with_kvcache(
     # A call that looks like the last one is like it. Checking everything takes longer than launching kernels does,
     # comparing layouts does not; hence also a plain tuple here, which equals a named one.
     flags = (head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
-    layouts = _layouts(tensors)
     served = meta._served
+    if (
+        served is not None
+        and served.repeat is not None
+        and served.flags == flags
+        and served.work is meta.tile_scheduler_metadata
+        and served.splits is meta.num_splits
+    ):
+        results = served.repeat(tensors, served.default_scale if softmax_scale is None else softmax_scale)
+        if results is not None:
+            return results
+    layouts = _layouts(tensors)
     if served is None or served.layouts != layouts or served.flags != flags:
         inputs = DecodeInputs(*tensors, softmax_scale=1.0)  # stands in, as checks read the tensors alone
         served = _serve(meta, inputs, Flags(*flags), layouts)
@@ -188,7 +209,9 @@ def flash_mla_with_kvcache(
     if meta.tile_scheduler_metadata is None or meta.num_splits is None:
         plan = backend.plan_decode(problem, inputs)
         meta.tile_scheduler_metadata, meta.num_splits = plan.work, plan.splits
-    return backend.decode(problem, inputs, meta.tile_scheduler_metadata, meta.num_splits)
+    results = backend.decode(problem, inputs, meta.tile_scheduler_metadata, meta.num_splits)
+    served.note_plan(inputs, meta.tile_scheduler_metadata, meta.num_splits)
+    return results
 
 
 def _layouts(tensors: tuple[object, ...]) -> list[object]:

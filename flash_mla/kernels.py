@@ -27,6 +27,9 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 DSL = "nvidia-cutlass-dsl"
 PACKAGE = Path(__file__).parent
+HOST_SOURCES = ("backends/hopper/raise_cuda_error.c", "backends/hopper/recorded_call.c")  # are part of every kernel
+
+_loaded: set[str] = set()  # kernels whose files need no second look: reading and hashing one takes a millisecond
 
 
 class KernelUnavailableError(RuntimeError):
@@ -64,7 +67,8 @@ def source_hash(name: str) -> str:
     digest = hashlib.sha256(json.dumps(dict(variant.config), sort_keys=True).encode())
     for module in sorted(_import_closure(variant.module)):
         digest.update(_module_file(module).read_bytes())
-    digest.update((PACKAGE / "backends/hopper/raise_cuda_error.c").read_bytes())
+    for source in HOST_SOURCES:
+        digest.update((PACKAGE / source).read_bytes())
     return digest.hexdigest()
 
 
@@ -153,6 +157,8 @@ def _places(name: str) -> Iterator[Path]:
 
 def unavailable(name: str) -> str | None:
     """Why `load(name)` would fail, without loading or compiling; None if it would not."""
+    if name in _loaded:
+        return None
     from flash_mla import build
 
     path, refusals = find(name)
@@ -169,8 +175,10 @@ def unavailable(name: str) -> str | None:
 
 
 @functools.cache
-def load(name: str) -> Callable[..., None]:
+def load(name: str, function: str | None = None) -> Callable[..., Any]:
     """The compiled function of a kernel; takes torch tensors and scalars, runs on torch's current stream.
+
+    `function` names another one of its shared object, such as the `record_call` that each has.
 
     Raises:
         KernelUnavailableError: it is in no bundle and cannot be compiled; the message lists the places and the remedy.
@@ -188,4 +196,5 @@ def load(name: str) -> Callable[..., None]:
             raise KernelUnavailableError(f"kernel {name} was compiled but is refused: {'; '.join(refusals)}")
     import tvm_ffi
 
-    return getattr(tvm_ffi.load_module(str(path)), name)
+    _loaded.add(name)
+    return getattr(tvm_ffi.load_module(str(path)), function or name)

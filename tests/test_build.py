@@ -253,7 +253,7 @@ class TestWheel:
         assert path.name.endswith("-py3-none-any.whl")
         names = zipfile.ZipFile(path).namelist()
         assert "flash_mla/py.typed" in names
-        assert "flash_mla/backends/hopper/raise_cuda_error.c" in names
+        assert all(f"flash_mla/{source}" in names for source in kernels.HOST_SOURCES)
         assert not any(name.startswith(("tests", "benchmarks", "setup")) for name in names)
 
     def test_with_kernels_it_carries_them_and_is_for_this_platform(self, wheel):

@@ -2,7 +2,15 @@
 
 import pytest
 
-from flash_mla.backends.hopper.dense_decode_heuristics import LEAST_BUSY, ROWS, dense_decode_config, even_workers
+from flash_mla.backends.hopper.dense_decode_heuristics import (
+    BLOCK,
+    FEW_ROWS,
+    LEAST_BUSY,
+    ROWS,
+    TILE,
+    dense_decode_config,
+    even_workers,
+)
 
 H200, H800_PCIE, H20 = 132, 114, 78  # SMs
 GPUS = pytest.mark.parametrize("num_sms", [H200, H800_PCIE, H20])
@@ -12,13 +20,13 @@ GPUS = pytest.mark.parametrize("num_sms", [H200, H800_PCIE, H20])
 def test_every_row_is_covered_and_no_sm_counted_twice(num_sms):
     for rows in range(1, 2001):
         config = dense_decode_config(rows, rows % 300 + 1, num_sms)
-        assert config.row_tiles * config.passes * ROWS >= rows, rows
-        assert config.row_tiles * (config.passes - 1) * ROWS < rows, f"{rows} rows: a pass without rows"
+        assert config.unit_rows * config.passes >= rows, rows
+        assert config.unit_rows * (config.passes - 1) < rows, f"{rows} rows: a pass without rows"
         assert config.num_workers >= 1, rows
         assert config.num_workers * config.row_tiles <= num_sms, rows
         assert config.cluster in (1, 2), f"{rows} rows: a kernel is compiled for no other cluster"
         assert config.row_tiles % config.cluster == 0, rows
-        assert config.unit_rows == config.row_tiles * ROWS, rows
+        assert config.unit_rows == config.row_tiles * config.rows, rows
         assert config.fixed_cost >= 1, f"{rows} rows: a piece without cost, hence empty units without a worker"
         assert config.min_cost >= 1, rows
 
@@ -27,7 +35,7 @@ def test_every_row_is_covered_and_no_sm_counted_twice(num_sms):
 def test_few_sms_are_left_idle(num_sms):
     for rows in range(1, 2001):
         config = dense_decode_config(rows, rows % 300 + 1, num_sms)
-        tiles = -(-rows // ROWS)
+        tiles = -(-rows // config.rows)
         sms_at_work = tiles / (config.passes * config.row_tiles) * config.num_workers * config.row_tiles
         # Reading KV once for two tiles of rows takes an SM less than half the time, which pays for idle ones.
         assert sms_at_work > num_sms / 2, rows
@@ -46,6 +54,16 @@ def test_typical_calls(num_sms, rows, row_tiles, cluster):
     config = dense_decode_config(rows, 1, num_sms)
     assert (config.row_tiles, config.cluster, config.passes) == (row_tiles, cluster, 1)
     assert config.num_workers == num_sms // row_tiles
+
+
+@pytest.mark.parametrize(
+    ("rows", "padded", "tile"),
+    [(1, 16, BLOCK), (16, 16, BLOCK), (17, 32, BLOCK), (32, 32, BLOCK), (33, ROWS, TILE), (64, ROWS, TILE)],
+)
+def test_few_rows_are_not_padded_to_a_whole_tile(rows, padded, tile):
+    config = dense_decode_config(rows, 1, H200)
+    assert (config.rows, config.tile, config.passes) == (padded, tile, 1)
+    assert config.rows in (*FEW_ROWS, ROWS), "a kernel is compiled for no other number"
 
 
 def test_two_tokens_of_all_heads_share_a_read_of_kv_where_sms_divide_by_four():

@@ -31,6 +31,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(kernels, "package_dir", lambda: tmp_path / "package")
     monkeypatch.setattr(kernels, "cache_dir", lambda name: tmp_path / "cache" / name)
     monkeypatch.setattr(build, "missing_tool", lambda: NO_DSL)
+    monkeypatch.setattr(kernels, "_loaded", set())
     kernels.load.cache_clear()
     yield SimpleNamespace(package=tmp_path / "package", cache=tmp_path / "cache" / NAME, forced=tmp_path / "forced")
     kernels.load.cache_clear()
@@ -223,6 +224,19 @@ class TestLoad:
         assert kernels.load(NAME) == f"function of {places.cache / NAME}.so"
         assert calls == [([NAME], places.cache)]
 
+    def test_what_is_loaded_is_not_looked_for_again(self, places, monkeypatch):
+        make_bundle(places.package, NAME)
+        kernels.load(NAME)
+        monkeypatch.setattr(kernels, "find", None)
+        assert kernels.unavailable(NAME) is None
+
+    def test_gives_other_functions_of_the_shared_object(self, places, monkeypatch):
+        make_bundle(places.package, NAME)
+        module = SimpleNamespace(**{NAME: "kernel", "record_call": "recorder"})
+        monkeypatch.setattr(tvm_ffi, "load_module", lambda path: module)
+        assert kernels.load(NAME) == "kernel"
+        assert kernels.load(NAME, "record_call") == "recorder"
+
     def test_says_why_what_it_compiled_is_refused(self, places, monkeypatch):
         monkeypatch.setattr(build, "missing_tool", lambda: None)
         monkeypatch.setattr(build, "build", lambda names, folder: make_bundle(folder, *names, tvm_ffi="0.9"))
@@ -257,7 +271,13 @@ class TestSourceHash:
 
     @pytest.mark.parametrize(
         "file",
-        ["backends/hopper/planner.py", "backends/hopper/aot.py", "plan.py", "backends/hopper/raise_cuda_error.c"],
+        [
+            "backends/hopper/planner.py",
+            "backends/hopper/aot.py",
+            "plan.py",
+            "backends/hopper/raise_cuda_error.c",
+            "backends/hopper/recorded_call.c",
+        ],
     )
     def test_changes_with_the_module_and_what_it_imports(self, changes, file):
         assert changes(file)

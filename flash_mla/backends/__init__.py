@@ -2,6 +2,7 @@
 
 Each backend is a module with a `NAME` and `why_not(problem) -> str | None`: the reason it cannot serve a problem, or
 None when it can. `choose` takes the first that can, in order of speed; `explain` tells the reasons of all.
+One that has a `record` as well can repeat decode calls at less host time than `decode` takes.
 `FLASH_MLA_BACKEND=hopper|cpu|triton` forces one.
 """
 

@@ -1,11 +1,12 @@
-"""Token-sparse decode on Hopper against the fp32 reference: a seeded sweep of shapes, and the ugly corners."""
+"""Token-sparse decode on Hopper, and dense decode by the same kernels, against the fp32 reference: a seeded sweep of
+shapes, and the ugly corners."""
 
 import math
 import random
 
 import pytest
 import torch
-from helpers import assert_close_lse, assert_close_out, poisoned_out, randn, sparse_scope, spread
+from helpers import assert_close_lse, assert_close_out, dense_inputs, poisoned_out, randn, sparse_scope, spread
 
 from flash_mla import KVCacheFormat, flash_mla_with_kvcache, get_mla_metadata, reference
 
@@ -20,12 +21,15 @@ def on_gpu(tensor):
     return raw.cuda().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
+QUANTISED = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
+PLAIN = (KVCacheFormat.BF16, KVCacheFormat.FP16)
+# (format, head dim, format of the extra cache)
+KINDS = [(kv_format, d, kv_format) for kv_format in (*QUANTISED, *PLAIN) for d in kv_format.head_dims]
+KINDS.append((KVCacheFormat.FP8_V41, 512, KVCacheFormat.FP4_V41))
 
 
-def scope_of(generator, kv_format, b, s_q, topk, *, lengths=None, **pages):
+def scope_of(generator, kv_format, d, b, s_q, topk, *, lengths=None, **pages):
     """A cache and indices into it; latents are of the size for which the tolerances are meant."""
-    d = kv_format.head_dims[0]
     scope = sparse_scope(generator, kv_format, b, s_q, topk, d=d, lengths=lengths, **pages)
     counted = scope.indices
     if lengths is not None:
@@ -35,15 +39,22 @@ def scope_of(generator, kv_format, b, s_q, topk, *, lengths=None, **pages):
     return scope
 
 
+def as_stored(kv_format, cache):
+    """The cache on the GPU, as vLLM passes it: the bytes of a quantised one."""
+    return on_gpu(cache.view(torch.uint8) if kv_format.is_quantised else cache)
+
+
 def case(
-    b, s_q, h_q, topk, *, kv_format=KVCacheFormat.FP8_V32, lengths=None, page_size=64, num_pages=8, q_scale=1.0,
-    sink=None, seed=0, strided=False, extra_topk=None, extra_lengths=None, extra_page_size=64,
+    b, s_q, h_q, topk, *, kv_format=KVCacheFormat.FP8_V32, d=None, lengths=None, page_size=64, num_pages=8, q_scale=1.0,
+    sink=None, seed=0, strided=False, extra_topk=None, extra_lengths=None, extra_page_size=64, extra_format=None,
 ):  # fmt: skip
     """Keyword arguments of a call; every byte that no counting index names is NaN."""
     generator = torch.Generator().manual_seed(seed)
     pages = {"page_size": page_size, "num_pages": num_pages}
-    scope = scope_of(generator, kv_format, b, s_q, topk, lengths=lengths, **pages)
-    q = randn(generator, b, s_q, h_q, kv_format.head_dims[0]) * q_scale
+    d = d or kv_format.head_dims[0]
+    dtype = torch.bfloat16 if kv_format.is_quantised else kv_format.dtype
+    scope = scope_of(generator, kv_format, d, b, s_q, topk, lengths=lengths, **pages)
+    q = randn(generator, b, s_q, h_q, d, dtype=dtype) * q_scale
     indices = scope.indices
     if strided:
         q, indices = spread(q), spread(indices)
@@ -52,7 +63,7 @@ def case(
         sink[0], sink[-1] = -math.inf, math.inf
     arguments = {
         "q": on_gpu(q),
-        "k_cache": on_gpu(scope.cache.view(torch.uint8)),
+        "k_cache": as_stored(kv_format, scope.cache),
         "block_table": None,
         "cache_seqlens": None,
         "head_dim_v": 512,
@@ -63,13 +74,27 @@ def case(
     }
     if extra_topk is not None:
         pages = {"page_size": extra_page_size, "num_pages": num_pages}
-        extra = scope_of(generator, kv_format, b, s_q, extra_topk, lengths=extra_lengths, **pages)
+        extra_format = extra_format or kv_format
+        extra = scope_of(generator, extra_format, d, b, s_q, extra_topk, lengths=extra_lengths, **pages)
         arguments |= {
-            "extra_k_cache": on_gpu(extra.cache.view(torch.uint8)),
+            "extra_k_cache": as_stored(extra_format, extra.cache),
             "extra_indices_in_kvcache": on_gpu(extra.indices),
             "extra_topk_length": on_gpu(extra.topk_length),
         }
     return arguments
+
+
+def dense_case(seqlens, *, s_q=1, h_q=64, page_size=64, seed=0, q_scale=1.0):
+    """The same of dense decode over FP8_V32."""
+    kv_format, generator = KVCacheFormat.FP8_V32, torch.Generator().manual_seed(seed)
+    arguments = dense_inputs(generator, kv_format, seqlens, page_size=page_size, s_q=s_q, h_q=h_q)
+    arguments["q"] *= q_scale
+    for pages, seqlen in zip(arguments["block_table"].long(), seqlens, strict=True):
+        token = torch.arange(seqlen)
+        named = pages[token // page_size] * page_size + token % page_size
+        kv_format.append(arguments["k_cache"], randn(generator, seqlen, 576) / 8, named)
+    arguments["k_cache"] = arguments["k_cache"].view(torch.uint8)
+    return {name: on_gpu(value) for name, value in arguments.items()} | {"head_dim_v": 512, "is_fp8_kvcache": True}
 
 
 def run(arguments, **options):
@@ -81,37 +106,83 @@ def check(arguments, **options):
     again, lse_again = run(arguments, **options)
     assert torch.equal(out, again), "results are deterministic"
     assert torch.equal(lse, lse_again)
-    scale = {name: value for name, value in options.items() if name == "softmax_scale"}
-    want, want_lse = reference.decode(**arguments, **scale)
+    meaning = {name: value for name, value in options.items() if name in ("softmax_scale", "causal")}
+    want, want_lse = reference.decode(**arguments, **meaning)
     assert_close_out(out, want)
     assert_close_lse(lse, want_lse)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_random_shapes(seed):
-    rng = random.Random(seed)
-
+def one_random_shape(rng, seed):
     def random_lengths(b, topk):
         if topk is None or rng.random() < 0.5:
             return None
         return [rng.choice([-3, 0, 1, 64, 65, topk, topk + 7, rng.randint(0, topk)]) for _ in range(b)]
 
+    b = rng.choice([1, 2, 3, 9, 40])
+    topk = rng.choice([1, 5, 63, 64, 65, 128, 129, 200, 512, 1000, 2048])
+    extra_topk = rng.choice([None, 1, 64, 65, 300, 1024])
+    kv_format, d, extra_format = rng.choice(KINDS)
+    arguments = case(
+        b, rng.choice([1, 2, 3]), rng.choice([1, 2, 8, 16, 33, 64, 65, 100, 128, 200]), topk,
+        kv_format=kv_format, d=d, extra_format=extra_format, lengths=random_lengths(b, topk), extra_topk=extra_topk,
+        extra_lengths=random_lengths(b, extra_topk), extra_page_size=rng.choice([1, 2, 64]),
+        page_size=rng.choice([1, 2, 16, 64, 100]), num_pages=rng.choice([1, 8, 40]),
+        q_scale=rng.choice([0.125, 1.0, 8.0]), sink=rng.choice([None, False]), seed=seed,
+        strided=rng.random() < 0.3,
+    )  # fmt: skip
+    options = {"enable_batch_invariant": rng.random() < 0.3}
+    if rng.random() < 0.3:
+        options["softmax_scale"] = rng.choice([0.5, 0.01, -0.04, 0.0])
+    check(arguments, **options)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_shapes(seed):
+    rng = random.Random(seed)
     for turn in range(10):
-        b = rng.choice([1, 2, 3, 9, 40])
-        topk = rng.choice([1, 5, 63, 64, 65, 128, 129, 200, 512, 1000, 2048])
-        extra_topk = rng.choice([None, 1, 64, 65, 300, 1024])
-        arguments = case(
-            b, rng.choice([1, 2, 3]), rng.choice([1, 2, 8, 16, 33, 64, 65, 100, 128, 200]), topk,
-            kv_format=rng.choice(FORMATS), lengths=random_lengths(b, topk), extra_topk=extra_topk,
-            extra_lengths=random_lengths(b, extra_topk), extra_page_size=rng.choice([1, 2, 64]),
-            page_size=rng.choice([1, 2, 16, 64, 100]), num_pages=rng.choice([1, 8, 40]),
-            q_scale=rng.choice([0.125, 1.0, 8.0]), sink=rng.choice([None, False]), seed=100 * seed + turn,
-            strided=rng.random() < 0.3,
+        one_random_shape(rng, 100 * seed + turn)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_dense_random_shapes(seed):
+    rng = random.Random(seed)
+    for turn in range(5):
+        longest = rng.choice([1, 64, 200, 1000, 3000])
+        kinds = [0, 1, 63, 64, 65, 128, longest]
+        seqlens = [rng.choice([*kinds, rng.randint(0, longest)]) for _ in range(rng.choice([1, 2, 9, 40]))]
+        arguments = dense_case(
+            seqlens, s_q=rng.choice([1, 2, 3, 5]), h_q=rng.choice([1, 16, 33, 64, 65, 128, 200]),
+            page_size=rng.choice([1, 16, 64, 100]), seed=100 * seed + turn, q_scale=rng.choice([0.125, 1.0, 8.0]),
         )  # fmt: skip
-        options = {"enable_batch_invariant": rng.random() < 0.3}
-        if rng.random() < 0.3:
-            options["softmax_scale"] = rng.choice([0.5, 0.01, -0.04, 0.0])
-        check(arguments, **options)
+        check(arguments, causal=rng.random() < 0.7, enable_batch_invariant=rng.random() < 0.3)
+
+
+def test_dense_causal_with_more_queries_than_keys():
+    check(dense_case([3, 129, 8, 0, 1], s_q=8, h_q=16), causal=True)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_dense_long_and_short_requests(batch_invariant):
+    arguments = dense_case([30_000, 1, 0, 5000, 129], s_q=2, h_q=128, page_size=16)
+    check(arguments, causal=True, enable_batch_invariant=batch_invariant)
+
+
+def test_dense_graph_replay_plans_again():
+    arguments = dense_case([1000] * 8, s_q=2)
+    run(arguments, causal=True)
+    meta = get_mla_metadata()[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=meta, causal=True)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        arguments["cache_seqlens"].copy_(torch.randint(0, 1001, (8,), generator=generator))
+        arguments["block_table"].copy_(arguments["block_table"][torch.randperm(8, generator=generator).cuda()])
+        out.fill_(math.nan)
+        graph.replay()
+        want, want_lse = reference.decode(**arguments, causal=True)
+        assert_close_out(out, want)
+        assert_close_lse(lse, want_lse)
 
 
 def test_nothing_to_attend_to():
@@ -193,6 +264,25 @@ def test_batch_invariance():
         out, lse_alone = run(alone, enable_batch_invariant=True)
         assert torch.equal(out[0], together[i])
         assert torch.equal(lse_alone[0], lse[i])
+
+
+@pytest.mark.parametrize("apart", [1, 8])
+def test_plain_caches_of_any_strides(apart):
+    arguments = case(3, 2, 40, 300, kv_format=KVCacheFormat.BF16, page_size=48)
+    want, want_lse = reference.decode(**arguments)
+    cache = arguments["k_cache"]
+    room = torch.full((len(cache) * apart, 50, 3, 592), math.nan, dtype=cache.dtype, device="cuda")
+    arguments["k_cache"] = room[::apart, 1:49, 1:2, 16:].copy_(cache)
+    out, lse = run(arguments)
+    assert_close_out(out, want)
+    assert_close_lse(lse, want_lse)
+
+
+def test_misaligned_rows_of_a_plain_cache_are_named():
+    arguments = case(1, 1, 64, 64, kv_format=KVCacheFormat.FP16)
+    odd = torch.zeros(8, 64, 1, 577, dtype=torch.float16, device="cuda")
+    with pytest.raises(ValueError, match=r"k_cache: got strides \[36928, 577, 577, 1\] .* multiples of 16 bytes"):
+        run(arguments | {"k_cache": odd[..., :576]})
 
 
 def test_misaligned_pages_are_named():

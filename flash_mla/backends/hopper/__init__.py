@@ -9,11 +9,12 @@ import torch
 
 from flash_mla import kernels
 from flash_mla.backends.hopper import dense_decode_launch, sparse_decode_launch
+from flash_mla.backends.hopper.recorded_call import RecordedCall
 from flash_mla.backends.hopper.sparse_prefill_launch import sparse_prefill, sparse_prefill_kernel
 from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem, Problem, SparsePrefillProblem
 
-__all__ = ["NAME", "decode", "plan_decode", "sparse_prefill", "why_not"]
+__all__ = ["NAME", "decode", "plan_decode", "record", "sparse_prefill", "why_not"]
 
 NAME = "hopper"
 
@@ -45,5 +46,13 @@ def decode(
     return _of_its_mode(problem).decode(problem, inputs, work, splits)
 
 
+def record(
+    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
+) -> RecordedCall | None:
+    """What repeats a call that `decode` has run, if it can be repeated."""
+    return _of_its_mode(problem).record(problem, inputs, work, splits)
+
+
 def _of_its_mode(problem: DecodeProblem) -> ModuleType:
-    return dense_decode_launch if problem.topk is None else sparse_decode_launch
+    is_dense = problem.topk is None and not problem.kv_format.is_quantised
+    return dense_decode_launch if is_dense else sparse_decode_launch

@@ -5,6 +5,7 @@ nothing. Units that one worker computed whole were written by the attention kern
 """
 
 import math
+from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
@@ -20,15 +21,14 @@ LOG2_E = math.log2(math.e)
 
 
 class Combine:
-    """One warp (`warps_per_row=1`, many rows) or a whole CTA (8: few rows, many splits) merges a row."""
+    """Warps own slices of rows: a whole row (`columns=512`, many rows) or a quarter (128: few rows, many splits)."""
 
-    def __init__(self, dtype: type[cutlass.Numeric], d_v: int, warps_per_row: int):
+    def __init__(self, dtype: type[cutlass.Numeric], d_v: int, columns: int):
         self.dtype = dtype
         self.d_v = d_v
-        self.chunks = d_v // (LANES * VECTOR)
-        self.warps_per_row = warps_per_row
-        self.rows_per_cta = WARPS // warps_per_row
-        self.unroll = 2 if warps_per_row == 1 else 4
+        self.chunks = columns // (LANES * VECTOR)
+        self.slices = d_v // columns  # of a row
+        self.in_flight = 6 if self.chunks == 1 else 2  # splits whose loads are issued together
 
     @cute.jit
     def __call__(
@@ -42,11 +42,13 @@ class Combine:
         lse: cute.Tensor,  # [u0, u1, r0, r1] fp32, natural log
         candidates: Int32,  # grid extent: workers, or units if by_unit
         by_unit: Int32,  # 1: look at every unit; 0: at the unit in which each worker begins its second piece
+        warps: Int32,  # that share a slice's splits: 1, 2, 4 or 8
         stream,
     ):
-        row_groups = (partial_o.shape[1] + self.rows_per_cta - 1) // self.rows_per_cta
-        self.kernel(partial_o, partial_lse, work, splits, sink, out, lse, by_unit).launch(
-            grid=(row_groups, Int32(candidates), 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True
+        slices_per_cta = WARPS // warps
+        ctas = (partial_o.shape[1] * self.slices + slices_per_cta - 1) // slices_per_cta
+        self.kernel(partial_o, partial_lse, work, splits, sink, out, lse, by_unit, Int32(warps)).launch(
+            grid=(ctas, Int32(candidates), 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -60,11 +62,12 @@ class Combine:
         out: cute.Tensor,
         lse: cute.Tensor,
         by_unit: Int32,
+        warps: Int32,
     ):
-        row_group, candidate, _ = cute.arch.block_idx()
-        lane = cute.arch.lane_idx()
+        cta, candidate, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        row = row_group * self.rows_per_cta + warp // self.warps_per_row
+        number = cta * (WARPS // warps) + warp // warps
+        row, slice = number // self.slices, number % self.slices
         rows_per_unit = partial_o.shape[1]
         rows = out.shape[2] * out.shape[3]
         passes = (rows + rows_per_unit - 1) // rows_per_unit
@@ -80,43 +83,47 @@ class Combine:
         if split == 1:
             first = splits[unit]
             count = splits[unit + 1] - first
-            if count > 0 and row < rows_per_unit and out_row < rows:
+            if count > 0:
                 cute.arch.griddepcontrol_wait()
-                self.merge_row(partial_o, partial_lse, sink, out, lse, unit // passes, out_row, first, count, row, lane)
+                exists = (row < rows_per_unit) & (out_row < rows)
+                pieces = Pieces(partial_o, partial_lse, first, count, cutlass.select_(exists, row, Int32(0)), slice)
+                self.merge_slice(pieces, sink, out, lse, unit // passes, out_row, exists, warp % warps, warps)
 
     @cute.jit
-    def merge_row(
+    def merge_slice(
         self,
-        partial_o: cute.Tensor,
-        partial_lse: cute.Tensor,
+        pieces: "Pieces",
         sink: cute.Tensor | None,
         out: cute.Tensor,
         lse: cute.Tensor,
         unit: Int32,
         out_row: Int32,
-        first: Int32,
-        count: Int32,
-        row: Int32,
-        lane: Int32,
+        exists,
+        rank: Int32,
+        warps: Int32,
     ):
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % self.warps_per_row
+        """Merge a slice as warp `rank` of those that share it; all warps of a CTA come here, rows or not."""
+        lane = cute.arch.lane_idx()
         acc = cute.make_rmem_tensor((VECTOR, self.chunks), Float32)
         acc.fill(0.0)
-        top, total = self.merged_lse(partial_lse, first, count, row, lane)
+        o = cute.make_rmem_tensor((VECTOR, self.chunks, self.in_flight), Float32)
+        self.load(pieces, rank, warps, lane, o)
+        top, total = self.merged_lse(pieces, lane)
         inv_total = cutlass.select_(total > 0.0, 1.0 / total, Float32(0.0))
+        for begin in cutlass.range(rank, pieces.count, warps * self.in_flight, unroll=1):
+            if begin != rank:
+                self.load(pieces, begin, warps, lane, o)
+            for k in range_constexpr(self.in_flight):
+                i = begin + k * warps
+                if i < pieces.count:
+                    weight = cute.math.exp2(pieces.lse(i) - top, fastmath=True) * inv_total
+                    for c in range_constexpr(self.chunks):
+                        for v in range_constexpr(VECTOR):
+                            acc[v, c] = acc[v, c] + weight * o[v, c, k]
 
-        for i in cutlass.range(warp, count, self.warps_per_row, unroll=self.unroll):
-            weight = cute.math.exp2(partial_lse[first + i, row] - top, fastmath=True) * inv_total
-            part = self.lane_view(partial_o[first + i, row, None], lane)
-            o = cute.make_rmem_tensor_like(acc)
-            cute.autovec_copy(part, o)
-            for c in range_constexpr(self.chunks):
-                for v in range_constexpr(VECTOR):
-                    acc[v, c] = acc[v, c] + weight * o[v, c]
-
-        if const_expr(self.warps_per_row > 1):
-            self.sum_over_warps(acc, warp, lane)
-        if warp == 0:
+        if warps > 1:
+            self.sum_over_warps(acc, rank, warps, lane)
+        if (rank == 0) & exists:
             u0, u1 = unit // out.shape[1], unit % out.shape[1]
             r0, r1 = out_row // out.shape[3], out_row % out.shape[3]
             row_lse = cutlass.select_(total > 0.0, (top + cute.math.log2(total)) * LN2, Float32.inf)
@@ -126,46 +133,76 @@ class Combine:
                 acc.store(acc.load() * cutlass.select_(total > 0.0, kept, Float32(0.0)))
             result = cute.make_rmem_tensor((VECTOR, self.chunks), self.dtype)
             result.store(acc.load().to(self.dtype))
-            cute.autovec_copy(result, self.lane_view(out[u0, u1, r0, r1, None], lane))
-            if lane == 0:
+            cute.autovec_copy(result, self.lane_view(out[u0, u1, r0, r1, None], pieces.slice, lane))
+            if (lane == 0) & (pieces.slice == 0):
                 lse[u0, u1, r0, r1] = row_lse
 
     @cute.jit
-    def merged_lse(self, partial_lse: cute.Tensor, first: Int32, count: Int32, row: Int32, lane: Int32):
+    def load(self, pieces: "Pieces", begin: Int32, step: Int32, lane: Int32, to: cute.Tensor):
+        """Start the loads of the partial outputs begin, begin + step, ... of a slice."""
+        for k in range_constexpr(self.in_flight):
+            i = begin + k * step
+            if i < pieces.count:
+                cute.autovec_copy(self.lane_view(pieces.o(i), pieces.slice, lane), to[None, None, k])
+
+    @cute.jit
+    def merged_lse(self, pieces: "Pieces", lane: Int32):
         """(m, s): the largest partial lse, and the sum of 2^(lse_i - m); s is 0 if no piece attended to anything."""
         top = -Float32.inf
-        for i in cutlass.range(lane, count, LANES):
-            top = cute.arch.fmax(top, partial_lse[first + i, row])
+        for i in cutlass.range(lane, pieces.count, LANES, unroll=4):
+            top = cute.arch.fmax(top, pieces.lse(i))
         top = cute.arch.warp_reduction_max(top)
         top = cutlass.select_(top == -Float32.inf, Float32(0.0), top)
         total = Float32(0.0)
-        for i in cutlass.range(lane, count, LANES):
-            total += cute.math.exp2(partial_lse[first + i, row] - top, fastmath=True)
+        for i in cutlass.range(lane, pieces.count, LANES, unroll=4):
+            total += cute.math.exp2(pieces.lse(i) - top, fastmath=True)
         return top, cute.arch.warp_reduction_sum(total)
 
     @cute.jit
-    def lane_view(self, row: cute.Tensor, lane: Int32) -> cute.Tensor:
-        """The (VECTOR, chunks) elements of a row of d_v that a lane owns."""
-        start = (row.iterator + lane * VECTOR).align(VECTOR * row.element_type.width // 8)
+    def lane_view(self, row: cute.Tensor, slice: Int32, lane: Int32) -> cute.Tensor:
+        """The (VECTOR, chunks) elements of a slice of a row of d_v that a lane owns."""
+        start = row.iterator + (slice * (self.d_v // self.slices) + lane * VECTOR)
+        start = start.align(VECTOR * row.element_type.width // 8)
         return cute.make_tensor(start, cute.make_layout((VECTOR, self.chunks), stride=(1, LANES * VECTOR)))
 
     @cute.jit
-    def sum_over_warps(self, acc: cute.Tensor, warp: Int32, lane: Int32):
-        """Add the warps' accumulators, in order, into warp 0's."""
-        layout = cute.make_layout((VECTOR, self.chunks, LANES, WARPS), stride=(1, LANES * VECTOR, VECTOR, self.d_v))
+    def sum_over_warps(self, acc: cute.Tensor, rank: Int32, warps: Int32, lane: Int32):
+        """Add the accumulators of the warps that share a slice, in order, into that of the first."""
+        layout = cute.make_layout(
+            (VECTOR, self.chunks, LANES, WARPS), stride=(1, LANES * VECTOR, VECTOR, self.d_v // self.slices)
+        )
         shared = cute.make_tensor(cute.arch.alloc_smem(Float32, cute.cosize(layout), alignment=16), layout)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         cute.autovec_copy(acc, shared[None, None, lane, warp])
         cute.arch.sync_threads()
-        if warp == 0:
+        if rank == 0:
             other = cute.make_rmem_tensor_like(acc)
-            for w in range_constexpr(1, WARPS):
-                cute.autovec_copy(shared[None, None, lane, w], other)
+            for w in cutlass.range(1, warps, unroll=1):
+                cute.autovec_copy(shared[None, None, lane, warp + w], other)
                 for c in range_constexpr(self.chunks):
                     for v in range_constexpr(VECTOR):
                         acc[v, c] = acc[v, c] + other[v, c]
 
 
-def compile_variant(dtype: str, d_v: int, warps_per_row: int) -> aot.Compiled:
+@dataclass(frozen=True)
+class Pieces:
+    """The partial results of one row of a unit."""
+
+    partial_o: cute.Tensor
+    partial_lse: cute.Tensor
+    first: Int32  # slot
+    count: Int32
+    row: Int32
+    slice: Int32  # of the row
+
+    def o(self, i: Int32) -> cute.Tensor:
+        return self.partial_o[self.first + i, self.row, None]
+
+    def lse(self, i: Int32) -> Float32:
+        return self.partial_lse[self.first + i, self.row]
+
+
+def compile_variant(dtype: str, d_v: int, columns: int) -> aot.Compiled:
     """Compile for tensors of any extents; the last dimension of `out` is dense, its rows 16-byte aligned."""
     element = getattr(cutlass, dtype)
     slots, rows, workers, units = (cute.sym_int() for _ in range(4))
@@ -178,5 +215,5 @@ def compile_variant(dtype: str, d_v: int, warps_per_row: int) -> aot.Compiled:
     out = aot.strided(element, (u0, u1, r0, r1, d_v), dense_last=True, align=16)
     lse = aot.strided(Float32, (u0, u1, r0, r1))
     return aot.compile_kernel(
-        Combine(element, d_v, warps_per_row), partial_o, partial_lse, work, splits, sink, out, lse, Int32(1), Int32(0)
+        Combine(element, d_v, columns), partial_o, partial_lse, work, splits, sink, out, lse, *[Int32(1)] * 3
     )

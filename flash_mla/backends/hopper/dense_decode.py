@@ -159,6 +159,39 @@ class Rows:
         return packed // self.group, self.kv_head * self.group + packed % self.group
 
 
+@cute.jit
+def merge_pieces(
+    dtype: cutlass.Constexpr,
+    partial_o: cute.Tensor,
+    partial_lse: cute.Tensor,
+    work: cute.Tensor,
+    splits: cute.Tensor,
+    out: cute.Tensor,
+    lse: cute.Tensor,
+    h_kv: Int32,
+    by_unit: Int32,
+    warps: Int32,
+    stream,
+):
+    """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done."""
+    (b, s_q, h_q, _), (out_b, out_s, out_h, _) = out.shape, out.stride
+    lse_b, lse_h, lse_s = lse.stride
+    group = h_q // h_kv
+    rows_out = cute.make_tensor(
+        out.iterator,
+        cute.make_layout((b, h_kv, s_q, group, D_V), stride=(out_b, out_h * group, out_s, out_h, 1)),
+    )
+    rows_lse = cute.make_tensor(
+        lse.iterator, cute.make_layout((b, h_kv, s_q, group), stride=(lse_b, lse_h * group, lse_s, lse_h))
+    )
+    candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
+    arguments = (partial_o, partial_lse, work, splits, None, rows_out, rows_lse, candidates, by_unit, warps, stream)
+    if warps == 1:
+        Combine(dtype, D_V, columns=D_V)(*arguments)
+    else:
+        Combine(dtype, D_V, columns=D_V // 4)(*arguments)
+
+
 class DenseDecode:
     def __init__(self, dtype: type[cutlass.Numeric], d: int, cluster: int):
         self.dtype = dtype
@@ -189,7 +222,7 @@ class DenseDecode:
         slots: Int32,
         batch_invariant: Int32,
         combine_by_unit: Int32,
-        combine_many_rows: Int32,
+        combine_warps: Int32,
         stream,
     ):
         chunk_layout = k_major_layout(self.dtype)
@@ -237,39 +270,9 @@ class DenseDecode:
             stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
-        self.combine(partial_o, partial_lse, work, splits, out, lse, h_kv, combine_by_unit, combine_many_rows, stream)
-
-    @cute.jit
-    def combine(
-        self,
-        partial_o: cute.Tensor,
-        partial_lse: cute.Tensor,
-        work: cute.Tensor,
-        splits: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        h_kv: Int32,
-        by_unit: Int32,
-        many_rows: Int32,
-        stream,
-    ):
-        """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done."""
-        (b, s_q, h_q, _), (out_b, out_s, out_h, _) = out.shape, out.stride
-        lse_b, lse_h, lse_s = lse.stride
-        group = h_q // h_kv
-        rows_out = cute.make_tensor(
-            out.iterator,
-            cute.make_layout((b, h_kv, s_q, group, D_V), stride=(out_b, out_h * group, out_s, out_h, 1)),
+        merge_pieces(
+            self.dtype, partial_o, partial_lse, work, splits, out, lse, h_kv, combine_by_unit, combine_warps, stream
         )
-        rows_lse = cute.make_tensor(
-            lse.iterator, cute.make_layout((b, h_kv, s_q, group), stride=(lse_b, lse_h * group, lse_s, lse_h))
-        )
-        candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
-        arguments = (partial_o, partial_lse, work, splits, None, rows_out, rows_lse, candidates, by_unit, stream)
-        if many_rows != 0:
-            Combine(self.dtype, D_V, warps_per_row=1)(*arguments)
-        else:
-            Combine(self.dtype, D_V, warps_per_row=8)(*arguments)
 
     @cute.kernel
     def kernel(

@@ -7,10 +7,12 @@ import functools
 import torch
 
 from flash_mla import kernels
-from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK, TILE, DenseDecodeConfig, dense_decode_config
+from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK, DenseDecodeConfig, dense_decode_config
 from flash_mla.backends.hopper.launch import (
     SHORT_NAME,
+    Argument,
     DecodeCall,
+    Results,
     num_sms,
     on_its_device,
     plan,
@@ -18,11 +20,12 @@ from flash_mla.backends.hopper.launch import (
     rows_aligned,
     with_aligned_rows,
 )
+from flash_mla.backends.hopper.recorded_call import RecordedCall, recorded
 from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem
 
-__all__ = ["decode", "dense_decode_kernel", "plan_decode", "why_not"]
+__all__ = ["decode", "dense_decode_kernel", "plan_decode", "record", "why_not"]
 
 
 def why_not(problem: DecodeProblem) -> str | None:
@@ -42,7 +45,9 @@ def _layout(problem: DecodeProblem) -> DenseDecodeConfig:
 
 def dense_decode_kernel(problem: DecodeProblem) -> str:
     """Name of the variant that serves a problem."""
-    return f"dense_decode_{SHORT_NAME[problem.dtype]}_{problem.d_qk}_cluster{_layout(problem).cluster}"
+    config = _layout(problem)
+    shape = f"rows{config.rows}" if config.swapped else f"cluster{config.cluster}"
+    return f"dense_decode_{SHORT_NAME[problem.dtype]}_{problem.d_qk}_{shape}"
 
 
 @on_its_device
@@ -52,7 +57,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     assert inputs.cache_seqlens is not None
     return plan(
         inputs.cache_seqlens,
-        tile=TILE,
+        tile=config.tile,
         fixed_cost=config.fixed_cost,
         num_workers=config.num_workers,
         units_per_request=problem.h_kv * config.passes,
@@ -70,24 +75,46 @@ def _dense_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_
         num_units,
         num_workers,
         unit_rows=config.unit_rows,
-        max_tiles=-(-max_pages * problem.page_size // TILE),
-        flags=(problem.causal, config.row_tiles),
+        max_tiles=-(-max_pages * problem.page_size // config.tile),
+        flags=(problem.causal,) if config.swapped else (problem.causal, config.row_tiles),
     )
 
 
 @on_its_device
-def decode(
-    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> Results:
     """Run a planned dense decode call: the attention kernel and, behind it, combine."""
-    q, k_cache, block_table, scale = inputs.q, inputs.k_cache, inputs.block_table, inputs.softmax_scale
+    q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.softmax_scale)
+    return _call(problem, inputs, work, splits).launch(inputs.out, scale, *_arguments(inputs, q, work, splits))
+
+
+@on_its_device
+def record(
+    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
+) -> RecordedCall | None:
+    """What repeats a call that `decode` has run, if it can be repeated."""
+    return recorded(_call(problem, inputs, work, splits), inputs, *_arguments(inputs, inputs.q, work, splits))
+
+
+def _call(problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> DecodeCall:
+    assert inputs.block_table is not None
+    return _dense_decode(problem, splits.shape[0] - 1, work.shape[0] - 1, inputs.block_table.shape[1])
+
+
+def _arguments(inputs: DecodeInputs, q: torch.Tensor, work: torch.Tensor, splits: torch.Tensor) -> tuple[Argument, ...]:
+    """What the kernel reads, in its order."""
+    k_cache, block_table, cache_seqlens = inputs.k_cache, inputs.block_table, inputs.cache_seqlens
     assert block_table is not None
-    assert inputs.cache_seqlens is not None
-    call = _dense_decode(problem, splits.shape[0] - 1, work.shape[0] - 1, block_table.shape[1])
-    q, scale = positive_scale(with_aligned_rows(q), scale)
+    assert cache_seqlens is not None
     if not rows_aligned(k_cache):
         raise ValueError(
             f"k_cache: got strides {list(k_cache.stride())} at address {k_cache.data_ptr():#x}, "
             "need rows of their own that begin at multiples of 16 bytes"
         )
-    return call.launch(problem, inputs.out, scale, q, k_cache, block_table, inputs.cache_seqlens, work, splits)
+    return (
+        Argument("q", q),
+        Argument("k_cache", k_cache),
+        Argument("block_table", block_table),
+        Argument("cache_seqlens", cache_seqlens),
+        Argument(None, work),
+        Argument(None, splits),
+    )

@@ -199,11 +199,14 @@ class Loader:
         """Start the copies of half a row; of zeros if `token` is 0. scales: address of the row's scales."""
         u = slots.thread % THREADS_PER_ROW
         # Thread u of a row brings a part of its scales.
-        copy_async((slots.scales(index), 0), token, self.scale_source(scales, u), self.scale_bytes)
+        copy_async(self.scale_slot(slots, index), token, self.scale_source(scales, u), self.scale_bytes)
         source = token + Int64(half * (HALF_CHUNKS * THREADS_PER_ROW * self.code_bytes) + u * self.code_bytes)
         for chunk in range(HALF_CHUNKS):
             offset = chunk * THREADS_PER_ROW * self.code_bytes
             copy_async(slots.codes(index, chunk), token, (source, offset), self.code_bytes)
+
+    def scale_slot(self, slots: Slots, index) -> tuple[Int32, int]:
+        return slots.scales(index), 0
 
     def scale_source(self, scales: Int64, u: Int32) -> tuple[Int64, int]:
         return scales + Int64(u * self.scale_bytes), self.scale_offset
@@ -281,12 +284,41 @@ class Fp8V41(Loader):
         return e8m0_scale(stored[chunk // 2], chunk % 2 * 2 + u // 2)
 
 
-class Nvfp4(Loader):
+class E2m1(Loader):
+    """512 e2m1 and 32 e4m3 scales."""
+
+    code_bytes, scale_bytes = 8, 8
+
+    def scale(self, stored: tuple, chunk: int, u: Int32) -> Uint32:
+        return e4m3_scale(stored[chunk], u)
+
+    def store(self, codes: tuple, scale: Uint32, to: tuple[Int32, Int32], offset: int) -> None:
+        for i in range(2):
+            words = (*e2m1_to_bf16(codes[i], scale), *e2m1_to_bf16(codes[i] >> 16, scale))
+            store_words(to[i], offset, words)
+
+
+class Fp4V41(E2m1):
+    """288 bytes: 512 e2m1, 32 e4m3 scales; in the slots of Fp8V41, half of whose codes' room takes the scales."""
+
+    token_bytes = 288
+    scale_offset = 256
+
+    def scale_slot(self, slots: Slots, index) -> tuple[Int32, int]:
+        address, offset = slots.codes(index, 0)
+        return address, offset + self.code_bytes
+
+    def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
+        address, offset = self.scale_slot(slots, index)
+        first = address + (2 * half - slots.thread % THREADS_PER_ROW) * slots.code_bytes
+        return (*load_words(first, offset, 2), *load_words(first, offset + slots.code_bytes, 2))
+
+
+class Nvfp4(E2m1):
     """352 bytes: 512 e2m1, 64 e4m3 of RoPE without a scale, 32 e4m3 scales."""
 
     d = 576
     token_bytes = 352
-    code_bytes, scale_bytes = 8, 8
     scale_offset = 320
     rope_offset = 256
     rope_codes = True
@@ -303,13 +335,5 @@ class Nvfp4(Loader):
     def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
         return load_words(self.row_scales(slots, index) + half * 16, 0, 4)
 
-    def scale(self, stored: tuple, chunk: int, u: Int32) -> Uint32:
-        return e4m3_scale(stored[chunk], u)
-
-    def store(self, codes: tuple, scale: Uint32, to: tuple[Int32, Int32], offset: int) -> None:
-        for i in range(2):
-            words = (*e2m1_to_bf16(codes[i], scale), *e2m1_to_bf16(codes[i] >> 16, scale))
-            store_words(to[i], offset, words)
-
     def store_rope(self, slots: Slots, index, to: tuple[Int32, Int32]) -> None:
-        super().store(load_words(self.rope_slot(slots, index), 0, 4), Float32(1.0), to, 0)
+        Loader.store(self, load_words(self.rope_slot(slots, index), 0, 4), Float32(1.0), to, 0)

@@ -16,7 +16,9 @@ from flash_mla.problem import DecodeProblem, Problem
 __all__ = [
     "LOG2_E",
     "SHORT_NAME",
+    "Argument",
     "DecodeCall",
+    "Results",
     "combine",
     "constant",
     "num_sms",
@@ -25,13 +27,16 @@ __all__ = [
     "plan",
     "positive_scale",
     "rows_aligned",
+    "template",
     "with_aligned_rows",
 ]
 
 Result = TypeVar("Result")
+Results = tuple[torch.Tensor, torch.Tensor]
 
 # From this many rows on, a warp each keeps every SM's memory pipeline full.
 ROWS_TO_FILL_A_GPU = 4096
+FEW_ROWS = 256  # up to so many, eight warps share each quarter of a row
 LOG2_E = math.log2(math.e)
 TINY_SCALE = 1e-30  # stands for 0, which would turn the -inf of a masked score into NaN
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -91,52 +96,75 @@ def combine(
     num_workers, num_units = split_plan.work.shape[0] - 1, split_plan.splits.shape[0] - 1
     if sink is None:
         sink = constant(float("-inf"), torch.float32, out.device).expand(out.shape[1], out.shape[3])
-    candidates, by_unit, many_rows = _who_looks(num_units, num_workers, partial_o.shape[1], batch_invariant)
-    kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}_{'many_rows' if many_rows else 'many_splits'}")
-    kernel(partial_o, partial_lse, split_plan.work, split_plan.splits, sink, out, lse, candidates, int(by_unit))
+    candidates, by_unit, warps = _who_merges(num_units, num_workers, partial_o.shape[1], batch_invariant)
+    kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}_{'many_rows' if warps == 1 else 'many_splits'}")
+    kernel(partial_o, partial_lse, split_plan.work, split_plan.splits, sink, out, lse, candidates, int(by_unit), warps)
 
 
-def _who_looks(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[int, bool, bool]:
-    """(how many, units rather than workers, enough rows to fill a GPU) of what combine looks at to find splits."""
-    by_unit = batch_invariant or num_units <= num_workers
+def _who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[int, bool, int]:
+    """(how many, units rather than workers) combine looks at to find splits, and warps that share the splits of a row.
+
+    One warp takes a whole row; from two on, each takes a quarter of its columns.
+    """
+    if batch_invariant:
+        return num_units, True, 2  # the order of summation must not depend on the batch
+    by_unit = num_units <= num_workers
     candidates = num_units if by_unit else num_workers
-    return candidates, by_unit, candidates * unit_rows >= ROWS_TO_FILL_A_GPU
+    rows = candidates * unit_rows
+    return candidates, by_unit, 1 if rows >= ROWS_TO_FILL_A_GPU else 2 if rows > FEW_ROWS else 8
+
+
+class Argument(NamedTuple):
+    """A tensor that a kernel reads, and which of DecodeInputs it is or is a view of, if any."""
+
+    source: str | None
+    tensor: torch.Tensor
 
 
 class DecodeCall(NamedTuple):
     """What a planned decode call needs apart from its tensors."""
 
+    name: str
     kernel: Callable[..., None]
-    out_shape: tuple[int, int, int, int]
-    lse_shape: tuple[int, int, int]
-    workspace_size: int
+    out: torch.Tensor  # these three are templates
+    lse: torch.Tensor
+    workspace: torch.Tensor
     flags: tuple[int, ...]  # the kernel's integer arguments
 
     @staticmethod
     def of(
         problem: DecodeProblem, kernel: str, num_units: int, num_workers: int, *, unit_rows: int, max_tiles: int,
-        flags: tuple[int, ...],
+        flags: tuple[int, ...], unsplit: bool = False,
     ) -> DecodeCall:  # fmt: skip
-        """The call of a kernel over a plan; `flags` are those that its mode alone has."""
-        slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
-        _, by_unit, many_rows = _who_looks(num_units, num_workers, unit_rows, problem.batch_invariant)
+        """The call of a kernel over a plan, `unsplit` if it never cuts a unit; `flags` are those its mode alone has."""
+        slots = 0
+        if not unsplit:
+            slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
+        _, by_unit, warps = _who_merges(num_units, num_workers, unit_rows, problem.batch_invariant)
+        device = problem.device
         return DecodeCall(
+            name=kernel,
             kernel=kernels.load(kernel),
-            out_shape=(problem.b, problem.s_q, problem.h_q, problem.d_v),
-            lse_shape=(problem.b, problem.h_q, problem.s_q),
-            workspace_size=slots * unit_rows * (problem.d_v + 1),
-            flags=tuple(map(int, (*flags, slots, problem.batch_invariant, by_unit, many_rows))),
+            out=template((problem.b, problem.s_q, problem.h_q, problem.d_v), problem.dtype, device),
+            lse=template((problem.b, problem.h_q, problem.s_q), torch.float32, device),
+            workspace=template((slots * unit_rows * (problem.d_v + 1),), torch.float32, device),
+            flags=tuple(map(int, (*flags, slots, problem.batch_invariant, by_unit, warps))),
         )
 
-    def launch(
-        self, problem: DecodeProblem, out: torch.Tensor | None, scale: float, *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def launch(self, out: torch.Tensor | None, scale: float, *arguments: Argument) -> Results:
         """(out, lse) of the kernel, given the tensors that it reads."""
-        written = out_with_aligned_rows(out, self.out_shape, problem)
-        lse = torch.empty(self.lse_shape, dtype=torch.float32, device=problem.device)
-        workspace = torch.empty(self.workspace_size, dtype=torch.float32, device=problem.device)
-        self.kernel(*tensors, workspace, written, lse, scale * LOG2_E, *self.flags)
+        written = out_with_aligned_rows(out, self.out)
+        lse = torch.empty_like(self.lse)
+        tensors = (argument.tensor for argument in arguments)
+        self.kernel(*tensors, torch.empty_like(self.workspace), written, lse, scale * LOG2_E, *self.flags)
         return (written if out is None or out is written else out.copy_(written)), lse
+
+
+def template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor without memory for `torch.empty_like`, which takes half the host time of `torch.empty`."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 @functools.cache
@@ -169,11 +197,9 @@ def with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if rows_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def out_with_aligned_rows(out: torch.Tensor | None, shape: tuple[int, ...], problem: Problem) -> torch.Tensor:
-    """`out` if a kernel can write it, else a new tensor."""
-    if out is not None and rows_aligned(out):
-        return out
-    return torch.empty(shape, dtype=problem.dtype, device=problem.device)
+def out_with_aligned_rows(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """`out` if a kernel can write it, else a new tensor of the template."""
+    return out if out is not None and rows_aligned(out) else torch.empty_like(like)
 
 
 def rows_aligned(tensor: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ right half of V, of block 1 with the left one, and the producers fill it togethe
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -51,6 +52,7 @@ PRODUCER_WARP = 8
 
 # Registers of a consumer and of a producer thread, with RoPE and without: what ptxas fits without spilling.
 REGISTERS = {True: (208, 88), False: (224, 56)}
+TWO_FORMAT_REGISTERS = {1: (224, 56), 2: (216, 72)}  # by CTAs of a cluster
 
 LEFT, RIGHT = 0, 1
 
@@ -84,6 +86,8 @@ class Arguments:
     out: cute.Tensor
     lse: cute.Tensor
     scale_log2: Float32
+    run: Int32
+    causal: Int32
     batch_invariant: Int32
 
     @property
@@ -102,7 +106,7 @@ class Arguments:
     def lengths(self, piece) -> tuple[Int32, Int32]:
         """Entries of the indices into the main and the extra cache that count."""
         request = piece.unit // self.passes // self.q.shape[1]
-        return self.main.length(request), self.extra.length(request)
+        return self.main.length(request, self.run), self.extra.length(request, self.run)
 
     def slot(self, piece: Piece) -> Int32:
         """Where the piece's partial result goes, or -1 if it is a whole unit."""
@@ -116,11 +120,17 @@ class Source:
 
     cache: cute.Tensor
     page_size: Int32
+    token_bytes: Int64 | int  # from one token of a page to the next
     indices: cute.Tensor
     lengths: cute.Tensor
 
-    def length(self, request: Int32) -> Int32:
-        return uniform(cutlass.max(0, cutlass.min(self.lengths[request], self.indices.shape[2])))
+    def length(self, request: Int32, run: Int32) -> Int32:
+        return uniform(cutlass.max(0, cutlass.min(self.lengths[request], self.indices.shape[2] * run)))
+
+    def prefetch_lengths(self):
+        """Bring lengths (32 a lane) to the L2 before it is known which of them are needed."""
+        first = cutlass.min(cute.arch.lane_idx() * 32, self.lengths.shape[0] - 1)
+        prefetch((self.lengths.iterator + first * self.lengths.stride[0]).toint(), 0)
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,11 @@ class Cursor:
         """Whether the tile is of the extra cache; its tiles follow those of the main one."""
         return self.tile >= tiles_of(self.length)
 
+    def position(self, lane: "Lane") -> Int32:
+        """Among the tokens of the tile's cache: of the one that a producer lane looks up."""
+        main_tiles = cutlass.select_(self.is_extra, tiles_of(self.length), Int32(0))
+        return (self.tile - main_tiles) * TILE + lane.token
+
     def __extract_mlir_values__(self):
         values = (self.unit, self.tile, self.stop, self.length, self.extra_length, self.opens)
         return [value.ir_value() for value in values]
@@ -165,28 +180,33 @@ class Tokens:
     """The token that a producer lane looks up of a tile. Lives in registers, across loops.
 
     row: address, or 0 if it is not to be attended to. scales: how much farther its scales begin, if they are apart.
+    extra: whether the tile is of the extra cache, if that is of another format.
     """
 
-    def __init__(self, row: Int64, scales: Int32 | None):
-        self.row, self.scales = row, scales
+    def __init__(self, row: Int64, scales: Int32 | None, extra: Int32 | None):
+        self.row, self.scales, self.extra = row, scales, extra
 
     def __extract_mlir_values__(self):
-        return [value.ir_value() for value in (self.row, self.scales) if value is not None]
+        return [value.ir_value() for value in (self.row, self.scales, self.extra) if value is not None]
 
     def __new_from_mlir_values__(self, values):
-        return Tokens(Int64(values[0]), None if self.scales is None else Int32(values[1]))
+        rest = iter(values[1:])
+        scales, extra = (None if value is None else Int32(next(rest)) for value in (self.scales, self.extra))
+        return Tokens(Int64(values[0]), scales, extra)
 
-    def of_lane(self, lane: Int32) -> tuple[Int64, Int64]:
-        """(row, its scales) of the token of another lane."""
+    def of_lane(self, lane: Int32) -> tuple:
+        """(row, its scales, extra) of the token of another lane."""
         row = cute.arch.shuffle_sync(self.row, lane)
-        if self.scales is None:
-            return row, row
-        return row, row + Int64(cute.arch.shuffle_sync(self.scales, lane))
+        scales = row if self.scales is None else row + Int64(cute.arch.shuffle_sync(self.scales, lane))
+        return row, scales, self.extra
 
     def unless(self, condition, other: "Tokens") -> "Tokens":
         """These tokens, or the others if the condition holds."""
-        row = cutlass.select_(condition, other.row, self.row)
-        return Tokens(row, None if self.scales is None else cutlass.select_(condition, other.scales, self.scales))
+        row, scales, extra = (
+            None if mine is None else cutlass.select_(condition, theirs, mine)
+            for mine, theirs in ((self.row, other.row), (self.scales, other.scales), (self.extra, other.extra))
+        )
+        return Tokens(row, scales, extra)
 
 
 @dataclass(frozen=True)
@@ -198,23 +218,28 @@ class Lane:
     slots: dequant.Slots  # of raw bytes
     k: Int32  # address of its columns in the first of eight rows of block 0
     plain: Int32  # address of its columns there in the chunk that is copied as it is
-    entry: Int32  # in a tile: the index that it looks up
-    index: Int32  # address of that index's value
+    token: Int32  # of a tile: the one that it looks up
+    index: Int32  # address of that token's index
 
 
 class SparseDecode:
-    def __init__(self, dtype: type[cutlass.Numeric], kv_format: str, cluster: int):
+    def __init__(self, dtype: type[cutlass.Numeric], kv_format: str, cluster: int, extra_format: str | None = None):
         self.dtype = dtype
         self.cluster = cluster
         self.loader = getattr(dequant, kv_format)(dtype)
+        # Of the extra cache, if it is of another format; its raw bytes take no other places than the main one's.
+        self.extra_loader: Any = None if extra_format is None else getattr(dequant, extra_format)(dtype)
         self.has_rope = self.loader.d > D_V
+        self.registers = REGISTERS[self.has_rope] if extra_format is None else TWO_FORMAT_REGISTERS[cluster]
+        self.scales_apart = self.loader.scales_apart
+        self.raw_bytes = self.loader.raw_bytes()
         self.octets = BLOCK // OCTET // 4 // cluster  # that each producer warp converts of a block
 
     @cute.jit
     def __call__(
         self,
         q: cute.Tensor,  # [b, s_q, h_q, d]
-        k_cache: cute.Tensor,  # [num_pages, bytes of a page]
+        k_cache: cute.Tensor,  # [num_pages, bytes of a page] uint8
         indices: cute.Tensor,  # [b, s_q, topk]
         lengths: cute.Tensor,  # [b]: entries of indices that count
         extra_cache: cute.Tensor,  # the same of a second cache
@@ -229,11 +254,13 @@ class SparseDecode:
         scale_log2: Float32,
         page_size: Int32,
         extra_page_size: Int32,
+        run: Int32,  # consecutive tokens that an index names, a multiple of itself: 1, or a page in dense decode
+        causal: Int32,  # dense decode: whether a query token sees one key more than the one before
         row_tiles: Int32,  # CTAs of a worker
-        slots: Int32,
+        slots: Int32,  # 0 if no unit is split
         batch_invariant: Int32,
         combine_by_unit: Int32,
-        combine_many_rows: Int32,
+        combine_warps: Int32,
         stream,
     ):
         by_heads = cute.make_tensor(q.iterator, cute.select(q.layout, mode=[2, 3, 1, 0]))
@@ -255,7 +282,7 @@ class SparseDecode:
             sum1: cute.struct.MemRange[Float32, ROWS]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
-            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.loader.raw_bytes()], 128]
+            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.raw_bytes], 128]
 
         self.Shared = Shared
         unit_rows = row_tiles * ROWS
@@ -268,7 +295,7 @@ class SparseDecode:
         )
         self.kernel(
             tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
-            partial_o, partial_lse, out, lse, scale_log2, page_size, extra_page_size, batch_invariant,
+            partial_o, partial_lse, out, lse, scale_log2, page_size, extra_page_size, run, causal, batch_invariant,
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -276,7 +303,8 @@ class SparseDecode:
             stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
-        self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_many_rows, stream)
+        if slots != 0:
+            self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps, stream)
 
     @cute.jit
     def combine(
@@ -289,7 +317,7 @@ class SparseDecode:
         out: cute.Tensor,
         lse: cute.Tensor,
         by_unit: Int32,
-        many_rows: Int32,
+        warps: Int32,
         stream,
     ):
         """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done."""
@@ -302,12 +330,12 @@ class SparseDecode:
         rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
         candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
         arguments = (
-            partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, candidates, by_unit, stream
+            partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, candidates, by_unit, warps, stream
         )  # fmt: skip
-        if many_rows != 0:
-            Combine(self.dtype, D_V, warps_per_row=1)(*arguments)
+        if warps == 1:
+            Combine(self.dtype, D_V, columns=D_V)(*arguments)
         else:
-            Combine(self.dtype, D_V, warps_per_row=8)(*arguments)
+            Combine(self.dtype, D_V, columns=D_V // 4)(*arguments)
 
     @cute.kernel
     def kernel(
@@ -331,6 +359,8 @@ class SparseDecode:
         scale_log2: Float32,
         page_size: Int32,
         extra_page_size: Int32,
+        run: Int32,
+        causal: Int32,
         batch_invariant: Int32,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -344,14 +374,19 @@ class SparseDecode:
             self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
         args = Arguments(
-            q, Source(k_cache, page_size, indices, lengths),
-            Source(extra_cache, extra_page_size, extra_indices, extra_lengths), sink, work, splits, partial_o,
-            partial_lse, out, lse, scale_log2, batch_invariant,
+            q, Source(k_cache, page_size, self.token_bytes(k_cache, False), indices, lengths),
+            Source(extra_cache, extra_page_size, self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
+            sink, work, splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant,
         )  # fmt: skip
+        if warp == PRODUCER_WARP:
+            cpasync.prefetch_descriptor(tma_q)
+        if warp == PRODUCER_WARP + 1:
+            for source in (args.main, args.extra):
+                source.prefetch_lengths()
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
 
-        consumer_registers, producer_registers = REGISTERS[self.has_rope]
+        consumer_registers, producer_registers = self.registers
         if warp >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(producer_registers)
             self.produce(args, shared, barriers, tma_q, q_tma, thread - PRODUCER_WARP * 32)
@@ -364,6 +399,10 @@ class SparseDecode:
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
+
+    def token_bytes(self, cache: cute.Tensor, is_extra: bool) -> Int64 | int:
+        """From one token of a page to the next."""
+        return ((self.extra_loader if is_extra else None) or self.loader).token_bytes
 
     def cluster_rank(self) -> Int32:
         return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
@@ -398,8 +437,6 @@ class SparseDecode:
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         u, row = lane % THREADS_PER_ROW, lane // THREADS_PER_ROW
         k = Int32(shared.k.data_ptr().toint()) + row * ROW_BYTES
-        # Half of the lanes look up tokens of block 0, half of block 1; the first eight of each, those of octet 0.
-        octet = self.octet(warp, lane // OCTET % 2)
         return Lane(
             warp=warp,
             row=row,
@@ -407,9 +444,15 @@ class SparseDecode:
             # Columns 16 u are the units 2 u and 2 u + 1 of a chunk's row, which the swizzle permutes.
             k=k + ((2 * u) ^ row) * UNIT,
             plain=k + (self.loader.plain_chunk or 0) * CHUNK_BYTES + (u ^ row) * UNIT,
-            entry=lane // (2 * OCTET) * BLOCK + octet * OCTET + lane % OCTET,
+            token=self.token(warp, lane),
             index=Int32(shared.indices.data_ptr().toint()) + thread * 4,
         )
+
+    def token(self, warp: Int32, lane: Int32) -> Int32:
+        """The token of a tile that a producer lane looks up: half of the lanes block 0's, half block 1's; the first
+        eight of each, those of octet 0."""
+        octet = self.octet(warp, lane // OCTET % 2)
+        return lane // (2 * OCTET) * BLOCK + octet * OCTET + lane % OCTET
 
     def octet(self, warp, i):
         """Number, in a block, of the i-th eight rows that a producer warp looks up; the first self.octets are its own.
@@ -424,28 +467,32 @@ class SparseDecode:
         right half, then the left half and RoPE. That is the order in which the consumers need and free them."""
         lane = self.lane(shared, thread)
         end = end_of_work(args.work)
-        inverses = tuple(Uint32(0xFFFFFFFF) // Uint32(source.page_size) for source in (args.main, args.extra))
+        inverses = self.inverses(args)
 
         cursor = self.settle(args, first_piece(args.work), end)
-        exists, opened = cursor.exists, cursor.unit
-        self.fetch_index(args, cursor, lane)
+        exists = cursor.exists
+        self.fetch_index(args, cursor, lane, inverses)
         cute.arch.cp_async_commit_group()
+        if exists & (lane.warp == 0):
+            self.load_q(args, shared, barriers, tma_q, q_tma, cursor.unit, Int32(0))
         wait_copies(0)
         tokens = self.locate(args, cursor, lane, inverses)
         cursor = self.next_cursor(args, cursor, end)
-        self.fetch_index(args, cursor, lane)
+        self.fetch_index(args, cursor, lane, inverses)
+        cute.arch.cp_async_commit_group()
         for i in range_constexpr(2):
             step, octet = i // self.octets, i % self.octets
             self.fetch(lane, i, Int32(step), Int32(step), tokens.of_lane(octet * OCTET + lane.row))
-        wait_copies(0)  # for the next tile's index
 
-        tiles, pieces = Int32(0), Int32(0)
+        wait_copies(2)  # for the next tile's index
+
+        tiles, pieces, opened = Int32(0), Int32(1), Int32(-1)
         while exists:
             next_tokens = self.locate(args, cursor, lane, inverses)
             next_exists = cursor.exists
             next_opened = cutlass.select_(next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
             cursor = self.next_cursor(args, cursor, end)
-            self.fetch_index(args, cursor, lane)
+            self.fetch_index(args, cursor, lane, inverses)
             attended = cute.arch.vote_ballot_sync(tokens.row != 0)
             for step in cutlass.range(4, unroll=1):
                 block, late = step // 2, step % 2
@@ -469,7 +516,14 @@ class SparseDecode:
                     to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
                     wait_copies(1)
                     cute.arch.sync_warp()
-                    self.convert(lane, index, half, late, to, next_block ^ next_late, next_late, token)
+                    following = (next_block ^ next_late, next_late, token)
+                    if const_expr(self.extra_loader is not None):
+                        if tokens.extra != 0:
+                            self.convert(self.extra_loader, lane, index, half, late, to, following)
+                        else:
+                            self.convert(self.loader, lane, index, half, late, to, following)
+                    else:
+                        self.convert(self.loader, lane, index, half, late, to, following)
                 if const_expr(self.cluster == 1):
                     cute.arch.sync_warp()
                     with cute.arch.elect_one():
@@ -483,8 +537,14 @@ class SparseDecode:
     @cute.jit
     def fetch(self, lane: Lane, index, half: Int32, late: Int32, token: tuple):
         """Start the copies of half a row into the slots number `index`."""
-        row, scales = token
-        self.loader.fetch(lane.slots, index, half, row, scales)
+        row, scales, extra = token
+        if const_expr(self.extra_loader is not None):
+            if extra != 0:
+                self.extra_loader.fetch(lane.slots, index, half, row, scales)
+            else:
+                self.loader.fetch(lane.slots, index, half, row, scales)
+        else:
+            self.loader.fetch(lane.slots, index, half, row, scales)
         if const_expr(self.loader.rope_codes):
             if late != 0:
                 self.loader.fetch_rope(lane.slots, index, row)
@@ -492,31 +552,31 @@ class SparseDecode:
 
     @cute.jit
     def convert(
-        self, lane: Lane, index, half: Int32, late: Int32, to: Int32, next_half: Int32, next_late: Int32, token: tuple
+        self, loader: cutlass.Constexpr, lane: Lane, index, half: Int32, late: Int32, to: Int32, following: tuple
     ):
-        """Half a row out of its slots, which are filled again at once, and into K at `to`."""
-        if const_expr(self.loader.rope_codes):
+        """Half a row out of its slots, which at once take the following (half, late, token), and into K at `to`."""
+        if const_expr(loader.rope_codes):
             if late != 0:
                 at = to + V_CHUNKS * CHUNK_BYTES
-                self.loader.store_rope(lane.slots, index, (at, at ^ UNIT))
-        scales = self.loader.read_scales(lane.slots, index, half)
-        codes = [self.loader.read_codes(lane.slots, index, chunk) for chunk in range(2)]
+                loader.store_rope(lane.slots, index, (at, at ^ UNIT))
+        scales = loader.read_scales(lane.slots, index, half)
+        codes = [loader.read_codes(lane.slots, index, chunk) for chunk in range(2)]
         to += half * (HALF_CHUNKS * CHUNK_BYTES)
         for chunk in range_constexpr(HALF_CHUNKS):
             if const_expr(chunk + 2 < HALF_CHUNKS):  # two chunks ahead: registers do not suffice for more
-                codes.append(self.loader.read_codes(lane.slots, index, chunk + 2))
+                codes.append(loader.read_codes(lane.slots, index, chunk + 2))
             if const_expr(chunk + 3 == HALF_CHUNKS):
-                self.fetch(lane, index, next_half, next_late, token)
-            if const_expr(self.loader.plain_chunk == HALF_CHUNKS + chunk):
+                self.fetch(lane, index, *following)
+            if const_expr(loader.plain_chunk == HALF_CHUNKS + chunk):
                 if half == 0:
-                    self.store(lane, codes[chunk], scales, to, chunk)
+                    self.store(loader, lane, codes[chunk], scales, to, chunk)
             else:
-                self.store(lane, codes[chunk], scales, to, chunk)
+                self.store(loader, lane, codes[chunk], scales, to, chunk)
 
-    def store(self, lane: Lane, codes: tuple, scales: tuple, to: Int32, chunk: int):
+    def store(self, loader: dequant.Loader, lane: Lane, codes: tuple, scales: tuple, to: Int32, chunk: int):
         """A chunk of half a row into K, the half beginning at `to`."""
-        scale = self.loader.scale(scales, chunk, lane.slots.thread % THREADS_PER_ROW)
-        self.loader.store(codes, scale, (to, to ^ UNIT), chunk * CHUNK_BYTES)
+        scale = loader.scale(scales, chunk, lane.slots.thread % THREADS_PER_ROW)
+        loader.store(codes, scale, (to, to ^ UNIT), chunk * CHUNK_BYTES)
 
     @cute.jit
     def settle(self, args, piece: Piece, end):
@@ -541,14 +601,23 @@ class SparseDecode:
             following = self.settle(args, piece, end)
         return following
 
+    def inverses(self, args) -> tuple:
+        """What `quotient` takes of the page sizes."""
+        return tuple(Uint32(0xFFFFFFFF) // Uint32(source.page_size) for source in (args.main, args.extra))
+
+    def entry(self, args, position: Int32, inverses: tuple) -> Int32:
+        """Of the indices: the one that names a token, by the token's position."""
+        return cutlass.select_(args.run == 1, position, quotient(position, args.run, inverses[0]))
+
     @cute.jit
-    def fetch_index(self, args, cursor: Cursor, lane: Lane):
-        """Start to bring the index that this lane looks up: a slot of the cache, or less than 0 if there is none."""
-        main_tiles = cutlass.select_(cursor.is_extra, tiles_of(cursor.length), Int32(0))
+    def fetch_index(self, args, cursor: Cursor, lane: Lane, inverses: tuple):
+        """Start to bring the index that this lane looks up: of a run of slots, or less than 0 if there is none."""
+        rows = args.rows(cursor)
         length = cutlass.select_(cursor.is_extra, cursor.extra_length, cursor.length)
-        entry = (cursor.tile - main_tiles) * TILE + lane.entry
-        if entry < cutlass.select_(cursor.exists, length, Int32(0)):
-            rows = args.rows(cursor)
+        length -= args.causal * (args.q.shape[1] - 1 - rows.token)
+        position = cursor.position(lane)
+        if position < cutlass.select_(cursor.exists, length, Int32(0)):
+            entry = self.entry(args, position, inverses)
             addresses = [
                 source.indices[rows.request, rows.token, None].iterator.toint() for source in (args.main, args.extra)
             ]
@@ -560,32 +629,32 @@ class SparseDecode:
     @cute.jit
     def locate(self, args, cursor: Cursor, lane: Lane, inverses: tuple):
         """The token whose index of the cursor's tile has arrived."""
-        slot = cute.arch.inline_ptx(
+        index = cute.arch.inline_ptx(
             "ld.shared.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[lane.index]
         )
+        position = cursor.position(lane)
+        slot = (index - self.entry(args, position, inverses)) * args.run + position
         extra = cursor.is_extra
         sources = (args.main, args.extra)
-        inverse, page_size, num_pages, page_bytes, base = (
+        inverse, page_size, num_pages, page_bytes, token_bytes, base = (
             cutlass.select_(extra, of_extra, of_main)
             for of_main, of_extra in (
                 inverses,
                 [source.page_size for source in sources],
                 [source.cache.shape[0] for source in sources],
                 [Int64(source.cache.stride[0]) for source in sources],
+                [Int64(source.token_bytes) for source in sources],
                 [source.cache.iterator.toint() for source in sources],
             )
         )
-        page = cute.arch.inline_ptx(
-            "mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[slot, inverse]
-        )
-        # The product falls short of the quotient by one at most.
-        page += cutlass.select_(slot - page * page_size >= page_size, Int32(1), Int32(0))
+        page = quotient(slot, page_size, inverse)
         offset = slot - page * page_size
-        row = base + Int64(page) * page_bytes + Int64(offset) * self.loader.token_bytes
+        row = base + Int64(page) * page_bytes + Int64(offset) * token_bytes
         scales = None
-        if const_expr(self.loader.scales_apart):
+        if const_expr(self.scales_apart):
             scales = (page_size - offset) * self.loader.token_bytes + offset * 8
-        return Tokens(cutlass.select_((slot >= 0) & (page < num_pages), row, Int64(0)), scales)
+        row = cutlass.select_((slot >= 0) & (page < num_pages), row, Int64(0))
+        return Tokens(row, scales, None if self.extra_loader is None else Int32(extra))
 
     @cute.jit
     def copy_plain(self, lane: Lane, tokens: Tokens, block: Int32, full: cute.Pointer):
@@ -651,7 +720,7 @@ class SparseDecode:
         cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_BYTES)
-        for chunk in range_constexpr(V_CHUNKS):
+        for chunk in cutlass.range(V_CHUNKS, unroll=1):
             cute.copy(
                 tma_q,
                 source[None, rows.head_tile, chunk, rows.token, rows.request],
@@ -686,24 +755,12 @@ class SparseDecode:
             row_sum.fill(0.0)
             if stop > piece.tile:
                 cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
-                warpgroup.fence()
-                self.issue_qk(side, f, barriers, 0, pairs & 1)
-                self.issue_qk(side, f, barriers, 1, pairs & 1)
-                warpgroup.commit_group()
-                warpgroup.wait_group(0)
-                # The last tile, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
-                # makes ptxas serialise all of them.
-                for _ in cutlass.range(piece.tile, stop - 1, unroll=1):
-                    self.pair(side, False, shared, barriers, f, m, row_sum, scale, pairs, thread)
-                    pairs += 1
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(barriers.q_empty)
-                if remains(following, end):
-                    next_tiles, next_slot = self.begin_piece(args, f, following, row0, lane)
-                self.pair(side, True, shared, barriers, f, m, row_sum, scale, pairs, thread)
-                pairs += 1
                 pieces += 1
-            elif remains(following, end):
+            for tile in cutlass.range(piece.tile, stop, unroll=1):
+                pair = self.pair_left if const_expr(side == LEFT) else self.pair_right
+                pair(shared, barriers, f, m, row_sum, scale, pairs & 1, tile + 1 == stop, thread)
+                pairs += 1
+            if remains(following, end):
                 next_tiles, next_slot = self.begin_piece(args, f, following, row0, lane)
 
             self.write(side, args, shared, f, m, row_sum, slot, args.rows(piece), thread)
@@ -798,17 +855,20 @@ class SparseDecode:
             if self.cluster > 1:
                 cute.arch.mbarrier_arrive(empty, barriers.peer)
 
-    def pair(self, side, last, shared, barriers, f, m, row_sum, scale, pairs, thread):
-        """One pair of K blocks: its scores are complete on entry; unless `last`, those of the next pair are on exit."""
-        role = self.pair_left if side == LEFT else self.pair_right
-        role(last, shared, barriers, f, m, row_sum, scale, (pairs + 1) & 1, thread)
-
-    def pair_left(self, last, shared, barriers, f, m, row_sum, scale, next_parity, thread):
+    def pair_left(self, shared, barriers, f, m, row_sum, scale, parity, closes, thread):
+        """A pair of K blocks on the left side; `closes` its piece or not."""
         n = cute.make_rmem_tensor(2, Float32)
         sums = cute.make_rmem_tensor(2, Float32)
         row = thread // 32 * 16 + thread % 32 // 4
         max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
         max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
+
+        warpgroup.fence()
+        self.issue_qk(LEFT, f, barriers, 0, parity)
+        self.issue_qk(LEFT, f, barriers, 1, parity)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+        self.free_q(barriers, closes)
 
         n[0], n[1] = m[0], m[1]
         self.hide_unattended(f.s, shared, LEFT, thread % 32)
@@ -832,31 +892,38 @@ class SparseDecode:
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 1)
         warpgroup.commit_group()
-        if last:
-            warpgroup.wait_group(0)
-            self.free(barriers, 1, LEFT)
-        else:
-            self.issue_qk(LEFT, f, barriers, 0, next_parity)
-            warpgroup.commit_group()
-            warpgroup.wait_group(1)
-            self.free(barriers, 1, LEFT)
-            self.issue_qk(LEFT, f, barriers, 1, next_parity)
-            warpgroup.commit_group()
-            warpgroup.wait_group(0)
+        warpgroup.wait_group(0)
+        self.free(barriers, 1, LEFT)
 
-    def pair_right(self, last, shared, barriers, f, m, row_sum, scale, next_parity, thread):
+    def pair_right(self, shared, barriers, f, m, row_sum, scale, parity, closes, thread):
+        """A pair of K blocks on the right side.
+
+        The left side's probabilities come between the parts of the scores: the part of K that is converted last has
+        until then, and the producers get the right half of block 0 back before it.
+        """
         n = cute.make_rmem_tensor(2, Float32)
         sums = cute.make_rmem_tensor(2, Float32)
         row = thread // 32 * 16 + thread % 32 // 4
         max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
         max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
 
+        warpgroup.fence()
+        self.issue_qk(RIGHT, f, barriers, 0, parity)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
         cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
         n[0], n[1] = max0[row], max0[row + 8]
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 0)
         warpgroup.commit_group()
+        self.issue_qk(RIGHT, f, barriers, 1, parity)
+        warpgroup.commit_group()
+        warpgroup.wait_group(1)
+        self.free(barriers, 0, RIGHT)
+        warpgroup.wait_group(0)
+        self.free_q(barriers, closes)
+
         self.hide_unattended(f.s, shared, RIGHT, thread % 32)
         softmax(f.s, f.p_scores, sums, n, scale)
         cute.arch.barrier(barrier_id=RIGHT_ONLY, number_of_threads=WARPGROUP)
@@ -864,9 +931,6 @@ class SparseDecode:
         max1[row], max1[row + 8] = n[0], n[1]
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
-        warpgroup.wait_group(0)
-        self.free(barriers, 0, RIGHT)
-
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
         self.issue_pv(f, f.p, 1)
@@ -874,12 +938,13 @@ class SparseDecode:
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
         warpgroup.wait_group(0)
         self.free(barriers, 1, RIGHT)
-        if not last:
-            warpgroup.fence()
-            self.issue_qk(RIGHT, f, barriers, 0, next_parity)
-            self.issue_qk(RIGHT, f, barriers, 1, next_parity)
-            warpgroup.commit_group()
-            warpgroup.wait_group(0)
+
+    @cute.jit
+    def free_q(self, barriers: Barriers, closes):
+        """Tell the producers that this warp has read Q for the last time in a piece, if this pair `closes` it."""
+        if closes:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barriers.q_empty)
 
     @cute.jit
     def hide_unattended(self, s: cute.Tensor, shared, block: cutlass.Constexpr, lane: Int32):
@@ -913,6 +978,8 @@ class SparseDecode:
         sum0 = shared.sum0.get_tensor(cute.make_layout(ROWS))
         sum1 = shared.sum1.get_tensor(cute.make_layout(ROWS))
         mine, other = (sum0, sum1) if const_expr(side == LEFT) else (sum1, sum0)
+        heads = [cutlass.min(rows.head_tile * ROWS + row0 + 8 * r, args.q.shape[2] - 1) for r in range(2)]
+        sinks = [args.sink[head] * LOG2_E for head in heads]  # early, for their latency
         row_sum[0], row_sum[1] = quad_sum(row_sum[0]), quad_sum(row_sum[1])
         if lane % 4 == 0:
             mine[row0], mine[row0 + 8] = row_sum[0], row_sum[1]
@@ -926,7 +993,7 @@ class SparseDecode:
         # The sums are read before the next piece may overwrite them.
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
         if slot < 0:
-            self.write_outputs(side, args, f, row_sum, inv, rows, row0, lane)
+            self.write_outputs(side, args, f, row_sum, inv, heads, sinks, rows, row0, lane)
         else:
             self.write_partials(side, args, f, row_sum, inv, slot, rows, row0, lane)
 
@@ -938,16 +1005,17 @@ class SparseDecode:
         f,
         lse2: cute.Tensor,
         inv: cute.Tensor,
+        heads: list,
+        sinks: list,
         rows,
         row0: Int32,
         lane: Int32,
     ):
         for r in range_constexpr(2):
-            exists = row0 + 8 * r < rows.count
-            head = cutlass.select_(exists, rows.head_tile * ROWS + row0 + 8 * r, Int32(0))
+            exists, head = row0 + 8 * r < rows.count, heads[r]
             seen = lse2[r] > -Float32.inf
             # exp(lse) / (exp(lse) + exp(sink))
-            kept = 1.0 / (1.0 + cute.math.exp2(args.sink[head] * LOG2_E - lse2[r], fastmath=True))
+            kept = 1.0 / (1.0 + cute.math.exp2(sinks[r] - lse2[r], fastmath=True))
             factor = cutlass.select_(seen, inv[r] * kept, Float32(0.0))
             if const_expr(side == LEFT):
                 if exists and lane % 4 == 0:
@@ -994,6 +1062,13 @@ def tiles_of(length: Int32) -> Int32:
     return (length + (TILE - 1)) // TILE
 
 
+def quotient(n: Int32, divisor: Int32, inverse: Uint32) -> Int32:
+    """n // divisor of n >= 0, given (2^32 - 1) // divisor."""
+    q = cute.arch.inline_ptx("mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[n, inverse])
+    # The product falls short of the quotient by one at most.
+    return q + cutlass.select_(n - q * divisor >= divisor, Int32(1), Int32(0))
+
+
 def push_octet(source: Int32, there: Int32, full_there: Int32) -> None:
     """Copy eight rows of a chunk, one swizzle atom, to the peer's shared memory, `there` farther."""
     cute.arch.inline_ptx(
@@ -1009,6 +1084,11 @@ def remote(address: Int32, peer: Int32) -> Int32:
         "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, peer]
     )
     return cute.arch.make_warp_uniform(there)
+
+
+def prefetch(address: Int64, offset: int) -> None:
+    """Start to bring the line of a global address to the L2."""
+    cute.arch.inline_ptx(f"prefetch.global.L2 [{{$r0}}+{offset}];", read_only_args=[address])
 
 
 def wait_copies(pending: int) -> None:
@@ -1040,24 +1120,27 @@ def write_16bit_row(o: cute.Tensor, r: cutlass.Constexpr, factor: Float32, to: c
             cute.autovec_copy(values, cute.make_tensor((start + group * 32).align(16), cute.make_layout(8)))
 
 
-def compile_variant(dtype: str, kv_format: str, cluster: int) -> aot.Compiled:
+def compile_variant(dtype: str, kv_format: str, cluster: int, extra_format: str | None = None) -> aot.Compiled:
     """Compile for tensors of any extents whose rows, tokens and pages are 16-byte aligned."""
-    element = getattr(cutlass, dtype)
-    loader = getattr(dequant, kv_format)
+    kernel = SparseDecode(getattr(cutlass, dtype), kv_format, cluster, extra_format)
+    caches = [aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16) for _ in range(2)]
+    return compile_for(kernel, kernel.loader.d, caches)
+
+
+def compile_for(kernel: SparseDecode, d: int, caches: list) -> aot.Compiled:
+    """Compile for descriptions of the main and the extra cache, and queries of head dim d."""
     b, s_q, h_q = (cute.sym_int() for _ in range(3))
-    q = aot.strided(element, (b, s_q, h_q, loader.d), dense_last=True, align=16)
+    q = aot.strided(kernel.dtype, (b, s_q, h_q, d), dense_last=True, align=16)
     sources = []
-    for _ in range(2):
-        k_cache = aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16)
+    for cache in caches:
         indices = aot.strided(Int32, (b, s_q, cute.sym_int()), dense_last=True)
-        sources += [k_cache, indices, aot.strided(Int32, (b,))]
+        sources += [cache, indices, aot.strided(Int32, (b,))]
     sink = aot.strided(Float32, (h_q,))
     work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
     splits = aot.compact(Int32, (cute.sym_int(),))
     workspace = aot.compact(Float32, (cute.sym_int(),), align=16)
-    out = aot.strided(element, (b, s_q, h_q, D_V), dense_last=True, align=16)
+    out = aot.strided(kernel.dtype, (b, s_q, h_q, D_V), dense_last=True, align=16)
     lse = aot.strided(Float32, (b, h_q, s_q))
     return aot.compile_kernel(
-        SparseDecode(element, kv_format, cluster), q, *sources, sink, work, splits, workspace, out, lse,
-        Float32(1.0), *[Int32(0)] * 7,
-    )  # fmt: skip
+        kernel, q, *sources, sink, work, splits, workspace, out, lse, Float32(1.0), *[Int32(0)] * 9
+    )

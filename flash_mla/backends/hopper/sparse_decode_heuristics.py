@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 __all__ = ["SparseDecodeConfig", "cluster_size", "sparse_decode_config"]
 
@@ -19,12 +20,12 @@ COMBINE_COST = 3
 class SparseDecodeConfig:
     """How sparse decode is laid out on a GPU."""
 
-    cluster: int  # CTAs that convert half of the rows each and share them
     row_tiles: int  # CTAs of a worker: tiles of 64 heads taken side by side
     passes: int  # units that the heads of a query token make
     num_workers: int
-    fixed_cost: int  # of starting a piece, in tiles
+    fixed_cost: int  # of starting a piece, in tiles; 0 only if no unit is empty
     min_cost: int  # range of the plan that is worth a worker, in tiles
+    unsplit: bool  # whether every cut of the plan falls between units
 
     @property
     def unit_rows(self) -> int:
@@ -33,7 +34,7 @@ class SparseDecodeConfig:
 
 
 def cluster_size(h_q: int) -> int:
-    """CTAs that take the heads of a query token side by side and convert its rows together."""
+    """CTAs that take the heads of a query token side by side; of a quantised cache, they convert its rows together."""
     return 1 if h_q <= ROWS else 2
 
 
@@ -41,18 +42,23 @@ def cluster_size(h_q: int) -> int:
 def sparse_decode_config(queries: int, h_q: int, tiles: int | None, num_sms: int) -> SparseDecodeConfig:
     """The layout for `queries` query tokens of h_q heads, of `tiles` tiles each, or None where lengths differ.
 
-    Units of equal length are best kept whole if that leaves few SMs idle for not too long.
+    Units of equal length are best kept whole if that leaves few SMs idle for not too long. Fewer units than workers are
+    cut alike into pieces of at most so many tiles, one for each worker, whose starting costs then do not count.
     """
-    row_tiles = cluster = cluster_size(h_q)
+    row_tiles = cluster_size(h_q)
     passes = -(-h_q // (row_tiles * ROWS))
     units, workers = queries * passes, num_sms // row_tiles
-    num_workers = workers
-    if tiles is not None:
-        rounds = -(-units // workers)
-        whole = rounds * (tiles + FIXED_COST)
-        split = units * (tiles + FIXED_COST) / workers + FIXED_COST + COMBINE_COST
-        if whole <= split:
-            num_workers = -(-units // rounds)
-            # Cuts fall on units only if every worker gets as many.
-            num_workers = num_workers if num_workers * rounds == units else workers
-    return SparseDecodeConfig(cluster, row_tiles, passes, num_workers, FIXED_COST, min_cost=1)
+    balanced = SparseDecodeConfig(row_tiles, passes, workers, FIXED_COST, min_cost=1, unsplit=False)
+    if not tiles:
+        return balanced
+    rounds = -(-units // workers)
+    piece = -(-tiles // max(1, workers // units))
+    whole = rounds * (tiles + FIXED_COST)
+    alike = FIXED_COST + piece + COMBINE_COST if piece < tiles else math.inf
+    split = units * (tiles + FIXED_COST) / workers + FIXED_COST + COMBINE_COST
+    if alike <= min(whole, split):
+        return replace(balanced, num_workers=units * -(-tiles // piece), fixed_cost=0)
+    # Cuts fall on units only if every worker gets as many.
+    if whole <= split and units % rounds == 0:
+        return replace(balanced, num_workers=units // rounds, unsplit=True)
+    return balanced

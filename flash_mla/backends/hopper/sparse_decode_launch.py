@@ -1,15 +1,20 @@
-"""Torch-level launches of token-sparse decode on Hopper."""
+"""Torch-level launches of token-sparse decode on Hopper, and of dense decode over a quantised cache.
+
+The same kernels do both: to them a block table is indices that name whole pages."""
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
 from flash_mla import kernels
 from flash_mla.backends.hopper.launch import (
     SHORT_NAME,
+    Argument,
     DecodeCall,
+    Results,
     constant,
     num_sms,
     on_its_device,
@@ -17,6 +22,7 @@ from flash_mla.backends.hopper.launch import (
     positive_scale,
     with_aligned_rows,
 )
+from flash_mla.backends.hopper.recorded_call import RecordedCall, recorded
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
     TILE,
     SparseDecodeConfig,
@@ -27,42 +33,86 @@ from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem
 
-__all__ = ["decode", "plan_decode", "sparse_decode_kernel", "why_not"]
+__all__ = ["decode", "plan_decode", "record", "sparse_decode_kernel", "why_not"]
 
-FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
+# (main, extra) of the calls whose caches are of two formats.
+TWO_FORMATS = ((KVCacheFormat.FP8_V41, KVCacheFormat.FP4_V41),)
+
+
+class _Names(NamedTuple):
+    """What names the tokens of a cache to attend to."""
+
+    indices: Argument  # [b, s_q, n] int32
+    lengths: Argument  # [b] int32: how many tokens count; perhaps more than are named, or less than 0
+    tokens: int  # that the indices name
+    all_count: bool  # whether lengths says no more than tokens does
 
 
 def why_not(problem: DecodeProblem) -> str | None:
-    """The reason there is no kernel for a sparse problem, or None."""
-    if problem.kv_format not in FORMATS:
-        return f"no Hopper kernel for sparse decode over {problem.kv_format.name} yet"
-    if problem.extra_format not in (None, problem.kv_format):
-        return f"no Hopper kernel for {problem.extra_format.name} beside {problem.kv_format.name} yet"
-    if problem.dtype != torch.bfloat16:
-        return f"no Hopper kernel for sparse decode of {problem.dtype} queries over {problem.kv_format.name}"
-    return kernels.unavailable(sparse_decode_kernel(problem, cluster_size(problem.h_q)))
+    """The reason there is no kernel for a sparse problem or one over a quantised cache, or None."""
+    formats = _formats(problem)
+    if len(formats) > 1 and formats not in TWO_FORMATS:
+        return f"no Hopper kernel for {formats[1].name} beside {formats[0].name} yet"
+    if problem.kv_format.is_quantised and problem.dtype != torch.bfloat16:
+        return f"no Hopper kernel for {problem.mode} of {problem.dtype} queries over {problem.kv_format.name}"
+    return kernels.unavailable(sparse_decode_kernel(problem))
 
 
-def sparse_decode_kernel(problem: DecodeProblem, cluster: int) -> str:
+def sparse_decode_kernel(problem: DecodeProblem) -> str:
     """Name of the variant that serves a problem."""
-    return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{problem.kv_format.value}_cluster{cluster}"
+    if not problem.kv_format.is_quantised:
+        return f"sparse_decode_{problem.kv_format.value}_{problem.d_qk}"
+    formats = "_".join(kv_format.value for kv_format in _formats(problem))
+    return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{formats}_cluster{cluster_size(problem.h_q)}"
 
 
-def _max_tiles(problem: DecodeProblem) -> int:
-    """Tiles of a query token, if all of its indices count."""
-    return sum(-(-topk // TILE) for topk in (problem.topk, problem.extra_topk) if topk is not None)
+def _formats(problem: DecodeProblem) -> tuple[KVCacheFormat, ...]:
+    """The different formats of the caches, the main one's first."""
+    if problem.extra_format in (None, problem.kv_format):
+        return (problem.kv_format,)
+    return problem.kv_format, problem.extra_format
+
+
+def _tiles(*tokens: int) -> int:
+    """Tiles of a query token that attends to so many tokens of each cache."""
+    return sum(-(-n // TILE) for n in tokens)
 
 
 @functools.lru_cache(maxsize=1024)
 def _layout(problem: DecodeProblem) -> SparseDecodeConfig:
-    equal = not (problem.has_topk_length or problem.has_extra_topk_length)
-    tiles = _max_tiles(problem) if equal else None
+    equal = problem.topk is not None and not (problem.has_topk_length or problem.has_extra_topk_length)
+    tiles = _tiles(problem.topk or 0, problem.extra_topk or 0) if equal else None
     return sparse_decode_config(problem.b * problem.s_q, problem.h_q, tiles, num_sms(problem.device))
 
 
-def _lengths(problem: DecodeProblem, given: torch.Tensor | None, topk: int | None) -> torch.Tensor:
-    """[b] int32: how many indices count; perhaps more than there are, or less than 0."""
-    return constant(topk or 0, torch.int32, problem.device).expand(problem.b) if given is None else given
+def _names(problem: DecodeProblem, inputs: DecodeInputs) -> tuple[_Names, _Names]:
+    """Of the main and of the extra cache."""
+    if inputs.indices is None:
+        assert inputs.block_table is not None
+        assert inputs.cache_seqlens is not None
+        pages = inputs.block_table[:, None].expand(-1, problem.s_q, -1)
+        lengths = Argument("cache_seqlens", inputs.cache_seqlens)
+        main = _Names(Argument("block_table", pages), lengths, pages.shape[2] * problem.page_size, all_count=False)
+    else:
+        main = _sparse_names(problem, inputs, "indices", "topk_length")
+    if inputs.extra_indices is None:
+        source, indices = main.indices
+        none = Argument(source, indices[..., :0])
+        return main, _Names(none, _constant_length(problem, 0), 0, all_count=True)
+    return main, _sparse_names(problem, inputs, "extra_indices", "extra_topk_length")
+
+
+def _sparse_names(problem: DecodeProblem, inputs: DecodeInputs, indices: str, lengths: str) -> _Names:
+    """Of the cache that these inputs name the tokens of."""
+    named, counts = Argument(indices, getattr(inputs, indices)), getattr(inputs, lengths)
+    topk = named.tensor.shape[2]
+    if counts is not None:
+        return _Names(named, Argument(lengths, counts), topk, all_count=False)
+    return _Names(named, _constant_length(problem, topk), topk, all_count=True)
+
+
+def _constant_length(problem: DecodeProblem, topk: int) -> Argument:
+    return Argument(None, constant(topk, torch.int32, problem.device).expand(problem.b))
 
 
 @on_its_device
@@ -70,11 +120,8 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     """Plan a decode call on the device."""
     config = _layout(problem)
     lengths, extra_lengths = (
-        _lengths(problem, given, topk) if given is None else given.clamp(0, topk)
-        for given, topk in (
-            (inputs.topk_length, problem.topk),
-            (inputs.extra_topk_length, problem.extra_topk),
-        )
+        names.lengths.tensor if names.all_count else names.lengths.tensor.clamp(0, names.tokens)
+        for names in _names(problem, inputs)
     )
     return plan(
         lengths,
@@ -89,46 +136,82 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
 
 
 @functools.lru_cache(maxsize=1024)
-def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int) -> DecodeCall:
+def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_tiles: int) -> DecodeCall:
     config = _layout(problem)
     return DecodeCall.of(
         problem,
-        sparse_decode_kernel(problem, config.cluster),
+        sparse_decode_kernel(problem),
         num_units,
         num_workers,
         unit_rows=config.unit_rows,
-        max_tiles=_max_tiles(problem),
-        flags=(problem.page_size, problem.extra_page_size or problem.page_size, config.row_tiles),
+        max_tiles=max_tiles,
+        flags=(
+            problem.page_size,
+            problem.extra_page_size or problem.page_size,
+            problem.page_size if problem.topk is None else 1,  # tokens that an index names
+            problem.causal,
+            config.row_tiles,
+        ),
+        unsplit=config.unsplit and not problem.batch_invariant,
     )
 
 
 @on_its_device
-def decode(
-    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a planned sparse decode call: the attention kernel and, behind it, combine."""
+def decode(problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> Results:
+    """Run a planned call: the attention kernel and, behind it, combine."""
     q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.softmax_scale)
-    call = _sparse_decode(problem, splits.shape[0] - 1, work.shape[0] - 1)
-    pages = _pages("k_cache", inputs.k_cache)
-    assert inputs.indices is not None
-    extra_pages, extra_indices = pages, inputs.indices  # stand in for what is absent
+    call, arguments = _call(problem, inputs, q, work, splits)
+    return call.launch(inputs.out, scale, *arguments)
+
+
+@on_its_device
+def record(
+    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
+) -> RecordedCall | None:
+    """What repeats a call that `decode` has run, if it can be repeated."""
+    call, arguments = _call(problem, inputs, inputs.q, work, splits)
+    return recorded(call, inputs, *arguments)
+
+
+def _call(
+    problem: DecodeProblem, inputs: DecodeInputs, q: torch.Tensor, work: torch.Tensor, splits: torch.Tensor
+) -> tuple[DecodeCall, tuple[Argument, ...]]:
+    """The call over a plan, and what its kernel reads, in its order."""
+    main, extra = _names(problem, inputs)
+    max_tiles = _tiles(main.tokens, extra.tokens)
+    pages = extra_pages = Argument("k_cache", _pages("k_cache", problem.kv_format, inputs.k_cache))
     if inputs.extra_k_cache is not None:
-        assert inputs.extra_indices is not None
-        extra_pages, extra_indices = _pages("extra_k_cache", inputs.extra_k_cache), inputs.extra_indices
-    sink = inputs.attn_sink
-    if sink is None:
-        sink = constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q)
-    return call.launch(
-        problem, inputs.out, scale,
-        q, pages, inputs.indices, _lengths(problem, inputs.topk_length, problem.topk),
-        extra_pages, extra_indices, _lengths(problem, inputs.extra_topk_length, problem.extra_topk),
-        sink, work, splits,
-    )  # fmt: skip
+        assert problem.extra_format is not None
+        extra_pages = Argument("extra_k_cache", _pages("extra_k_cache", problem.extra_format, inputs.extra_k_cache))
+    if inputs.attn_sink is None:
+        sink = Argument(None, constant(float("-inf"), torch.float32, problem.device).expand(problem.h_q))
+    else:
+        sink = Argument("attn_sink", inputs.attn_sink)
+    return _sparse_decode(problem, splits.shape[0] - 1, work.shape[0] - 1, max_tiles), (
+        Argument("q", q),
+        pages,
+        main.indices,
+        main.lengths,
+        extra_pages,
+        extra.indices,
+        extra.lengths,
+        sink,
+        Argument(None, work),
+        Argument(None, splits),
+    )
 
 
-def _pages(name: str, cache: torch.Tensor) -> torch.Tensor:
-    """The bytes of a cache: [num_pages, bytes of a page] uint8, a view."""
-    pages = cache.view(torch.uint8).flatten(1)
+def _pages(name: str, kv_format: KVCacheFormat, cache: torch.Tensor) -> torch.Tensor:
+    """A cache as uint8, a view: [num_pages, bytes of a page], or [num_pages, page_size, bytes] of a plain one."""
+    pages = cache.view(torch.uint8)
+    if not kv_format.is_quantised:
+        if pages.data_ptr() % 16 or any(stride % 16 for stride in pages.stride()[:2]):
+            raise ValueError(
+                f"{name}: got strides {list(cache.stride())} at address {cache.data_ptr():#x}, "
+                "need rows that begin at multiples of 16 bytes"
+            )
+        return pages[:, :, 0]
+    pages = pages.flatten(1)
     if len(pages) == 1:  # its stride means nothing
         pages = pages.as_strided(pages.shape, (-(-pages.shape[1] // 16) * 16, 1))
     if pages.data_ptr() % 16 or pages.stride(0) % 16:

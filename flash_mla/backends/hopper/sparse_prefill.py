@@ -252,8 +252,8 @@ class SparsePrefill(Seesaw):
         units = unit_slots.shape[0] - 1
         no_work = cute.make_tensor(unit_slots.iterator, cute.make_layout((1, 4)))  # every unit is looked at
         MergeMaxLogits()(partial_max, rows_max, splits, stream)
-        Combine(self.dtype, D_V, warps_per_row=8)(
-            partial_o, partial_lse, no_work, unit_slots, sinks, rows_out, rows_lse, units, Int32(1), stream
+        Combine(self.dtype, D_V, columns=D_V // 4)(
+            partial_o, partial_lse, no_work, unit_slots, sinks, rows_out, rows_lse, units, Int32(1), Int32(2), stream
         )
 
     @cute.kernel

@@ -18,6 +18,7 @@ from flash_mla.backends.hopper.launch import (
     on_its_device,
     out_with_aligned_rows,
     positive_scale,
+    template,
     with_aligned_rows,
 )
 from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, SparsePrefillConfig, sparse_prefill_config
@@ -34,40 +35,46 @@ def sparse_prefill_kernel(dtype: torch.dtype, d: int) -> str:
 
 
 class _Call(NamedTuple):
-    """What a call needs apart from its tensors."""
+    """What calls that differ in kv and scale alone need apart from their tensors."""
 
     kernel: Callable[..., None]
     config: SparsePrefillConfig
+    out: torch.Tensor  # these three are templates
+    max_logits: torch.Tensor
+    workspace: torch.Tensor
     unit_slots: torch.Tensor  # [split_units + 1] int32
     all_indices: torch.Tensor  # [s_q] int32: topk, for calls without topk_length
     no_sink: torch.Tensor  # [h_q] fp32: -inf, for calls without attn_sink
 
 
 @functools.lru_cache(maxsize=1024)
-def _call(problem: SparsePrefillProblem) -> _Call:
-    device = problem.device
-    config = sparse_prefill_config(problem.s_q, problem.h_q, problem.topk, num_sms(device))
+def _call(device: torch.device, dtype: torch.dtype, s_q: int, h_q: int, d_qk: int, d_v: int, topk: int) -> _Call:
+    config = sparse_prefill_config(s_q, h_q, topk, num_sms(device))
     return _Call(
-        kernel=kernels.load(sparse_prefill_kernel(problem.dtype, problem.d_qk)),
+        kernel=kernels.load(sparse_prefill_kernel(dtype, d_qk)),
         config=config,
+        out=template((s_q, h_q, d_v), dtype, device),
+        max_logits=template((s_q, h_q), torch.float32, device),
+        workspace=template((config.slots * ROWS * (d_v + 2),), torch.float32, device),
         unit_slots=torch.arange(config.split_units + 1, dtype=torch.int32, device=device) * config.splits,
-        all_indices=constant(problem.topk, torch.int32, device).expand(problem.s_q),
-        no_sink=constant(-math.inf, torch.float32, device).expand(problem.h_q),
+        all_indices=constant(topk, torch.int32, device).expand(s_q),
+        no_sink=constant(-math.inf, torch.float32, device).expand(h_q),
     )
 
 
 @on_its_device
 def sparse_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> Results:
     """(out [s_q, h_q, d_v], max_logits [s_q, h_q] fp32, lse [s_q, h_q] fp32)."""
-    out = out_with_aligned_rows(inputs.out, (problem.s_q, problem.h_q, problem.d_v), problem)
-    max_logits = torch.empty(problem.s_q, problem.h_q, dtype=torch.float32, device=problem.device)
-    lse = torch.empty_like(max_logits)
+    p = problem
+    call = _call(p.device, p.dtype, p.s_q, p.h_q, p.d_qk, p.d_v, p.topk)
+    out = out_with_aligned_rows(inputs.out, call.out)
+    max_logits, lse = torch.empty_like(call.max_logits), torch.empty_like(call.max_logits)
     if problem.s_kv == 0 or problem.topk == 0:
         out.zero_()
         max_logits.fill_(-math.inf)
         lse.fill_(math.inf)
     else:
-        _launch(_call(problem), inputs, out, max_logits, lse)
+        _launch(call, inputs, out, max_logits, lse)
     if inputs.out is not None and inputs.out is not out:
         out = inputs.out.copy_(out)
     return out, max_logits, lse
@@ -78,8 +85,6 @@ def _launch(
 ) -> None:
     q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.sm_scale)
     config = call.config
-    slots = config.slots
-    workspace = torch.empty(slots * ROWS * (out.shape[-1] + 2), dtype=torch.float32, device=out.device)
     call.kernel(
         q,
         with_aligned_rows(inputs.kv[:, 0]),
@@ -89,7 +94,7 @@ def _launch(
         out,
         max_logits,
         lse,
-        workspace,
+        torch.empty_like(call.workspace),
         call.unit_slots,
         scale * LOG2_E,
         config.workers,

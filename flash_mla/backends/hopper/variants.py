@@ -22,10 +22,10 @@ class Variant:
 
 COMBINE = {
     f"combine_{short}_{shape}": Variant(
-        "flash_mla.backends.hopper.combine", 80, {"dtype": dtype, "d_v": 512, "warps_per_row": warps}
+        "flash_mla.backends.hopper.combine", 80, {"dtype": dtype, "d_v": 512, "columns": columns}
     )
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
-    for shape, warps in (("many_rows", 1), ("many_splits", 8))
+    for shape, columns in (("many_rows", 512), ("many_splits", 128))
 }
 
 PLANNER = {
@@ -43,6 +43,15 @@ DENSE_DECODE = {
     for cluster in (1, 2)
 }
 
+DENSE_DECODE |= {
+    f"dense_decode_{short}_{d}_rows{rows}": Variant(
+        "flash_mla.backends.hopper.dense_decode_few_rows", 168, {"dtype": dtype, "d": d, "rows": rows}
+    )
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
+    for d in (576, 512)
+    for rows in (16, 32, 64)
+}
+
 SPARSE_PREFILL = {
     f"sparse_prefill_{short}_{d}": Variant("flash_mla.backends.hopper.sparse_prefill", 168, {"dtype": dtype, "d": d})
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
@@ -57,6 +66,28 @@ SPARSE_DECODE = {
     )
     for short, kv_format in (("fp8_v32", "Fp8V32"), ("fp8_v4", "Fp8V4"), ("fp8_v41", "Fp8V41"), ("nvfp4", "Nvfp4"))
     for cluster in (1, 2)
+} | {
+    f"sparse_decode_bf16_fp8_v41_fp4_v41_cluster{cluster}": Variant(
+        "flash_mla.backends.hopper.sparse_decode",
+        168,
+        {"dtype": "BFloat16", "kv_format": "Fp8V41", "extra_format": "Fp4V41", "cluster": cluster},
+    )
+    for cluster in (1, 2)
 }
 
-VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER, **DENSE_DECODE, **SPARSE_DECODE, **SPARSE_PREFILL}
+PLAIN_SPARSE_DECODE = {
+    f"sparse_decode_{short}_{d}": Variant(
+        "flash_mla.backends.hopper.plain_sparse_decode", 168, {"dtype": dtype, "d": d}
+    )
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
+    for d in (576, 512)
+}
+
+VARIANTS: dict[str, Variant] = {
+    **COMBINE,
+    **PLANNER,
+    **DENSE_DECODE,
+    **SPARSE_DECODE,
+    **PLAIN_SPARSE_DECODE,
+    **SPARSE_PREFILL,
+}

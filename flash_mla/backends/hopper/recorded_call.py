@@ -1,0 +1,72 @@
+"""Repeat a planned decode call without Python work on each of its tensors; recorded_call.c does it.
+
+Checking a call and handing its tensors over takes Python longer than launching its kernels. Once a call has run, its
+record holds how its tensors are laid out and what the kernel was given for them; a later call that looks the same is
+compared and launched in one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from flash_mla import kernels
+from flash_mla.backends.hopper.launch import LOG2_E, Argument, DecodeCall, Results, rows_aligned
+from flash_mla.problem import DecodeInputs
+
+__all__ = ["RecordedCall", "recorded"]
+
+# Of a call's tensors, in the order of DecodeInputs, and its scale: its results, or None if it does not look the same.
+RecordedCall = Callable[[tuple[torch.Tensor | None, ...], float], Results | None]
+
+OUT = DecodeInputs._fields.index("out")
+LSE, SCALE = OUT + 1, OUT + 2  # follow the tensors of DecodeInputs in what is repeated
+CONSTANT, WORKSPACE = -1, -2
+
+
+def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> RecordedCall | None:
+    """What repeats a call on its device, the current one.
+
+    Args:
+        call: launched before.
+        inputs: its inputs.
+        arguments: what its kernel reads, but with q as in `inputs`.
+
+    Returns:
+        None if the kernel read or wrote copies of q or out, or if a tensor cannot be handed over.
+    """
+    out = torch.empty_like(call.out) if inputs.out is None else inputs.out
+    if not (rows_aligned(inputs.q) and rows_aligned(out) and inputs.softmax_scale > 0.0):
+        return None
+    lse = torch.empty_like(call.lse)
+    given = (*inputs[:OUT], out, lse, 1.0)
+    kernel_arguments = (
+        *((CONSTANT if source is None else DecodeInputs._fields.index(source), tensor) for source, tensor in arguments),
+        (WORKSPACE, torch.empty_like(call.workspace)),
+        (OUT, out),
+        (LSE, lse),
+        (SCALE, 1.0),
+        *((CONSTANT, flag) for flag in call.flags),
+    )
+    record_call = kernels.load(call.name, "record_call")
+    try:
+        replay = record_call(call.kernel, len(given), *given, *(value for pair in kernel_arguments for value in pair))
+    except (BufferError, RuntimeError, ValueError):  # an older torch's DLPack may lack a dtype, or allocation
+        return None
+    device = out.device.index
+
+    def repeat(tensors: tuple[torch.Tensor | None, ...], scale: float) -> Results | None:
+        if scale <= 0.0 or torch.cuda.current_device() != device:
+            return None
+        out = tensors[OUT]
+        if out is None:
+            out = torch.empty_like(call.out)
+        lse = torch.empty_like(call.lse)
+        try:
+            done = replay(*tensors[:OUT], out, lse, scale * LOG2_E)
+        except (BufferError, RuntimeError, TypeError, ValueError):  # which a full check of the call explains
+            return None
+        return (out, lse) if done else None
+
+    return repeat
