@@ -27,6 +27,11 @@ def uniform(value: Int32) -> Int32:
     return cute.arch.make_warp_uniform(value)
 
 
+def anew(value: Int32) -> Int32:
+    """The same value, as far as the compiler knows another: what is computed from it is not kept across loops."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value])
+
+
 def first_piece(work: cute.Tensor) -> Piece:
     """Where this worker (the CTA's row of the grid) begins."""
     worker = cute.arch.block_idx()[1]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["SparseDecodeConfig", "cluster_size", "sparse_decode_config"]
+__all__ = ["SparseDecodeConfig", "cluster_size", "few_heads", "sparse_decode_config"]
 
-ROWS = 64  # query heads of a CTA
+ROWS = 64  # query heads of a CTA, unless there are few
+FEW_HEADS = (8, 16, 32)  # that there are kernels of swapped operands for
 TILE = 128  # tokens in a tile of the plan
 
 # In tiles: what starting a piece costs, and what merging split units adds to a call.
@@ -20,7 +21,8 @@ class SparseDecodeConfig:
     """How sparse decode is laid out on a GPU."""
 
     cluster: int  # CTAs that convert half of the rows each and share them
-    row_tiles: int  # CTAs of a worker: tiles of 64 heads taken side by side
+    rows: int  # query heads of a CTA
+    row_tiles: int  # CTAs of a worker: tiles of `rows` heads taken side by side
     passes: int  # units that the heads of a query token make
     num_workers: int
     fixed_cost: int  # of starting a piece, in tiles
@@ -29,7 +31,12 @@ class SparseDecodeConfig:
     @property
     def unit_rows(self) -> int:
         """Rows of a unit of the plan."""
-        return self.row_tiles * ROWS
+        return self.row_tiles * self.rows
+
+
+def few_heads(h_q: int) -> int | None:
+    """Heads of the smallest kernel of swapped operands that takes h_q heads, or None if there are too many."""
+    return next((heads for heads in FEW_HEADS if h_q <= heads), None)
 
 
 def cluster_size(h_q: int) -> int:
@@ -38,13 +45,15 @@ def cluster_size(h_q: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def sparse_decode_config(queries: int, h_q: int, tiles: int | None, num_sms: int) -> SparseDecodeConfig:
+def sparse_decode_config(
+    queries: int, h_q: int, tiles: int | None, num_sms: int, rows: int = ROWS
+) -> SparseDecodeConfig:
     """The layout for `queries` query tokens of h_q heads, of `tiles` tiles each, or None where lengths differ.
 
-    Units of equal length are best kept whole if that leaves few SMs idle for not too long.
+    A CTA takes `rows` heads. Units of equal length are best kept whole if that leaves few SMs idle for not too long.
     """
     row_tiles = cluster = cluster_size(h_q)
-    passes = -(-h_q // (row_tiles * ROWS))
+    passes = -(-h_q // (row_tiles * rows))
     units, workers = queries * passes, num_sms // row_tiles
     num_workers = workers
     if tiles is not None:
@@ -55,4 +64,4 @@ def sparse_decode_config(queries: int, h_q: int, tiles: int | None, num_sms: int
             num_workers = -(-units // rounds)
             # Cuts fall on units only if every worker gets as many.
             num_workers = num_workers if num_workers * rounds == units else workers
-    return SparseDecodeConfig(cluster, row_tiles, passes, num_workers, FIXED_COST, min_cost=1)
+    return SparseDecodeConfig(cluster, rows, row_tiles, passes, num_workers, FIXED_COST, min_cost=1)

@@ -18,9 +18,11 @@ from flash_mla.backends.hopper.launch import (
     with_aligned_rows,
 )
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
+    ROWS,
     TILE,
     SparseDecodeConfig,
     cluster_size,
+    few_heads,
     sparse_decode_config,
 )
 from flash_mla.kv_cache import KVCacheFormat
@@ -30,6 +32,7 @@ from flash_mla.problem import DecodeInputs, DecodeProblem
 __all__ = ["decode", "plan_decode", "sparse_decode_kernel", "why_not"]
 
 FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
+FEW_HEADS_FORMATS = (KVCacheFormat.FP8_V32,)
 
 
 def why_not(problem: DecodeProblem) -> str | None:
@@ -40,12 +43,19 @@ def why_not(problem: DecodeProblem) -> str | None:
         return f"no Hopper kernel for {problem.extra_format.name} beside {problem.kv_format.name} yet"
     if problem.dtype != torch.bfloat16:
         return f"no Hopper kernel for sparse decode of {problem.dtype} queries over {problem.kv_format.name}"
-    return kernels.unavailable(sparse_decode_kernel(problem, cluster_size(problem.h_q)))
+    return kernels.unavailable(sparse_decode_kernel(problem))
 
 
-def sparse_decode_kernel(problem: DecodeProblem, cluster: int) -> str:
+def sparse_decode_kernel(problem: DecodeProblem) -> str:
     """Name of the variant that serves a problem."""
-    return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{problem.kv_format.value}_cluster{cluster}"
+    heads = _few_heads(problem)
+    layout = f"cluster{cluster_size(problem.h_q)}" if heads is None else f"heads{heads}"
+    return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{problem.kv_format.value}_{layout}"
+
+
+def _few_heads(problem: DecodeProblem) -> int | None:
+    """Heads of the kernel of swapped operands that serves a problem, or None if none does."""
+    return few_heads(problem.h_q) if problem.kv_format in FEW_HEADS_FORMATS else None
 
 
 def _max_tiles(problem: DecodeProblem) -> int:
@@ -57,7 +67,8 @@ def _max_tiles(problem: DecodeProblem) -> int:
 def _layout(problem: DecodeProblem) -> SparseDecodeConfig:
     equal = not (problem.has_topk_length or problem.has_extra_topk_length)
     tiles = _max_tiles(problem) if equal else None
-    return sparse_decode_config(problem.b * problem.s_q, problem.h_q, tiles, num_sms(problem.device))
+    rows = _few_heads(problem) or ROWS
+    return sparse_decode_config(problem.b * problem.s_q, problem.h_q, tiles, num_sms(problem.device), rows)
 
 
 def _lengths(problem: DecodeProblem, given: torch.Tensor | None, topk: int | None) -> torch.Tensor:
@@ -93,7 +104,7 @@ def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int) -> 
     config = _layout(problem)
     return DecodeCall.of(
         problem,
-        sparse_decode_kernel(problem, config.cluster),
+        sparse_decode_kernel(problem),
         num_units,
         num_workers,
         unit_rows=config.unit_rows,

@@ -59,4 +59,19 @@ SPARSE_DECODE = {
     for cluster in (1, 2)
 }
 
-VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER, **DENSE_DECODE, **SPARSE_DECODE, **SPARSE_PREFILL}
+SPARSE_DECODE_FEW_HEADS = {
+    f"sparse_decode_bf16_{short}_heads{heads}": Variant(
+        "flash_mla.backends.hopper.sparse_decode_few_heads", 168, {"kv_format": kv_format, "heads": heads}
+    )
+    for short, kv_format in (("fp8_v32", "Fp8V32"),)
+    for heads in (8, 16, 32)
+}
+
+VARIANTS: dict[str, Variant] = {
+    **COMBINE,
+    **PLANNER,
+    **DENSE_DECODE,
+    **SPARSE_DECODE,
+    **SPARSE_DECODE_FEW_HEADS,
+    **SPARSE_PREFILL,
+}

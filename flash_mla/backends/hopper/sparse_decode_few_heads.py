@@ -1,0 +1,795 @@
+"""Token-sparse MLA decode for up to 32 query heads: the operands are swapped, so that no row of a product is padding.
+
+S^T[64 tokens, heads] = K Q^T and O^T[512 columns, heads] = V^T P^T: a warpgroup multiplies 64 rows at once, and these are
+tokens or columns here, while the heads are the 8, 16 or 32 columns of the product. What is left is the memory's time.
+
+K and V^T are A operands in registers, converted from the cache's raw bytes on their way out of shared memory: nothing is
+written there but what arrives, and no warp waits for another to convert. Two consumer warpgroups take turns with
+64-token blocks, each with an output accumulator and a softmax of its own; they meet at the end of a piece. The producer
+warpgroup does no more than to gather rows.
+
+e4m3 codes become fp16, exactly, without their scales. Those of a token's four groups of 128 values go into its scores
+in fp32, one accumulator a group, and into its probabilities: P has four versions, one for each group of V's columns. P
+is fp16, too; so the softmax reference bounds not a token's probability but its product with the token's largest scale.
+"""
+
+from dataclasses import dataclass, replace
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils as utils
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
+from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource
+
+from flash_mla.backends.hopper import aot, dequant
+from flash_mla.backends.hopper.dequant import load_words
+from flash_mla.backends.hopper.schedule import (
+    anew,
+    end_of_work,
+    first_piece,
+    next_piece,
+    piece_stop,
+    remains,
+    uniform,
+)
+from flash_mla.backends.hopper.softmax import LN2, LOG2_E, NO_SCORE
+from flash_mla.backends.hopper.sparse_decode import (
+    BLOCK,
+    D_V,
+    LEFT,
+    PRODUCER_WARP,
+    WARPGROUP,
+    Arguments,
+    Source,
+    SparseDecode,
+    tiles_of,
+    wait_copies,
+)
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS
+
+GROUP = 128  # values that share a scale
+GROUPS = D_V // GROUP
+CHUNKS = D_V // CHUNK  # of Q, without RoPE
+UNIT = 16  # bytes of a copy, of a swizzled unit
+UNIT_ROWS = 8  # of a swizzle atom
+ROW_BYTES = CHUNK * 2  # of a chunk of Q or P
+WARP_TOKENS = BLOCK // 4
+
+# In log2: a reference is set this far below the largest score, and moves if a score exceeds it by more than LIMIT.
+# P is at most 2^LIMIT, in fp16's range, and full of precision down to 2^-(14 + MARGIN) of the largest.
+MARGIN, LIMIT = 6.0, 14.0
+LEAST_SCALE = 2.0**-60  # stands for smaller ones of a token, whose logarithm is taken
+Q_EXPONENT = 14  # of the largest value of a query head, which is scaled by a power of two to fit fp16
+
+# Named barriers: of each consumer warpgroup, and of both.
+ONE, BOTH = 1, 3
+
+
+@dataclass(frozen=True)
+class Barriers:
+    """Shared-memory barriers, one a stage."""
+
+    full: cute.Pointer
+    empty: cute.Pointer
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What a producer thread works on."""
+
+    warp: Int32
+    lane: Int32
+    entry: Int32  # in a tile: the index that it looks up
+    index: Int32  # address of that index's value
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """What a consumer thread works on; of shared memory, addresses."""
+
+    side: int
+    warp: Int32  # of its warpgroup
+    lane: Int32
+    k: Int32  # from a stage on: its first 16 codes in the first of its two rows of K
+    scales: Int32  # from a stage on: those of that row
+    v: Int32  # from a stage on: its first four codes of its first token of V
+    p_out: Int32  # where stmatrix writes its row of P's first version
+    p_trade: Int32  # where it trades a quarter of the output with the other side
+    q: list  # descriptors of Q's chunks, RoPE's the last
+    p: list  # descriptors of P's versions
+    s: list  # accumulators of scores, which take turns
+    o: list  # accumulators of V's chunks
+
+
+class SparseDecodeFewHeads(SparseDecode):
+    def __init__(self, kv_format: str, heads: int):
+        self.dtype = BFloat16
+        self.cluster = 1
+        self.loader = getattr(dequant, kv_format)(self.dtype)
+        self.heads = heads
+        self.stages = 4 if heads < 32 else 3
+        self.token_bytes = self.loader.token_bytes
+        self.stage_bytes = BLOCK * self.token_bytes
+        self.q_bytes = heads * ROW_BYTES  # of a chunk
+        self.registers = (216, 72) if heads < 32 else (232, 40)
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        k_cache: cute.Tensor,
+        indices: cute.Tensor,
+        lengths: cute.Tensor,
+        extra_cache: cute.Tensor,
+        extra_indices: cute.Tensor,
+        extra_lengths: cute.Tensor,
+        sink: cute.Tensor,
+        work: cute.Tensor,
+        splits: cute.Tensor,
+        workspace: cute.Tensor,  # [slots, heads, d_v + 1] fp32 in all: partial outputs, then their lse
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        scale_log2: Float32,
+        page_size: Int32,
+        extra_page_size: Int32,
+        row_tiles: Int32,
+        slots: Int32,
+        batch_invariant: Int32,
+        combine_by_unit: Int32,
+        combine_many_rows: Int32,
+        stream,
+    ):
+        """Arguments that are not described are those of `SparseDecode.__call__`."""
+        heads = self.heads
+
+        @cute.struct
+        class Shared:
+            full: cute.struct.MemRange[Int64, self.stages]
+            empty: cute.struct.MemRange[Int64, self.stages]
+            attended: cute.struct.MemRange[Int64, self.stages]  # of a block, a bit a token
+            indices: cute.struct.MemRange[Int32, WARPGROUP]  # of the next tile
+            q_scale: cute.struct.MemRange[Float32, heads]  # what turns scores to base 2
+            tops: cute.struct.MemRange[Float32, 8 * heads]  # of each consumer warp
+            sums: cute.struct.MemRange[Float32, 8 * heads]
+            references: cute.struct.MemRange[Float32, 2 * heads]  # of each side
+            q: cute.struct.Align[cute.struct.MemRange[Uint8, (CHUNKS + 1) * self.q_bytes], 1024]
+            p: cute.struct.Align[cute.struct.MemRange[Uint8, 2 * GROUPS * self.q_bytes], 1024]
+            raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.stages * self.stage_bytes], 128]
+
+        self.Shared = Shared
+        partial_o = cute.make_tensor(workspace.iterator, cute.make_ordered_layout((slots, heads, D_V), order=(2, 1, 0)))
+        partial_lse = cute.make_tensor(
+            workspace.iterator + Int64(slots) * heads * D_V,
+            cute.make_ordered_layout((slots, heads), order=(1, 0)),
+        )
+        self.kernel(
+            q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits, partial_o,
+            partial_lse, out, lse, scale_log2, page_size, extra_page_size, batch_invariant,
+        ).launch(
+            grid=(1, work.shape[0] - 1, 1),
+            block=(3 * WARPGROUP, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )  # fmt: skip
+        self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_many_rows, stream)
+
+    @cute.kernel
+    def kernel(
+        self,
+        q: cute.Tensor,
+        k_cache: cute.Tensor,
+        indices: cute.Tensor,
+        lengths: cute.Tensor,
+        extra_cache: cute.Tensor,
+        extra_indices: cute.Tensor,
+        extra_lengths: cute.Tensor,
+        sink: cute.Tensor,
+        work: cute.Tensor,
+        splits: cute.Tensor,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        scale_log2: Float32,
+        page_size: Int32,
+        extra_page_size: Int32,
+        batch_invariant: Int32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        shared = utils.SmemAllocator().allocate(self.Shared)
+        barriers = Barriers(shared.full.data_ptr(), shared.empty.data_ptr())
+        args = Arguments(
+            q, Source(k_cache, page_size, indices, lengths),
+            Source(extra_cache, extra_page_size, extra_indices, extra_lengths), sink, work, splits, partial_o,
+            partial_lse, out, lse, scale_log2, batch_invariant,
+        )  # fmt: skip
+        if warp == 0:
+            with cute.arch.elect_one():
+                for i in range_constexpr(self.stages):
+                    # Every producer thread copies; a warp's first says that it has noted who is attended to.
+                    cute.arch.mbarrier_init(barriers.full + i, WARPGROUP + 4)
+                    cute.arch.mbarrier_init(barriers.empty + i, 4)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp >= PRODUCER_WARP:
+            cute.arch.setmaxregister_decrease(self.registers[1])
+            self.produce(args, shared, barriers, thread - PRODUCER_WARP * 32)
+        else:
+            cute.arch.setmaxregister_increase(self.registers[0])
+            if warp < 4:
+                self.consume(0, args, shared, barriers, thread)
+            else:
+                self.consume(1, args, shared, barriers, thread - WARPGROUP)
+
+    # ---------------------------------------------------------------------------------------------- producers
+
+    @cute.jit
+    def produce(self, args, shared, barriers, thread: Int32):
+        """Gather the rows of a block into a stage, as they are; of tokens that are not attended to, zeros."""
+        lane_index, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        lane = Lane(
+            warp=warp,
+            lane=lane_index,
+            # Half of the lanes look up tokens of block 0, half of block 1.
+            entry=lane_index // WARP_TOKENS * BLOCK + warp * WARP_TOKENS + lane_index % WARP_TOKENS,
+            index=Int32(shared.indices.data_ptr().toint()) + thread * 4,
+        )
+        end = end_of_work(args.work)
+        inverses = tuple(Uint32(0xFFFFFFFF) // Uint32(source.page_size) for source in (args.main, args.extra))
+        bits = Int32(shared.attended.data_ptr().toint()) + warp * 2
+        raw = Int32(shared.raw.data_ptr().toint()) + warp * (WARP_TOKENS * self.token_bytes) + lane_index * UNIT
+
+        cursor = self.settle(args, first_piece(args.work), end)
+        self.fetch_index(args, cursor, lane)
+        cute.arch.cp_async_commit_group()
+        cute.arch.cp_async_commit_group()  # as if of the rows of a tile before the first
+        stage, parity = Int32(0), Int32(1)
+        while cursor.exists:
+            wait_copies(1)  # for this tile's index, not for the last one's rows
+            tokens = self.locate(args, cursor, lane, inverses)
+            cursor = self.next_cursor(args, cursor, end)
+            self.fetch_index(args, cursor, lane)
+            cute.arch.cp_async_commit_group()
+            attended = cute.arch.vote_ballot_sync(tokens.row != 0)
+            for block in range_constexpr(2):
+                full = barriers.full + stage
+                cute.arch.mbarrier_wait(barriers.empty + stage, parity)
+                with cute.arch.elect_one():
+                    cute.arch.inline_ptx(
+                        "st.shared.u16 [{$r0}], {$r1};",
+                        read_only_args=[bits + stage * 8, cutlass.Uint16(attended >> (block * WARP_TOKENS))],
+                    )
+                    cute.arch.mbarrier_arrive(full)
+                self.gather(tokens.row, block, raw + stage * self.stage_bytes, lane_index)
+                cute.arch.cp_async_mbarrier_arrive_noinc(full)
+                stage, parity = self.next_stage(stage, parity, 1)
+            cute.arch.cp_async_commit_group()
+
+    def next_stage(self, stage: Int32, parity: Int32, by: int) -> tuple[Int32, Int32]:
+        wraps = stage >= self.stages - by
+        return cutlass.select_(wraps, stage + (by - self.stages), stage + by), cutlass.select_(wraps, parity ^ 1, parity)
+
+    @cute.jit
+    def gather(self, rows: Int64, block: cutlass.Constexpr, to: Int32, lane: Int32):
+        """Copy the rows of a block that this warp has looked up: 16 bytes a lane, in the order in which they will lie."""
+        row_units = self.token_bytes // UNIT
+        units = WARP_TOKENS * row_units
+        for first in cutlass.range(0, units, 32, unroll=4):
+            unit = first + lane
+            token = unit // row_units
+            row = cute.arch.shuffle_sync(rows, block * WARP_TOKENS + token)
+            if unit < units:
+                copy_unit(to + first * UNIT, row, row + Int64((unit - token * row_units) * UNIT))
+
+    # ---------------------------------------------------------------------------------------------- consumers
+
+    def consumer(self, side: int, shared, thread: Int32) -> Consumer:
+        warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
+        g, t = lane // 4, lane % 4
+        p = Int32(shared.p.data_ptr().toint()) + side * (GROUPS * self.q_bytes)
+        # A lane gives stmatrix the address of a row: of head `head`, eight tokens.
+        if self.heads == 8:
+            half, head = lane // 8 % 2, lane % 8
+        else:
+            half, head = lane // 8 % 2, lane // 16 * 8 + lane % 8
+        k = warp * WARP_TOKENS + g
+        slices = [cute.make_tiled_mma(self.op(dtype)).get_slice(thread) for dtype in (Float16, BFloat16)]
+
+        def operand(base, chunk, i):
+            kind = (Float16, BFloat16)[i]
+            pointer = cute.recast_ptr(base.data_ptr(), dtype=kind) + chunk * (self.heads * CHUNK)
+            atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, kind)
+            layout = cute.tile_to_shape(atom, (self.heads, CHUNK), (0, 1))
+            tile = cute.make_tensor(cute.recast_ptr(pointer, layout.inner), layout.outer)
+            return slices[i].make_fragment_B(slices[i].partition_B(tile))
+
+        def accumulator():
+            return slices[0].make_fragment_C(slices[0].partition_shape_C((ROWS, self.heads)))
+
+        return Consumer(
+            side=side,
+            warp=warp,
+            lane=lane,
+            k=k * self.token_bytes + t * (2 * UNIT),
+            scales=k * self.token_bytes + self.loader.scale_offset,
+            v=t * (2 * self.token_bytes) + warp * 32 + g * 4,
+            p_out=p + head * ROW_BYTES + ((2 * warp + half) ^ (head % UNIT_ROWS)) * UNIT,
+            p_trade=p + thread * UNIT,
+            q=[operand(shared.q, c, c // CHUNKS) for c in range(CHUNKS + 1)],
+            p=[operand(shared.p, side * GROUPS + i, 0) for i in range(GROUPS)],
+            s=[accumulator() for _ in range(2 if self.heads < 32 else 1)],
+            o=[accumulator() for _ in range(CHUNKS)],
+        )
+
+    def op(self, dtype: type[cutlass.Numeric]) -> warpgroup.MmaF16BF16Op:
+        """S^T[64, heads] += K[64, 16] Q[heads, 16]^T, or O^T += V^T P."""
+        shape = (ROWS, self.heads, 16)
+        return warpgroup.MmaF16BF16Op(
+            dtype, Float32, shape, OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.K
+        )
+
+    @cute.jit
+    def consume(self, side: cutlass.Constexpr, args, shared, barriers, thread: Int32):
+        """One consumer warpgroup: every second block of a piece, all columns of the output."""
+        c = self.consumer(side, shared, thread)
+        sums = cute.make_rmem_tensor(self.heads // 4, Float32)  # of heads 8 j + 2 (lane % 4) + {0, 1}
+        references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
+        raw = Int32(shared.raw.data_ptr().toint())
+        stage, parity = Int32(side), Int32(0)
+        piece, end = first_piece(args.work), end_of_work(args.work)
+        while remains(piece, end):
+            length, extra_length = args.lengths(piece)
+            tiles = tiles_of(length) + tiles_of(extra_length)
+            stop = piece_stop(piece, end, tiles, args.batch_invariant)
+            for o in c.o:
+                o.fill(0.0)
+            sums.fill(0.0)
+            if thread < self.heads:
+                references[thread, side] = Float32(NO_SCORE)
+            if stop > piece.tile:
+                self.prepare_queries(args, shared, args.rows(piece), 4 * side + c.warp, anew(c.lane))
+                for _ in cutlass.range(piece.tile, stop, unroll=1):
+                    cute.arch.mbarrier_wait(barriers.full + stage, parity)
+                    self.attend(c, shared, barriers.empty + stage, raw + stage * self.stage_bytes, stage, sums)
+                    stage, parity = self.next_stage(stage, parity, 2)
+            self.write(
+                replace(c, lane=anew(c.lane)), args, shared, sums, args.slot(piece), args.rows(piece)
+            )
+            piece = next_piece(piece, stop, tiles)
+
+    @cute.jit
+    def prepare_queries(self, args, shared, rows, warp: Int32, lane: Int32):
+        """Bring Q in the order in which threads find the columns of K; each head times a power of two, to fit fp16.
+
+        In a group of 128 columns, columns 32 t + 16 e + 4 i + 2 h + {0, 1} are those that thread t of four multiplies
+        as values 8 h + 2 t + {0, 1} of k-step 4 e + i.
+        """
+        q = Int32(shared.q.data_ptr().toint())
+        q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
+        for i in range_constexpr(self.heads // 8):
+            head = i * 8 + warp
+            exists = head < rows.count
+            start = args.q[rows.request, rows.token, cutlass.min(head, rows.count - 1), None].iterator
+            given = cute.make_rmem_tensor(2 * UNIT_ROWS, BFloat16)
+            given_rope = cute.make_rmem_tensor(2, BFloat16)
+            cute.autovec_copy(cute.make_tensor((start + lane * 16).align(16), cute.make_layout(16)), given)
+            cute.autovec_copy(cute.make_tensor((start + (D_V + lane * 2)).align(4), cute.make_layout(2)), given_rope)
+            values = [cutlass.select_(exists, given[j].to(Float32), Float32(0.0)) for j in range(16)]
+            rope = [cutlass.select_(exists, given_rope[j].to(Float32), Float32(0.0)) for j in range(2)]
+            top = Float32(0.0)
+            for value in values + rope:
+                top = cute.arch.fmax(top, cute.arch.fmax(value, -value))
+            exponent = biased_exponent(cute.arch.warp_reduction_max(top)) - Q_EXPONENT
+            exponent = cutlass.max(20, cutlass.min(exponent, 230))
+            factor = power_of_two(254 - exponent)
+            if lane == 0:
+                q_scale[head] = power_of_two(exponent) * args.scale_log2
+            row = q + head * ROW_BYTES
+            to = row + (lane // 8 * 2 + lane % 2) * self.q_bytes + lane % 8 // 2 * 4
+            for unit in range_constexpr(UNIT_ROWS):
+                word = pack(Float16, values[2 * unit] * factor, values[2 * unit + 1] * factor)
+                store_word(to + (unit ^ warp) * UNIT, word)
+            # RoPE's columns 16 t + 8 e + 2 i + {0, 1} are values 8 (i % 2) + 2 t + {0, 1} of k-step 2 e + i / 2.
+            to = row + CHUNKS * self.q_bytes + lane // 8 * 4 + (lane % 8 ^ warp) * UNIT
+            store_word(to, pack(BFloat16, rope[0] * factor, rope[1] * factor))
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def attend(self, c, shared, empty: cute.Pointer, raw: Int32, stage: Int32, sums: cute.Tensor):
+        """One block: scores, softmax, output."""
+        scales = [load_words(raw + c.scales, r * 8 * self.token_bytes, GROUPS, Float32) for r in range(2)]
+        s = self.scores(c, raw + c.k, scales)
+        bits = cute.arch.inline_ptx(
+            "{ .reg .u16 x; ld.shared.u16 x, [{$r0}]; cvt.u32.u16 {$w0}, x; }",
+            write_only_types=[Int32],
+            read_only_args=[Int32(shared.attended.data_ptr().toint()) + stage * 8 + c.warp * 2],
+        )
+        largest = []
+        for r in range_constexpr(2):
+            top = Float32(LEAST_SCALE)
+            for scale in scales[r]:
+                top = cute.arch.fmax(top, cute.arch.fmax(scale, -scale))
+            largest.append(cute.math.log2(top, fastmath=True))
+            hidden = (bits >> (c.lane // 4 + 8 * r)) & 1 == 0
+            q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
+            for j in range_constexpr(self.heads // 8):
+                for h in range_constexpr(2):
+                    e = 4 * j + 2 * r + h
+                    score = s[e] * q_scale[8 * j + 2 * (c.lane % 4) + h]
+                    s[e] = cutlass.select_(hidden, -Float32.inf, score)
+        references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
+        reference = cute.make_rmem_tensor(self.heads // 4, Float32)
+        for n in range_constexpr(self.heads // 4):
+            reference[n] = references[n // 2 * 8 + 2 * (c.lane % 4) + n % 2, c.side]
+        p = cute.make_rmem_tensor_like(s)
+        # Every warp has finished with the last block's P.
+        cute.arch.barrier(barrier_id=ONE + c.side, number_of_threads=WARPGROUP)
+        excess = self.probabilities(c, s, p, scales, largest, reference)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        if uniform(any_of_warpgroup(ONE + c.side, excess > LIMIT)) != 0:
+            self.move_reference(replace(c, lane=anew(c.lane)), shared, s, largest, reference, sums)
+            self.probabilities(c, s, p, scales, largest, reference)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cute.arch.barrier(barrier_id=ONE + c.side, number_of_threads=WARPGROUP)
+        for e in range_constexpr(self.heads // 2):
+            n = e // 4 * 2 + e % 2
+            sums[n] = sums[n] + p[e]
+        self.accumulate(c, raw + c.v, empty)
+
+    def scores(self, c: Consumer, k: Int32, scales: list) -> cute.Tensor:
+        """Scores of this thread's two tokens, of all heads, without the heads' own scale."""
+        token_bytes = self.token_bytes
+        s = cute.make_rmem_tensor_like(c.s[0])
+        words = [
+            load_words(k, self.loader.plain_offset + e * UNIT + 8 * r * token_bytes, 4)
+            for e in range(2)
+            for r in range(2)
+        ]
+        a = operand_a(BFloat16, 4)
+        a_words = cute.recast_tensor(a, Uint32)
+        for e in range(2):
+            for r in range(2):
+                for i in range(4):
+                    a_words[4 * (2 * e + i // 2) + 2 * (i % 2) + r] = words[2 * e + r][i]
+        warpgroup.fence()
+        self.issue(BFloat16, c.s[0], a, c.q[CHUNKS], overwrite=True)
+        warpgroup.commit_group()
+        for chunk in range(CHUNKS):
+            group, e = chunk // 2, chunk % 2
+            if e == 0 and len(c.s) == 1:
+                warpgroup.wait_group(0)
+                self.add_scores(s, c.s[0], scales, group - 1)
+            words = [load_words(k, group * GROUP + e * UNIT + 8 * r * token_bytes, 4) for r in range(2)]
+            a = operand_a(Float16, 4)
+            a_words = cute.recast_tensor(a, Uint32)
+            for r in range(2):
+                for i in range(4):
+                    a_words[4 * i + r], a_words[4 * i + 2 + r] = e4m3_to_fp16(words[r][i])
+            warpgroup.fence()
+            self.issue(Float16, c.s[(group + 1) % len(c.s)], a, c.q[chunk], overwrite=e == 0)
+            warpgroup.commit_group()
+            warpgroup.wait_group(1)
+            if e == 0 and len(c.s) == 2:
+                self.add_scores(s, c.s[group % 2], scales, group - 1)
+        warpgroup.wait_group(0)
+        self.add_scores(s, c.s[GROUPS % len(c.s)], scales, GROUPS - 1)
+        return s
+
+    def add_scores(self, s: cute.Tensor, acc: cute.Tensor, scales: list, group: int):
+        """Add a group's part of the scores, or begin with RoPE's, which has no scale."""
+        for i in range(self.heads // 2):
+            s[i] = acc[i] if group < 0 else s[i] + acc[i] * scales[i // 2 % 2][group]
+
+    def issue(
+        self, dtype: type[cutlass.Numeric], acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *,
+        first: int = 0, overwrite: bool = False,
+    ):  # fmt: skip
+        """Issue acc (+)= a b over the k-steps of a, which are those of b from `first` on, without waiting."""
+        tiled = cute.make_tiled_mma(self.op(dtype))
+        for k in range(cute.size(a, mode=[2])):
+            tiled.set(warpgroup.Field.ACCUMULATE, not (overwrite and k == 0))
+            cute.gemm(tiled, acc, a[None, None, k], b[None, None, first + k], acc)
+
+    def probabilities(self, c: Consumer, s, p, scales: list, largest: list, reference: cute.Tensor) -> Float32:
+        """p = 2^(s - reference), and P's versions to shared memory; how far a score with its scale exceeds the reference.
+
+        The versions are transposed on their way: heads by tokens.
+        """
+        excess: list = [-Float32.inf, -Float32.inf]
+        for e in range(self.heads // 2):
+            r = e // 2 % 2
+            difference = s[e] - reference[e // 4 * 2 + e % 2]
+            excess[r] = cute.arch.fmax(excess[r], difference)
+            p[e] = cute.math.exp2(difference, fastmath=True)
+        for group in range(GROUPS):
+            words = [
+                pack(Float16, *(p[4 * j + 2 * r + h] * scales[r][group] for h in range(2)))
+                for j in range(self.heads // 8)
+                for r in range(2)
+            ]
+            for i in range(0, len(words), 4):
+                # Four matrices are 16 heads.
+                offset = group * self.q_bytes + i // 4 * (16 * ROW_BYTES)
+                store_transposed(c.p_out, offset, words[i : i + 4])
+        return cute.arch.fmax(excess[0] + largest[0], excess[1] + largest[1])
+
+    @cute.jit
+    def move_reference(self, c, shared, s: cute.Tensor, largest: list, reference: cute.Tensor, sums: cute.Tensor):
+        """Set the references of heads whose scores exceed them by far; sums and output follow."""
+        tops = shared.tops.get_tensor(cute.make_layout((self.heads, 4, 2)))
+        references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
+        for j in range_constexpr(self.heads // 8):
+            for h in range_constexpr(2):
+                top = cute.arch.fmax(s[4 * j + h] + largest[0], s[4 * j + 2 + h] + largest[1])
+                for lanes in range_constexpr(2, 5):
+                    top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, 1 << lanes))
+                if c.lane < 4:
+                    tops[8 * j + 2 * c.lane + h, c.warp, c.side] = top
+        cute.arch.barrier(barrier_id=ONE + c.side, number_of_threads=WARPGROUP)
+        for j in range_constexpr(self.heads // 8):
+            for h in range_constexpr(2):
+                n, head = 2 * j + h, 8 * j + 2 * (c.lane % 4) + h
+                top = cute.arch.fmax(
+                    cute.arch.fmax(tops[head, 0, c.side], tops[head, 1, c.side]),
+                    cute.arch.fmax(tops[head, 2, c.side], tops[head, 3, c.side]),
+                )
+                moved = cutlass.select_(top - reference[n] > LIMIT, top - MARGIN, reference[n])
+                factor = cute.math.exp2(reference[n] - moved, fastmath=True)
+                reference[n] = moved
+                if c.lane < 4 and c.warp == 0:
+                    references[head, c.side] = moved
+                sums[n] = sums[n] * factor
+                for chunk in range_constexpr(CHUNKS):
+                    o = c.o[chunk]
+                    for r in range_constexpr(2):
+                        o[4 * j + 2 * r + h] = o[4 * j + 2 * r + h] * factor
+
+    @cute.jit
+    def accumulate(self, c, v: Int32, empty: cute.Pointer):
+        """O^T += V^T P^T, and free the stage.
+
+        Of a group of 128 columns a thread has four neighbours: two chunks' rows g and g + 8.
+        """
+        token_bytes = self.token_bytes
+        for group in range_constexpr(GROUPS):
+            for first in range_constexpr(0, 4, 2):
+                a = [operand_a(Float16, 2) for _ in range(2)]
+                a_words = [cute.recast_tensor(part, Uint32) for part in a]
+                for k in range_constexpr(2):
+                    for late in range_constexpr(2):
+                        token = 16 * (first + k) + 8 * late
+                        pair = [load_words(v, (token + i) * token_bytes + group * GROUP, 1)[0] for i in range(2)]
+                        for half in range_constexpr(2):
+                            early_row, late_row = e4m3_to_fp16(interleave(*pair, half))
+                            a_words[half][4 * k + 2 * late] = early_row
+                            a_words[half][4 * k + 2 * late + 1] = late_row
+                last = group + 1 == GROUPS and first == 2
+                if const_expr(last):
+                    cute.arch.sync_warp()
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive(empty)
+                warpgroup.fence()
+                for half in range_constexpr(2):
+                    self.issue(Float16, c.o[2 * group + half], a[half], c.p[group], first=first)
+                warpgroup.commit_group()
+                warpgroup.wait_group(0 if last else 1)
+
+    @cute.jit
+    def write(self, c, args, shared, sums: cute.Tensor, slot: Int32, rows):
+        """Merge the two sides; write a whole unit to the outputs, a piece of one to its slot of the workspace.
+
+        Each side ends up with two of the four groups of columns.
+        """
+        t = c.lane % 4
+        columns = self.heads // 4
+        all_sums = shared.sums.get_tensor(cute.make_layout((self.heads, 4, 2)))
+        references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
+        for n in range_constexpr(columns):
+            head = n // 2 * 8 + 2 * t + n % 2
+            for lanes in range_constexpr(2, 5):
+                sums[n] = sums[n] + cute.arch.shuffle_sync_bfly(sums[n], 1 << lanes)
+            if c.lane < 4:
+                all_sums[head, c.warp, c.side] = sums[n]
+        cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
+        factors = cute.make_rmem_tensor(columns, Float32)  # of the output
+        lse2 = cute.make_rmem_tensor(columns, Float32)
+        for n in range_constexpr(columns):
+            head = n // 2 * 8 + 2 * t + n % 2
+            top = cute.arch.fmax(references[head, 0], references[head, 1])
+            total = Float32(0.0)
+            for side in range_constexpr(2):
+                part = (all_sums[head, 0, side] + all_sums[head, 1, side]) + (
+                    all_sums[head, 2, side] + all_sums[head, 3, side]
+                )
+                total += part * cute.math.exp2(references[head, side] - top, fastmath=True)
+            own = cute.math.exp2(references[head, c.side] - top, fastmath=True)
+            for chunk in range_constexpr(CHUNKS):
+                o = c.o[chunk]
+                for r in range_constexpr(2):
+                    e = n // 2 * 4 + 2 * r + n % 2
+                    o[e] = o[e] * own
+            # lse in base 2; an empty row's is -inf here.
+            lse2[n] = top + cute.math.log2(total, fastmath=True)
+            factors[n] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
+        for i in range_constexpr(2):
+            self.trade(c, shared, i)
+        if slot < 0:
+            self.write_outputs(c, args, factors, lse2, rows)
+        else:
+            self.write_partials(c, args, factors, lse2, slot, rows)
+
+    @cute.jit
+    def trade(self, c, shared, i: cutlass.Constexpr):
+        """Add the other side's part to this side's i-th group, through P's place."""
+        given, kept = 2 * (1 - c.side) + i, 2 * c.side + i
+        other = c.p_trade + (1 - 2 * c.side) * (GROUPS * self.q_bytes)
+        values = self.heads  # of a thread and a group
+        for j in range_constexpr(0, values, 4):
+            o = c.o[2 * given + j // (values // 2)]
+            first = j % (values // 2)
+            cute.arch.inline_ptx(
+                f"st.shared.v4.f32 [{{$r0}}+{j * 4 * WARPGROUP}], {{{{$r1}}, {{$r2}}, {{$r3}}, {{$r4}}}};",
+                read_only_args=[c.p_trade, *(o[first + k] for k in range(4))],
+            )
+        cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
+        for j in range_constexpr(0, values, 4):
+            o = c.o[2 * kept + j // (values // 2)]
+            first = j % (values // 2)
+            theirs = load_words(other, j * 4 * WARPGROUP, 4, Float32)
+            for k in range_constexpr(4):
+                o[first + k] = o[first + k] + theirs[k]
+        cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def write_outputs(self, c, args, factors: cute.Tensor, lse2: cute.Tensor, rows):
+        for n in range_constexpr(self.heads // 4):
+            index = n // 2 * 8 + 2 * (c.lane % 4) + n % 2
+            exists = index < rows.count
+            head = cutlass.select_(exists, index, Int32(0))
+            seen = lse2[n] > -Float32.inf
+            # exp(lse) / (exp(lse) + exp(sink))
+            kept = 1.0 / (1.0 + cute.math.exp2(args.sink[head] * LOG2_E - lse2[n], fastmath=True))
+            factor = cutlass.select_(seen, factors[n] * kept, Float32(0.0))
+            if const_expr(c.side == LEFT):
+                if exists and c.lane < 4 and c.warp == 0:
+                    args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2[n] * LN2, Float32.inf)
+            self.write_columns(c, n, factor, args.out[rows.request, rows.token, head, None].iterator, exists)
+
+    @cute.jit
+    def write_partials(self, c, args, factors: cute.Tensor, lse2: cute.Tensor, slot: Int32, rows):
+        for n in range_constexpr(self.heads // 4):
+            head = n // 2 * 8 + 2 * (c.lane % 4) + n % 2
+            exists = head < rows.count
+            if const_expr(c.side == LEFT):
+                if exists and c.lane < 4 and c.warp == 0:
+                    args.partial_lse[slot, head] = lse2[n]
+            self.write_columns(c, n, factors[n], args.partial_o[slot, head, None].iterator, exists)
+
+    @cute.jit
+    def write_columns(self, c, n: cutlass.Constexpr, factor: Float32, to: cute.Pointer, exists):
+        """This thread's columns of a head, four neighbours in each of this side's two groups."""
+        for i in range_constexpr(2):
+            group = 2 * c.side + i
+            values = cute.make_rmem_tensor(4, to.dtype)
+            for k in range_constexpr(4):
+                o = c.o[2 * group + k // 2]
+                values[k] = (o[n // 2 * 4 + k % 2 * 2 + n % 2] * factor).to(to.dtype)
+            if exists:
+                start = to + (group * GROUP + c.warp * 32 + c.lane // 4 * 4)
+                cute.autovec_copy(values, cute.make_tensor(start.align(to.dtype.width // 2), cute.make_layout(4)))
+
+
+def operand_a(dtype: type[cutlass.Numeric], k_steps: int) -> cute.Tensor:
+    """Registers of an A operand: words 4 k ... 4 k + 3 are of k-step k, of (row, row + 8) x (early, late) columns."""
+    return cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, k_steps), stride=((1, 2, 4), 0, 8)), dtype)
+
+
+def e4m3_to_fp16(word: Uint32) -> tuple:
+    """Four e4m3 codes: two words of two fp16 values."""
+    return cute.arch.inline_ptx(
+        """{
+.reg .b16 low, high;
+mov.b32 {low, high}, {$r0};
+cvt.rn.f16x2.e4m3x2 {$w0}, low;
+cvt.rn.f16x2.e4m3x2 {$w1}, high;
+}""",
+        write_only_types=[Uint32, Uint32],
+        read_only_args=[word],
+    )
+
+
+def interleave(a: Uint32, b: Uint32, half: int) -> Uint32:
+    """Bytes a_i, b_i, a_(i + 1), b_(i + 1), i = 2 half."""
+    return cute.arch.inline_ptx(
+        f"prmt.b32 {{$w0}}, {{$r0}}, {{$r1}}, {0x7362 if half else 0x5140};",
+        write_only_types=[Uint32],
+        read_only_args=[a, b],
+    )
+
+
+def pack(dtype: type[cutlass.Numeric], low: Float32, high: Float32) -> Uint32:
+    return cute.arch.inline_ptx(
+        f"cvt.rn.{dequant.PACKED[dtype]}.f32 {{$w0}}, {{$r1}}, {{$r0}};",
+        write_only_types=[Uint32],
+        read_only_args=[low, high],
+    )
+
+
+def biased_exponent(x: Float32) -> Int32:
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 x; mov.b32 x, {$r0}; shr.u32 {$w0}, x, 23; }", write_only_types=[Int32], read_only_args=[x]
+    )
+
+
+def power_of_two(exponent: Int32) -> Float32:
+    """2^(exponent - 127)."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 x; shl.b32 x, {$r0}, 23; mov.b32 {$w0}, x; }",
+        write_only_types=[Float32],
+        read_only_args=[exponent],
+    )
+
+
+def store_word(address: Int32, word: Uint32) -> None:
+    cute.arch.inline_ptx("st.shared.u32 [{$r0}], {$r1};", read_only_args=[address, word])
+
+
+def store_transposed(address: Int32, offset: int, words: list) -> None:
+    """A word of each of two or four 8 x 8 matrices; lanes 8 i ... 8 i + 7 give the addresses of the i-th one's columns."""
+    names = ", ".join(f"{{$r{i + 1}}}" for i in range(len(words)))
+    cute.arch.inline_ptx(
+        f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [{{$r0}}+{offset}], {{{names}}};",
+        read_only_args=[address, *words],
+    )
+
+
+def any_of_warpgroup(barrier: int, condition) -> Int32:
+    """Wait at a named barrier for the warpgroup; 1 if the condition holds for any of its threads, else 0."""
+    return cute.arch.inline_ptx(
+        f"""{{
+.reg .pred mine, any;
+setp.ne.s32 mine, {{$r0}}, 0;
+barrier.cta.red.or.pred any, {barrier}, {WARPGROUP}, mine;
+selp.s32 {{$w0}}, 1, 0, any;
+}}""",
+        write_only_types=[Int32],
+        read_only_args=[cutlass.select_(condition, Int32(1), Int32(0))],
+    )
+
+
+def copy_unit(to: Int32, row: Int64, source: Int64) -> None:
+    """Start a copy of 16 bytes to shared memory; of zeros, reading nothing, if `row` is 0."""
+    cute.arch.inline_ptx(
+        f"""{{
+.reg .pred absent;
+setp.eq.s64 absent, {{$r1}}, 0;
+cp.async.cg.shared.global [{{$r0}}], [{{$r2}}], {UNIT}, absent;
+}}""",
+        read_only_args=[to, row, source],
+    )
+
+
+def compile_variant(kv_format: str, heads: int) -> aot.Compiled:
+    """Compile for tensors of any extents whose rows, tokens and pages are 16-byte aligned."""
+    kernel = SparseDecodeFewHeads(kv_format, heads)
+    b, s_q, h_q = (cute.sym_int() for _ in range(3))
+    q = aot.strided(kernel.dtype, (b, s_q, h_q, kernel.loader.d), dense_last=True, align=16)
+    sources = []
+    for _ in range(2):
+        k_cache = aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16)
+        indices = aot.strided(Int32, (b, s_q, cute.sym_int()), dense_last=True)
+        sources += [k_cache, indices, aot.strided(Int32, (b,))]
+    sink = aot.strided(Float32, (h_q,))
+    work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
+    splits = aot.compact(Int32, (cute.sym_int(),))
+    workspace = aot.compact(Float32, (cute.sym_int(),), align=16)
+    out = aot.strided(kernel.dtype, (b, s_q, h_q, D_V), dense_last=True, align=16)
+    lse = aot.strided(Float32, (b, h_q, s_q))
+    return aot.compile_kernel(
+        kernel, q, *sources, sink, work, splits, workspace, out, lse, Float32(1.0), *[Int32(0)] * 7
+    )
