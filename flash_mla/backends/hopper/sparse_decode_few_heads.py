@@ -1,16 +1,17 @@
 """Token-sparse MLA decode for up to 32 query heads: the operands are swapped, so that no row of a product is padding.
 
-S^T[64 tokens, heads] = K Q^T and O^T[512 columns, heads] = V^T P^T: a warpgroup multiplies 64 rows at once, and these are
-tokens or columns here, while the heads are the 8, 16 or 32 columns of the product. What is left is the memory's time.
+S^T[64 tokens, heads] = K Q^T and O^T[512 columns, heads] = V^T P^T: a warpgroup multiplies 64 rows at once, and these
+are tokens or columns here, while the heads are the 8, 16 or 32 columns of the product. What is left is the memory's
+time.
 
-K and V^T are A operands in registers, converted from the cache's raw bytes on their way out of shared memory: nothing is
-written there but what arrives, and no warp waits for another to convert. Two consumer warpgroups take turns with
+K and V^T are A operands in registers, converted from the cache's raw bytes on their way out of shared memory: nothing
+is written there but what arrives, and no warp waits for another to convert. Two consumer warpgroups take turns with
 64-token blocks, each with an output accumulator and a softmax of its own; they meet at the end of a piece. The producer
 warpgroup does no more than to gather rows.
 
-e4m3 codes become fp16, exactly, without their scales. Those of a token's four groups of 128 values go into its scores
-in fp32, one accumulator a group, and into its probabilities: P has four versions, one for each group of V's columns. P
-is fp16, too; so the softmax reference bounds not a token's probability but its product with the token's largest scale.
+Codes become fp16 without the factors that a token's row has (few_heads_rows). These go into its scores, in fp32, one
+accumulator for all that share a factor, and into its probabilities: P has a version for each factor. P is fp16, too; so
+the softmax reference bounds not a token's probability but its product with the token's largest factor.
 """
 
 from dataclasses import dataclass, replace
@@ -22,8 +23,16 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8, Uint32, con
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource
 
-from flash_mla.backends.hopper import aot, dequant
-from flash_mla.backends.hopper.dequant import load_words
+from flash_mla.backends.hopper import aot, dequant, few_heads_rows
+from flash_mla.backends.hopper.dequant import copy_async, load_words
+from flash_mla.backends.hopper.few_heads_rows import (
+    GROUP,
+    UNIT,
+    WARP_TOKENS,
+    biased_exponent,
+    pack,
+    power_of_two,
+)
 from flash_mla.backends.hopper.schedule import (
     anew,
     end_of_work,
@@ -48,18 +57,18 @@ from flash_mla.backends.hopper.sparse_decode import (
 )
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS
 
-GROUP = 128  # values that share a scale
 GROUPS = D_V // GROUP
-CHUNKS = D_V // CHUNK  # of Q, without RoPE
-UNIT = 16  # bytes of a copy, of a swizzled unit
+CHUNKS = D_V // CHUNK  # of V
 UNIT_ROWS = 8  # of a swizzle atom
 ROW_BYTES = CHUNK * 2  # of a chunk of Q or P
-WARP_TOKENS = BLOCK // 4
+PAIRS = UNIT // 2  # of 16 columns
+SHARED_BYTES = 227 * 1024
+WARPGROUPS = 2  # of consumers
 
 # In log2: a reference is set this far below the largest score, and moves if a score exceeds it by more than LIMIT.
 # P is at most 2^LIMIT, in fp16's range, and full of precision down to 2^-(14 + MARGIN) of the largest.
 MARGIN, LIMIT = 6.0, 14.0
-LEAST_SCALE = 2.0**-60  # stands for smaller ones of a token, whose logarithm is taken
+LEAST_FACTOR = 2.0**-60  # stands for smaller ones of a token, whose logarithm is taken
 Q_EXPONENT = 14  # of the largest value of a query head, which is scaled by a power of two to fit fp16
 
 # Named barriers: of each consumer warpgroup, and of both.
@@ -91,28 +100,45 @@ class Consumer:
     side: int
     warp: Int32  # of its warpgroup
     lane: Int32
-    k: Int32  # from a stage on: its first 16 codes in the first of its two rows of K
-    scales: Int32  # from a stage on: those of that row
-    v: Int32  # from a stage on: its first four codes of its first token of V
     p_out: Int32  # where stmatrix writes its row of P's first version
     p_trade: Int32  # where it trades a quarter of the output with the other side
-    q: list  # descriptors of Q's chunks, RoPE's the last
+    q: list  # descriptors of Q's chunks
     p: list  # descriptors of P's versions
     s: list  # accumulators of scores, which take turns
     o: list  # accumulators of V's chunks
+
+    @property
+    def place(self) -> tuple[Int32, Int32, Int32]:
+        """(warp, lane / 4, lane % 4): which elements of an operand or accumulator the thread has."""
+        return self.warp, self.lane // 4, self.lane % 4
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of tokens that has arrived: addresses in shared memory."""
+
+    raw: Int32
+    attended: Int32  # a bit a token
+    table: Int32  # what `few_heads_rows` notes of its scales
+    empty: cute.Pointer  # barrier of the stage
 
 
 class SparseDecodeFewHeads(SparseDecode):
     def __init__(self, kv_format: str, heads: int):
         self.dtype = BFloat16
         self.cluster = 1
-        self.loader = getattr(dequant, kv_format)(self.dtype)
+        self.loader = getattr(dequant, kv_format)(self.dtype)  # which tells where tokens lie in a cache
+        self.rows = getattr(few_heads_rows, kv_format + "Rows")()
         self.heads = heads
-        self.stages = 4 if heads < 32 else 3
-        self.token_bytes = self.loader.token_bytes
-        self.stage_bytes = BLOCK * self.token_bytes
+        self.stage_bytes = BLOCK * self.rows.pitch
         self.q_bytes = heads * ROW_BYTES  # of a chunk
+        self.q_chunks = self.rows.d // CHUNK
+        self.p_bytes = GROUPS * self.q_bytes  # of a side: as many versions, or a group of the output in fp32
+        self.table_bytes = 2 * WARPGROUPS * self.rows.table_bytes  # two turns of each side
+        self.score_parts = len(self.rows.parts)
         self.registers = (216, 72) if heads < 32 else (232, 40)
+        taken = self.q_chunks * self.q_bytes + WARPGROUPS * self.p_bytes + self.table_bytes + 4096 + 20 * heads * 4
+        self.stages = (SHARED_BYTES - taken) // self.stage_bytes
 
     @cute.jit
     def __call__(
@@ -153,8 +179,9 @@ class SparseDecodeFewHeads(SparseDecode):
             tops: cute.struct.MemRange[Float32, 8 * heads]  # of each consumer warp
             sums: cute.struct.MemRange[Float32, 8 * heads]
             references: cute.struct.MemRange[Float32, 2 * heads]  # of each side
-            q: cute.struct.Align[cute.struct.MemRange[Uint8, (CHUNKS + 1) * self.q_bytes], 1024]
-            p: cute.struct.Align[cute.struct.MemRange[Uint8, 2 * GROUPS * self.q_bytes], 1024]
+            q: cute.struct.Align[cute.struct.MemRange[Uint8, self.q_chunks * self.q_bytes], 1024]
+            p: cute.struct.Align[cute.struct.MemRange[Uint8, WARPGROUPS * self.p_bytes], 1024]
+            table: cute.struct.Align[cute.struct.MemRange[Uint8, self.table_bytes + UNIT], UNIT]
             raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.stages * self.stage_bytes], 128]
 
         self.Shared = Shared
@@ -241,7 +268,7 @@ class SparseDecodeFewHeads(SparseDecode):
         end = end_of_work(args.work)
         inverses = tuple(Uint32(0xFFFFFFFF) // Uint32(source.page_size) for source in (args.main, args.extra))
         bits = Int32(shared.attended.data_ptr().toint()) + warp * 2
-        raw = Int32(shared.raw.data_ptr().toint()) + warp * (WARP_TOKENS * self.token_bytes) + lane_index * UNIT
+        raw = Int32(shared.raw.data_ptr().toint()) + warp * (WARP_TOKENS * self.rows.pitch)
 
         cursor = self.settle(args, first_piece(args.work), end)
         self.fetch_index(args, cursor, lane)
@@ -264,73 +291,72 @@ class SparseDecodeFewHeads(SparseDecode):
                         read_only_args=[bits + stage * 8, cutlass.Uint16(attended >> (block * WARP_TOKENS))],
                     )
                     cute.arch.mbarrier_arrive(full)
-                self.gather(tokens.row, block, raw + stage * self.stage_bytes, lane_index)
+                self.gather(tokens, block, raw + stage * self.stage_bytes, lane_index)
                 cute.arch.cp_async_mbarrier_arrive_noinc(full)
                 stage, parity = self.next_stage(stage, parity, 1)
             cute.arch.cp_async_commit_group()
 
     def next_stage(self, stage: Int32, parity: Int32, by: int) -> tuple[Int32, Int32]:
         wraps = stage >= self.stages - by
-        return cutlass.select_(wraps, stage + (by - self.stages), stage + by), cutlass.select_(wraps, parity ^ 1, parity)
+        return cutlass.select_(wraps, stage + (by - self.stages), stage + by), cutlass.select_(
+            wraps, parity ^ 1, parity
+        )
 
     @cute.jit
-    def gather(self, rows: Int64, block: cutlass.Constexpr, to: Int32, lane: Int32):
-        """Copy the rows of a block that this warp has looked up: 16 bytes a lane, in the order in which they will lie."""
-        row_units = self.token_bytes // UNIT
+    def gather(self, tokens, block: cutlass.Constexpr, to: Int32, lane: Int32):
+        """Copy the rows of a block that this warp has looked up, 16 bytes a lane, neighbours by neighbours."""
+        row_units = self.rows.token_bytes // UNIT
         units = WARP_TOKENS * row_units
         for first in cutlass.range(0, units, 32, unroll=4):
             unit = first + lane
             token = unit // row_units
-            row = cute.arch.shuffle_sync(rows, block * WARP_TOKENS + token)
+            row = cute.arch.shuffle_sync(tokens.row, block * WARP_TOKENS + token)
             if unit < units:
-                copy_unit(to + first * UNIT, row, row + Int64((unit - token * row_units) * UNIT))
+                padding = self.rows.pitch - self.rows.token_bytes
+                copy_unit(to + unit * UNIT + token * padding, row, row + Int64((unit - token * row_units) * UNIT))
+        if const_expr(self.rows.scales_apart):
+            if lane // WARP_TOKENS == block:
+                at = to + lane % WARP_TOKENS * self.rows.pitch
+                copy_async((at, self.rows.token_bytes), tokens.row, (tokens.row + Int64(tokens.scales), 0), 8)
 
     # ---------------------------------------------------------------------------------------------- consumers
 
     def consumer(self, side: int, shared, thread: Int32) -> Consumer:
         warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
-        g, t = lane // 4, lane % 4
-        p = Int32(shared.p.data_ptr().toint()) + side * (GROUPS * self.q_bytes)
-        # A lane gives stmatrix the address of a row: of head `head`, eight tokens.
-        if self.heads == 8:
-            half, head = lane // 8 % 2, lane % 8
-        else:
-            half, head = lane // 8 % 2, lane // 16 * 8 + lane % 8
-        k = warp * WARP_TOKENS + g
-        slices = [cute.make_tiled_mma(self.op(dtype)).get_slice(thread) for dtype in (Float16, BFloat16)]
+        p = Int32(shared.p.data_ptr().toint()) + side * self.p_bytes
+        # A lane gives stmatrix the address of a row: of a head, eight tokens.
+        half, head = lane // 8 % 2, lane % 8 + (lane // 16 * 8 if self.heads > 8 else 0)
+        q_dtypes = {
+            chunk: BFloat16 if factor is None else Float16 for part, factor in self.rows.parts for chunk in part
+        }
+        slices = {dtype: cute.make_tiled_mma(self.op(dtype)).get_slice(thread) for dtype in (Float16, BFloat16)}
 
-        def operand(base, chunk, i):
-            kind = (Float16, BFloat16)[i]
-            pointer = cute.recast_ptr(base.data_ptr(), dtype=kind) + chunk * (self.heads * CHUNK)
-            atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, kind)
+        def operand(base, chunk, dtype):
+            pointer = cute.recast_ptr(base.data_ptr(), dtype=dtype) + chunk * (self.heads * CHUNK)
+            atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
             layout = cute.tile_to_shape(atom, (self.heads, CHUNK), (0, 1))
             tile = cute.make_tensor(cute.recast_ptr(pointer, layout.inner), layout.outer)
-            return slices[i].make_fragment_B(slices[i].partition_B(tile))
+            return slices[dtype].make_fragment_B(slices[dtype].partition_B(tile))
 
         def accumulator():
-            return slices[0].make_fragment_C(slices[0].partition_shape_C((ROWS, self.heads)))
+            return slices[Float16].make_fragment_C(slices[Float16].partition_shape_C((ROWS, self.heads)))
 
         return Consumer(
             side=side,
             warp=warp,
             lane=lane,
-            k=k * self.token_bytes + t * (2 * UNIT),
-            scales=k * self.token_bytes + self.loader.scale_offset,
-            v=t * (2 * self.token_bytes) + warp * 32 + g * 4,
             p_out=p + head * ROW_BYTES + ((2 * warp + half) ^ (head % UNIT_ROWS)) * UNIT,
             p_trade=p + thread * UNIT,
-            q=[operand(shared.q, c, c // CHUNKS) for c in range(CHUNKS + 1)],
-            p=[operand(shared.p, side * GROUPS + i, 0) for i in range(GROUPS)],
-            s=[accumulator() for _ in range(2 if self.heads < 32 else 1)],
+            q=[operand(shared.q, chunk, q_dtypes[chunk]) for chunk in range(self.q_chunks)],
+            p=[operand(shared.p, side * GROUPS + i, dtype) for i, (dtype, _) in enumerate(self.rows.versions)],
+            s=[accumulator() for _ in range(2 if self.heads < 32 and self.score_parts > 1 else 1)],
             o=[accumulator() for _ in range(CHUNKS)],
         )
 
     def op(self, dtype: type[cutlass.Numeric]) -> warpgroup.MmaF16BF16Op:
         """S^T[64, heads] += K[64, 16] Q[heads, 16]^T, or O^T += V^T P."""
         shape = (ROWS, self.heads, 16)
-        return warpgroup.MmaF16BF16Op(
-            dtype, Float32, shape, OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.K
-        )
+        return warpgroup.MmaF16BF16Op(dtype, Float32, shape, OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.K)
 
     @cute.jit
     def consume(self, side: cutlass.Constexpr, args, shared, barriers, thread: Int32):
@@ -338,8 +364,9 @@ class SparseDecodeFewHeads(SparseDecode):
         c = self.consumer(side, shared, thread)
         sums = cute.make_rmem_tensor(self.heads // 4, Float32)  # of heads 8 j + 2 (lane % 4) + {0, 1}
         references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
-        raw = Int32(shared.raw.data_ptr().toint())
-        stage, parity = Int32(side), Int32(0)
+        raw, attended, table = (Int32(room.data_ptr().toint()) for room in (shared.raw, shared.attended, shared.table))
+        table += side * 2 * self.rows.table_bytes
+        stage, parity, turn = Int32(side), Int32(0), Int32(0)
         piece, end = first_piece(args.work), end_of_work(args.work)
         while remains(piece, end):
             length, extra_length = args.lengths(piece)
@@ -354,149 +381,141 @@ class SparseDecodeFewHeads(SparseDecode):
                 self.prepare_queries(args, shared, args.rows(piece), 4 * side + c.warp, anew(c.lane))
                 for _ in cutlass.range(piece.tile, stop, unroll=1):
                     cute.arch.mbarrier_wait(barriers.full + stage, parity)
-                    self.attend(c, shared, barriers.empty + stage, raw + stage * self.stage_bytes, stage, sums)
+                    block = Block(
+                        raw + stage * self.stage_bytes,
+                        attended + stage * 8 + c.warp * 2,
+                        table + turn * self.rows.table_bytes,
+                        barriers.empty + stage,
+                    )
+                    self.attend(replace(c, lane=anew(c.lane)), shared, block, sums)
+                    turn ^= 1
                     stage, parity = self.next_stage(stage, parity, 2)
-            self.write(
-                replace(c, lane=anew(c.lane)), args, shared, sums, args.slot(piece), args.rows(piece)
-            )
+            self.write(replace(c, lane=anew(c.lane)), args, shared, sums, args.slot(piece), args.rows(piece))
             piece = next_piece(piece, stop, tiles)
 
     @cute.jit
     def prepare_queries(self, args, shared, rows, warp: Int32, lane: Int32):
-        """Bring Q in the order in which threads find the columns of K; each head times a power of two, to fit fp16.
-
-        In a group of 128 columns, columns 32 t + 16 e + 4 i + 2 h + {0, 1} are those that thread t of four multiplies
-        as values 8 h + 2 t + {0, 1} of k-step 4 e + i.
-        """
+        """Bring Q in the order in which threads take the columns of K (see `few_heads_rows`), each head times a power of two
+        that makes it fit fp16."""
         q = Int32(shared.q.data_ptr().toint())
         q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
+        passes = -(-self.rows.d // (32 * 2 * PAIRS))
         for i in range_constexpr(self.heads // 8):
             head = i * 8 + warp
-            exists = head < rows.count
             start = args.q[rows.request, rows.token, cutlass.min(head, rows.count - 1), None].iterator
-            given = cute.make_rmem_tensor(2 * UNIT_ROWS, BFloat16)
-            given_rope = cute.make_rmem_tensor(2, BFloat16)
-            cute.autovec_copy(cute.make_tensor((start + lane * 16).align(16), cute.make_layout(16)), given)
-            cute.autovec_copy(cute.make_tensor((start + (D_V + lane * 2)).align(4), cute.make_layout(2)), given_rope)
-            values = [cutlass.select_(exists, given[j].to(Float32), Float32(0.0)) for j in range(16)]
-            rope = [cutlass.select_(exists, given_rope[j].to(Float32), Float32(0.0)) for j in range(2)]
-            top = Float32(0.0)
-            for value in values + rope:
-                top = cute.arch.fmax(top, cute.arch.fmax(value, -value))
+            values, top = [], Float32(0.0)
+            for turn in range_constexpr(passes):
+                unit = lane + 32 * turn
+                exists = (head < rows.count) & (unit * (2 * PAIRS) < self.rows.d)
+                given = cute.make_rmem_tensor(2 * PAIRS, BFloat16)
+                source = start + cutlass.select_(exists, unit, Int32(0)) * (2 * PAIRS)
+                cute.autovec_copy(cute.make_tensor(source.align(16), cute.make_layout(2 * PAIRS)), given)
+                values.append([cutlass.select_(exists, given[j].to(Float32), Float32(0.0)) for j in range(2 * PAIRS)])
+                for value in values[turn]:
+                    top = cute.arch.fmax(top, cute.arch.fmax(value, -value))
             exponent = biased_exponent(cute.arch.warp_reduction_max(top)) - Q_EXPONENT
             exponent = cutlass.max(20, cutlass.min(exponent, 230))
-            factor = power_of_two(254 - exponent)
             if lane == 0:
                 q_scale[head] = power_of_two(exponent) * args.scale_log2
-            row = q + head * ROW_BYTES
-            to = row + (lane // 8 * 2 + lane % 2) * self.q_bytes + lane % 8 // 2 * 4
-            for unit in range_constexpr(UNIT_ROWS):
-                word = pack(Float16, values[2 * unit] * factor, values[2 * unit + 1] * factor)
-                store_word(to + (unit ^ warp) * UNIT, word)
-            # RoPE's columns 16 t + 8 e + 2 i + {0, 1} are values 8 (i % 2) + 2 t + {0, 1} of k-step 2 e + i / 2.
-            to = row + CHUNKS * self.q_bytes + lane // 8 * 4 + (lane % 8 ^ warp) * UNIT
-            store_word(to, pack(BFloat16, rope[0] * factor, rope[1] * factor))
+            for turn in range_constexpr(passes):
+                unit = lane + 32 * turn
+                if unit * (2 * PAIRS) < self.rows.d:
+                    self.store_queries(q + head * ROW_BYTES, warp, unit, values[turn], power_of_two(254 - exponent))
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
 
+    def store_queries(self, row: Int32, swizzle: Int32, unit: Int32, values: list, factor: Float32) -> None:
+        """16 columns of Q to the row of their head, in fp16 or, of RoPE, in bf16."""
+        chunk, t = self.rows.place(unit)
+        to = row + chunk * self.q_bytes + t * 4
+        for j in range(PAIRS):
+            pair = values[2 * j] * factor, values[2 * j + 1] * factor
+            word = cutlass.select_(unit >= self.rows.rope_unit, pack(BFloat16, *pair), pack(Float16, *pair))
+            store_word(to + (j ^ swizzle) * UNIT, word)
+
     @cute.jit
-    def attend(self, c, shared, empty: cute.Pointer, raw: Int32, stage: Int32, sums: cute.Tensor):
+    def attend(self, c, shared, block, sums: cute.Tensor):
         """One block: scores, softmax, output."""
-        scales = [load_words(raw + c.scales, r * 8 * self.token_bytes, GROUPS, Float32) for r in range(2)]
-        s = self.scores(c, raw + c.k, scales)
-        bits = cute.arch.inline_ptx(
-            "{ .reg .u16 x; ld.shared.u16 x, [{$r0}]; cvt.u32.u16 {$w0}, x; }",
-            write_only_types=[Int32],
-            read_only_args=[Int32(shared.attended.data_ptr().toint()) + stage * 8 + c.warp * 2],
-        )
+        if const_expr(self.rows.table_bytes > 0):
+            self.rows.write_table(block.raw, block.table, c.warp * 32 + c.lane)
+            # Every warp has also finished with the last block's P and table.
+            cute.arch.barrier(barrier_id=ONE + c.side, number_of_threads=WARPGROUP)
+        warp, g, t = c.place
+        factors = [self.rows.factors(block.raw, block.table, warp * WARP_TOKENS + g, r) for r in range(2)]
+        s = self.scores(c, block, factors)
+        bits = few_heads_rows.load_short(block.attended, 0)
+        q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
+        references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
         largest = []
         for r in range_constexpr(2):
-            top = Float32(LEAST_SCALE)
-            for scale in scales[r]:
-                top = cute.arch.fmax(top, cute.arch.fmax(scale, -scale))
+            top = Float32(LEAST_FACTOR)
+            for factor in factors[r]:
+                top = cute.arch.fmax(top, cute.arch.fmax(factor, -factor))
             largest.append(cute.math.log2(top, fastmath=True))
-            hidden = (bits >> (c.lane // 4 + 8 * r)) & 1 == 0
-            q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
+            hidden = (Int32(bits) >> (g + 8 * r)) & 1 == 0
             for j in range_constexpr(self.heads // 8):
                 for h in range_constexpr(2):
                     e = 4 * j + 2 * r + h
-                    score = s[e] * q_scale[8 * j + 2 * (c.lane % 4) + h]
+                    score = s[e] * q_scale[8 * j + 2 * t + h]
                     s[e] = cutlass.select_(hidden, -Float32.inf, score)
-        references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
         reference = cute.make_rmem_tensor(self.heads // 4, Float32)
         for n in range_constexpr(self.heads // 4):
-            reference[n] = references[n // 2 * 8 + 2 * (c.lane % 4) + n % 2, c.side]
+            reference[n] = references[n // 2 * 8 + 2 * t + n % 2, c.side]
         p = cute.make_rmem_tensor_like(s)
-        # Every warp has finished with the last block's P.
-        cute.arch.barrier(barrier_id=ONE + c.side, number_of_threads=WARPGROUP)
-        excess = self.probabilities(c, s, p, scales, largest, reference)
+        if const_expr(self.rows.table_bytes == 0):
+            # Every warp has finished with the last block's P.
+            cute.arch.barrier(barrier_id=ONE + c.side, number_of_threads=WARPGROUP)
+        excess = self.probabilities(c, s, p, factors, largest, reference)
         cute.arch.fence_proxy("async.shared", space="cta")
         if uniform(any_of_warpgroup(ONE + c.side, excess > LIMIT)) != 0:
-            self.move_reference(replace(c, lane=anew(c.lane)), shared, s, largest, reference, sums)
-            self.probabilities(c, s, p, scales, largest, reference)
+            self.move_reference(c, shared, s, largest, reference, sums)
+            self.probabilities(c, s, p, factors, largest, reference)
             cute.arch.fence_proxy("async.shared", space="cta")
             cute.arch.barrier(barrier_id=ONE + c.side, number_of_threads=WARPGROUP)
         for e in range_constexpr(self.heads // 2):
             n = e // 4 * 2 + e % 2
             sums[n] = sums[n] + p[e]
-        self.accumulate(c, raw + c.v, empty)
+        self.accumulate(c, block)
 
-    def scores(self, c: Consumer, k: Int32, scales: list) -> cute.Tensor:
+    def scores(self, c: Consumer, block: Block, factors: list) -> cute.Tensor:
         """Scores of this thread's two tokens, of all heads, without the heads' own scale."""
-        token_bytes = self.token_bytes
         s = cute.make_rmem_tensor_like(c.s[0])
-        words = [
-            load_words(k, self.loader.plain_offset + e * UNIT + 8 * r * token_bytes, 4)
-            for e in range(2)
-            for r in range(2)
-        ]
-        a = operand_a(BFloat16, 4)
-        a_words = cute.recast_tensor(a, Uint32)
-        for e in range(2):
-            for r in range(2):
-                for i in range(4):
-                    a_words[4 * (2 * e + i // 2) + 2 * (i % 2) + r] = words[2 * e + r][i]
-        warpgroup.fence()
-        self.issue(BFloat16, c.s[0], a, c.q[CHUNKS], overwrite=True)
-        warpgroup.commit_group()
-        for chunk in range(CHUNKS):
-            group, e = chunk // 2, chunk % 2
-            if e == 0 and len(c.s) == 1:
-                warpgroup.wait_group(0)
-                self.add_scores(s, c.s[0], scales, group - 1)
-            words = [load_words(k, group * GROUP + e * UNIT + 8 * r * token_bytes, 4) for r in range(2)]
-            a = operand_a(Float16, 4)
-            a_words = cute.recast_tensor(a, Uint32)
-            for r in range(2):
-                for i in range(4):
-                    a_words[4 * i + r], a_words[4 * i + 2 + r] = e4m3_to_fp16(words[r][i])
-            warpgroup.fence()
-            self.issue(Float16, c.s[(group + 1) % len(c.s)], a, c.q[chunk], overwrite=e == 0)
-            warpgroup.commit_group()
-            warpgroup.wait_group(1)
-            if e == 0 and len(c.s) == 2:
-                self.add_scores(s, c.s[group % 2], scales, group - 1)
+        done = None  # the part whose chunks have been issued
+        for part, (chunks, factor) in enumerate(self.rows.parts):
+            acc = c.s[part % len(c.s)]
+            for chunk in chunks:
+                if done is not None and len(c.s) == 1:
+                    warpgroup.wait_group(0)
+                    self.add_scores(s, acc, factors, *done)
+                    done = None
+                a = self.rows.k_operand(block.raw, block.table, chunk, *c.place)
+                warpgroup.fence()
+                self.issue(acc, a, c.q[chunk], overwrite=chunk == chunks[0])
+                warpgroup.commit_group()
+                warpgroup.wait_group(1)
+                if done is not None:
+                    self.add_scores(s, c.s[(part - 1) % len(c.s)], factors, *done)
+                    done = None
+            done = part, factor
         warpgroup.wait_group(0)
-        self.add_scores(s, c.s[GROUPS % len(c.s)], scales, GROUPS - 1)
+        self.add_scores(s, c.s[(self.score_parts - 1) % len(c.s)], factors, *done)
         return s
 
-    def add_scores(self, s: cute.Tensor, acc: cute.Tensor, scales: list, group: int):
-        """Add a group's part of the scores, or begin with RoPE's, which has no scale."""
+    def add_scores(self, s: cute.Tensor, acc: cute.Tensor, factors: list, part: int, factor: int | None):
+        """Add a part of the scores to s, or begin with it."""
         for i in range(self.heads // 2):
-            s[i] = acc[i] if group < 0 else s[i] + acc[i] * scales[i // 2 % 2][group]
+            score = acc[i] if factor is None else acc[i] * factors[i // 2 % 2][factor]
+            s[i] = score if part == 0 else s[i] + score
 
-    def issue(
-        self, dtype: type[cutlass.Numeric], acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *,
-        first: int = 0, overwrite: bool = False,
-    ):  # fmt: skip
+    def issue(self, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, first: int = 0, overwrite: bool = False):
         """Issue acc (+)= a b over the k-steps of a, which are those of b from `first` on, without waiting."""
-        tiled = cute.make_tiled_mma(self.op(dtype))
+        tiled = cute.make_tiled_mma(self.op(a.element_type))
         for k in range(cute.size(a, mode=[2])):
             tiled.set(warpgroup.Field.ACCUMULATE, not (overwrite and k == 0))
             cute.gemm(tiled, acc, a[None, None, k], b[None, None, first + k], acc)
 
-    def probabilities(self, c: Consumer, s, p, scales: list, largest: list, reference: cute.Tensor) -> Float32:
-        """p = 2^(s - reference), and P's versions to shared memory; how far a score with its scale exceeds the reference.
+    def probabilities(self, c: Consumer, s, p, factors: list, largest: list, reference: cute.Tensor) -> Float32:
+        """p = 2^(s - reference), and P's versions to shared memory; how far scores with scales exceed the reference.
 
         The versions are transposed on their way: heads by tokens.
         """
@@ -506,15 +525,12 @@ class SparseDecodeFewHeads(SparseDecode):
             difference = s[e] - reference[e // 4 * 2 + e % 2]
             excess[r] = cute.arch.fmax(excess[r], difference)
             p[e] = cute.math.exp2(difference, fastmath=True)
-        for group in range(GROUPS):
-            words = [
-                pack(Float16, *(p[4 * j + 2 * r + h] * scales[r][group] for h in range(2)))
-                for j in range(self.heads // 8)
-                for r in range(2)
-            ]
+        for version, (dtype, factor) in enumerate(self.rows.versions):
+            scaled = [p[e] if factor is None else p[e] * factors[e // 2 % 2][factor] for e in range(self.heads // 2)]
+            words = [pack(dtype, scaled[e], scaled[e + 1]) for e in range(0, len(scaled), 2)]
             for i in range(0, len(words), 4):
                 # Four matrices are 16 heads.
-                offset = group * self.q_bytes + i // 4 * (16 * ROW_BYTES)
+                offset = version * self.q_bytes + i // 4 * (16 * ROW_BYTES)
                 store_transposed(c.p_out, offset, words[i : i + 4])
         return cute.arch.fmax(excess[0] + largest[0], excess[1] + largest[1])
 
@@ -550,32 +566,20 @@ class SparseDecodeFewHeads(SparseDecode):
                         o[4 * j + 2 * r + h] = o[4 * j + 2 * r + h] * factor
 
     @cute.jit
-    def accumulate(self, c, v: Int32, empty: cute.Pointer):
-        """O^T += V^T P^T, and free the stage.
-
-        Of a group of 128 columns a thread has four neighbours: two chunks' rows g and g + 8.
-        """
-        token_bytes = self.token_bytes
+    def accumulate(self, c, block):
+        """O^T += V^T P^T, and free the stage."""
         for group in range_constexpr(GROUPS):
             for first in range_constexpr(0, 4, 2):
-                a = [operand_a(Float16, 2) for _ in range(2)]
-                a_words = [cute.recast_tensor(part, Uint32) for part in a]
-                for k in range_constexpr(2):
-                    for late in range_constexpr(2):
-                        token = 16 * (first + k) + 8 * late
-                        pair = [load_words(v, (token + i) * token_bytes + group * GROUP, 1)[0] for i in range(2)]
-                        for half in range_constexpr(2):
-                            early_row, late_row = e4m3_to_fp16(interleave(*pair, half))
-                            a_words[half][4 * k + 2 * late] = early_row
-                            a_words[half][4 * k + 2 * late + 1] = late_row
+                a = self.rows.v_operands(block.raw, block.table, group, first, *c.place)
                 last = group + 1 == GROUPS and first == 2
                 if const_expr(last):
                     cute.arch.sync_warp()
                     with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive(empty)
+                        cute.arch.mbarrier_arrive(block.empty)
                 warpgroup.fence()
                 for half in range_constexpr(2):
-                    self.issue(Float16, c.o[2 * group + half], a[half], c.p[group], first=first)
+                    chunk = 2 * group + half
+                    self.issue(c.o[chunk], a[half], c.p[self.rows.version(chunk)], first=first)
                 warpgroup.commit_group()
                 warpgroup.wait_group(0 if last else 1)
 
@@ -627,7 +631,7 @@ class SparseDecodeFewHeads(SparseDecode):
     def trade(self, c, shared, i: cutlass.Constexpr):
         """Add the other side's part to this side's i-th group, through P's place."""
         given, kept = 2 * (1 - c.side) + i, 2 * c.side + i
-        other = c.p_trade + (1 - 2 * c.side) * (GROUPS * self.q_bytes)
+        other = c.p_trade + (1 - 2 * c.side) * self.p_bytes
         values = self.heads  # of a thread and a group
         for j in range_constexpr(0, values, 4):
             o = c.o[2 * given + j // (values // 2)]
@@ -672,67 +676,22 @@ class SparseDecodeFewHeads(SparseDecode):
 
     @cute.jit
     def write_columns(self, c, n: cutlass.Constexpr, factor: Float32, to: cute.Pointer, exists):
-        """This thread's columns of a head, four neighbours in each of this side's two groups."""
+        """This thread's columns of a head: two of each chunk of this side's two groups."""
+        width = to.dtype.width // 8
         for i in range_constexpr(2):
             group = 2 * c.side + i
             values = cute.make_rmem_tensor(4, to.dtype)
             for k in range_constexpr(4):
                 o = c.o[2 * group + k // 2]
                 values[k] = (o[n // 2 * 4 + k % 2 * 2 + n % 2] * factor).to(to.dtype)
+            starts = [to + self.rows.column(2 * group + half, c.warp, c.lane // 4) for half in range(2)]
             if exists:
-                start = to + (group * GROUP + c.warp * 32 + c.lane // 4 * 4)
-                cute.autovec_copy(values, cute.make_tensor(start.align(to.dtype.width // 2), cute.make_layout(4)))
-
-
-def operand_a(dtype: type[cutlass.Numeric], k_steps: int) -> cute.Tensor:
-    """Registers of an A operand: words 4 k ... 4 k + 3 are of k-step k, of (row, row + 8) x (early, late) columns."""
-    return cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, k_steps), stride=((1, 2, 4), 0, 8)), dtype)
-
-
-def e4m3_to_fp16(word: Uint32) -> tuple:
-    """Four e4m3 codes: two words of two fp16 values."""
-    return cute.arch.inline_ptx(
-        """{
-.reg .b16 low, high;
-mov.b32 {low, high}, {$r0};
-cvt.rn.f16x2.e4m3x2 {$w0}, low;
-cvt.rn.f16x2.e4m3x2 {$w1}, high;
-}""",
-        write_only_types=[Uint32, Uint32],
-        read_only_args=[word],
-    )
-
-
-def interleave(a: Uint32, b: Uint32, half: int) -> Uint32:
-    """Bytes a_i, b_i, a_(i + 1), b_(i + 1), i = 2 half."""
-    return cute.arch.inline_ptx(
-        f"prmt.b32 {{$w0}}, {{$r0}}, {{$r1}}, {0x7362 if half else 0x5140};",
-        write_only_types=[Uint32],
-        read_only_args=[a, b],
-    )
-
-
-def pack(dtype: type[cutlass.Numeric], low: Float32, high: Float32) -> Uint32:
-    return cute.arch.inline_ptx(
-        f"cvt.rn.{dequant.PACKED[dtype]}.f32 {{$w0}}, {{$r1}}, {{$r0}};",
-        write_only_types=[Uint32],
-        read_only_args=[low, high],
-    )
-
-
-def biased_exponent(x: Float32) -> Int32:
-    return cute.arch.inline_ptx(
-        "{ .reg .b32 x; mov.b32 x, {$r0}; shr.u32 {$w0}, x, 23; }", write_only_types=[Int32], read_only_args=[x]
-    )
-
-
-def power_of_two(exponent: Int32) -> Float32:
-    """2^(exponent - 127)."""
-    return cute.arch.inline_ptx(
-        "{ .reg .b32 x; shl.b32 x, {$r0}, 23; mov.b32 {$w0}, x; }",
-        write_only_types=[Float32],
-        read_only_args=[exponent],
-    )
+                if const_expr(self.rows.neighbours(group)):
+                    cute.autovec_copy(values, cute.make_tensor(starts[0].align(4 * width), cute.make_layout(4)))
+                else:
+                    for half in range_constexpr(2):
+                        pair = cute.make_tensor(values.iterator + 2 * half, cute.make_layout(2))
+                        cute.autovec_copy(pair, cute.make_tensor(starts[half].align(2 * width), cute.make_layout(2)))
 
 
 def store_word(address: Int32, word: Uint32) -> None:
@@ -740,7 +699,7 @@ def store_word(address: Int32, word: Uint32) -> None:
 
 
 def store_transposed(address: Int32, offset: int, words: list) -> None:
-    """A word of each of two or four 8 x 8 matrices; lanes 8 i ... 8 i + 7 give the addresses of the i-th one's columns."""
+    """A word of each of two or four 8 x 8 matrices; lanes 8 i + {0 ... 7} give the addresses of the i-th one's columns."""
     names = ", ".join(f"{{$r{i + 1}}}" for i in range(len(words)))
     cute.arch.inline_ptx(
         f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [{{$r0}}+{offset}], {{{names}}};",
@@ -778,7 +737,7 @@ def compile_variant(kv_format: str, heads: int) -> aot.Compiled:
     """Compile for tensors of any extents whose rows, tokens and pages are 16-byte aligned."""
     kernel = SparseDecodeFewHeads(kv_format, heads)
     b, s_q, h_q = (cute.sym_int() for _ in range(3))
-    q = aot.strided(kernel.dtype, (b, s_q, h_q, kernel.loader.d), dense_last=True, align=16)
+    q = aot.strided(kernel.dtype, (b, s_q, h_q, kernel.rows.d), dense_last=True, align=16)
     sources = []
     for _ in range(2):
         k_cache = aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16)

@@ -32,7 +32,7 @@ from flash_mla.problem import DecodeInputs, DecodeProblem
 __all__ = ["decode", "plan_decode", "sparse_decode_kernel", "why_not"]
 
 FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
-FEW_HEADS_FORMATS = (KVCacheFormat.FP8_V32,)
+FEW_HEADS_FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41)
 
 
 def why_not(problem: DecodeProblem) -> str | None:
