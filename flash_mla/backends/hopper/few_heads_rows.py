@@ -2,10 +2,13 @@
 
 A product's order of summation is free, and so is the order of the output's rows. Hence thread (g, t) = (lane / 4,
 lane % 4) of a warp takes whole words for the elements that wgmma wants of it: of K's rows g and g + 8 every fourth 16
-bytes, for whose order Q is permuted; of V^T four neighbouring columns of eight tokens, which are rows g and g + 8 of two
-products. Codes become fp16, exactly. A scale is either a factor, of scores and of probabilities, or, where
-too few columns share it for that, a multiplier on the way to fp16: relative to the largest of its token, which then is
-the factor. Rows lie an odd number of 16-byte units apart, so that no two threads of an access want the same bank.
+bytes, for whose order Q is permuted; of V^T four neighbouring columns of eight tokens, which are rows g and g + 8 of
+two products.
+
+Codes become fp16, exactly. A scale is either a factor, of scores and of probabilities, or, where too few columns share
+it for that, a multiplier of codes: relative to the largest of its token, which then is the factor.
+
+Rows lie an odd number of 16-byte units apart, so that no two threads of an access want the same bank.
 """
 
 from __future__ import annotations

@@ -395,8 +395,7 @@ class SparseDecodeFewHeads(SparseDecode):
 
     @cute.jit
     def prepare_queries(self, args, shared, rows, warp: Int32, lane: Int32):
-        """Bring Q in the order in which threads take the columns of K (see `few_heads_rows`), each head times a power of two
-        that makes it fit fp16."""
+        """Bring Q in the order in which threads take the columns of K, each head times a power of two to fit fp16."""
         q = Int32(shared.q.data_ptr().toint())
         q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
         passes = -(-self.rows.d // (32 * 2 * PAIRS))
@@ -699,7 +698,7 @@ def store_word(address: Int32, word: Uint32) -> None:
 
 
 def store_transposed(address: Int32, offset: int, words: list) -> None:
-    """A word of each of two or four 8 x 8 matrices; lanes 8 i + {0 ... 7} give the addresses of the i-th one's columns."""
+    """A word of each of two or four 8 x 8 matrices; lanes 8 i ... 8 i + 7 give the addresses of columns of the i-th."""
     names = ", ".join(f"{{$r{i + 1}}}" for i in range(len(words)))
     cute.arch.inline_ptx(
         f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [{{$r0}}+{offset}], {{{names}}};",
