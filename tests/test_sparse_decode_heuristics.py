@@ -10,6 +10,8 @@ from flash_mla.backends.hopper.sparse_decode_heuristics import (
     few_heads,
     sparse_decode_config,
 )
+from flash_mla.backends.hopper.variants import VARIANTS
+from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import split_plan
 
 H200, H800_PCIE, H20 = 132, 114, 78  # SMs
@@ -32,14 +34,18 @@ def test_every_head_is_covered_and_no_sm_counted_twice(num_sms, tiles):
 
 
 @GPUS
-def test_few_heads_are_padded_to_the_next_kernel_s(num_sms):
-    for h_q in range(1, max(FEW_HEADS) + 1):
-        heads = few_heads(h_q)
+@pytest.mark.parametrize("kv_format", FEW_HEADS)
+def test_few_heads_are_padded_to_the_next_kernel_s(num_sms, kv_format):
+    counts = FEW_HEADS[kv_format]
+    for h_q in range(1, max(counts) + 1):
+        heads = few_heads(h_q, kv_format)
         assert h_q <= heads
-        assert all(smaller < h_q for smaller in FEW_HEADS if smaller < heads), "the smallest kernel that serves"
+        assert all(smaller < h_q for smaller in counts if smaller < heads), "the smallest kernel that serves"
         config = sparse_decode_config(3, h_q, 16, num_sms, heads)
         assert (config.row_tiles, config.passes, config.unit_rows) == (1, 1, heads)
-    assert few_heads(max(FEW_HEADS) + 1) is None
+        assert f"sparse_decode_bf16_{kv_format.value}_heads{heads}" in VARIANTS
+    assert few_heads(max(counts) + 1, kv_format) is None
+    assert few_heads(1, KVCacheFormat.BF16) is None
 
 
 @GPUS

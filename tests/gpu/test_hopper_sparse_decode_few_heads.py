@@ -15,6 +15,9 @@ from flash_mla.backends.hopper.sparse_decode_heuristics import FEW_HEADS
 
 pytestmark = pytest.mark.gpu
 
+HEADS = FEW_HEADS[KVCacheFormat.FP8_V32]
+OTHER_FORMATS = [kv_format for kv_format in FEW_HEADS if kv_format is not KVCacheFormat.FP8_V32]
+
 
 @pytest.mark.parametrize("h_q", [1, 2, 7, 8, 9, 16, 17, 32])
 @pytest.mark.parametrize("topk", [1, 64, 65, 129, 2048])
@@ -22,10 +25,43 @@ def test_head_counts(h_q, topk):
     check(case(3, 2, h_q, topk, seed=100 * h_q + topk))
 
 
-@pytest.mark.parametrize("h_q", FEW_HEADS)
+@pytest.mark.parametrize("h_q", HEADS)
 def test_many_split_units(h_q):
     check(case(1, 1, h_q, 20_000))
     check(case(5, 3, h_q, 4096, lengths=[4096, 1, 0, 3000, 64], extra_topk=500, extra_lengths=[0, 500, 0, 129, 64]))
+
+
+@pytest.mark.parametrize("kv_format", OTHER_FORMATS)
+@pytest.mark.parametrize("h_q", [1, 8, 9, 16])
+def test_formats(kv_format, h_q):
+    for seed, topk in enumerate((1, 64, 65, 700)):
+        check(case(3, 2, h_q, topk, kv_format=kv_format, page_size=7, seed=seed))
+    lengths = {"lengths": [300, 0, 129], "extra_topk": 200, "extra_lengths": [0, 5, 200]}
+    check(case(3, 1, h_q, 300, kv_format=kv_format, extra_page_size=2, **lengths))
+    check(case(1, 1, h_q, 20_000, kv_format=kv_format))
+
+
+def exponents(cache, kv_format):
+    """A view of the e8m0 scales of every token of a cache, [pages, page_size, scales]."""
+    page_size = cache.shape[1]
+    if kv_format is KVCacheFormat.FP8_V41:
+        return cache[:, :, 0, 512:528]
+    return cache.as_strided(
+        (len(cache), page_size, 7), (cache.stride(0), 8, 1), cache.storage_offset() + page_size * 576
+    )
+
+
+@pytest.mark.parametrize("kv_format", OTHER_FORMATS)
+@pytest.mark.parametrize("spread", [3, 12, 30])
+def test_powers_of_two_far_apart(kv_format, spread):
+    """Scales of a token, and of tokens, that are up to 2^spread apart; 0, which is 2^-127, among them."""
+    arguments = case(3, 1, 16, 300, kv_format=kv_format, seed=spread, sink=False)
+    scales = exponents(arguments["k_cache"], kv_format)
+    generator = torch.Generator("cuda").manual_seed(spread)
+    lower = torch.randint(0, spread + 1, scales.shape, device="cuda", generator=generator, dtype=torch.uint8)
+    changed = torch.where(lower == spread, 0, scales - lower)
+    scales.copy_(torch.where(scales == 255, scales, changed))
+    check(arguments)
 
 
 def scaled(arguments, factors):
@@ -37,7 +73,7 @@ def scaled(arguments, factors):
     return arguments
 
 
-@pytest.mark.parametrize("h_q", FEW_HEADS)
+@pytest.mark.parametrize("h_q", HEADS)
 @pytest.mark.parametrize("spread", [0.0, 4.0, 20.0])
 def test_scales_of_tokens_far_apart(h_q, spread):
     """Some tokens' latents are 2^spread times as large as others', in no power of two."""
@@ -94,7 +130,7 @@ def test_blocks_without_tokens():
         check(arguments)
 
 
-@pytest.mark.parametrize("h_q", FEW_HEADS)
+@pytest.mark.parametrize("h_q", HEADS)
 def test_batch_invariance(h_q):
     arguments = case(6, 2, h_q, 9000, lengths=[9000, 100, 5000, 0, 4097, 8192])
     together, lse = run(arguments, enable_batch_invariant=True)

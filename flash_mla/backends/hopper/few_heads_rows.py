@@ -362,4 +362,5 @@ def store_half(address: Int32, offset: int, value: Float32) -> None:
 
 
 def store_float(address: Int32, offset: int, value: Float32) -> None:
+    """A number to shared memory."""
     cute.arch.inline_ptx(f"st.shared.f32 [{{$r0}}+{offset}], {{$r1}};", read_only_args=[address, value])

@@ -48,6 +48,7 @@ from flash_mla.backends.hopper.sparse_decode import (
     D_V,
     LEFT,
     PRODUCER_WARP,
+    RIGHT,
     WARPGROUP,
     Arguments,
     Source,
@@ -63,6 +64,7 @@ UNIT_ROWS = 8  # of a swizzle atom
 ROW_BYTES = CHUNK * 2  # of a chunk of Q or P
 PAIRS = UNIT // 2  # of 16 columns
 SHARED_BYTES = 227 * 1024
+SMALL_BYTES = 6 * 1024  # of it, for barriers and what there is of each head, and lost to alignment
 WARPGROUPS = 2  # of consumers
 
 # In log2: a reference is set this far below the largest score, and moves if a score exceeds it by more than LIMIT.
@@ -85,12 +87,10 @@ class Barriers:
 
 @dataclass(frozen=True)
 class Lane:
-    """What a producer thread works on."""
+    """What a producer thread looks up."""
 
-    warp: Int32
-    lane: Int32
-    entry: Int32  # in a tile: the index that it looks up
-    index: Int32  # address of that index's value
+    entry: Int32  # in a tile: the number of an index
+    index: Int32  # address of its value
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,9 @@ class SparseDecodeFewHeads(SparseDecode):
         self.q_chunks = self.rows.d // CHUNK
         self.p_bytes = GROUPS * self.q_bytes  # of a side: as many versions, or a group of the output in fp32
         self.table_bytes = 2 * WARPGROUPS * self.rows.table_bytes  # two turns of each side
-        self.score_parts = len(self.rows.parts)
-        self.registers = (216, 72) if heads < 32 else (232, 40)
-        taken = self.q_chunks * self.q_bytes + WARPGROUPS * self.p_bytes + self.table_bytes + 4096 + 20 * heads * 4
-        self.stages = (SHARED_BYTES - taken) // self.stage_bytes
+        self.registers = (216, 72) if heads < 32 else (232, 40)  # of a consumer and of a producer thread
+        taken = self.q_chunks * self.q_bytes + WARPGROUPS * self.p_bytes + self.table_bytes
+        self.stages = (SHARED_BYTES - SMALL_BYTES - taken) // self.stage_bytes
 
     @cute.jit
     def __call__(
@@ -170,7 +169,7 @@ class SparseDecodeFewHeads(SparseDecode):
         heads = self.heads
 
         @cute.struct
-        class Shared:
+        class Storage:
             full: cute.struct.MemRange[Int64, self.stages]
             empty: cute.struct.MemRange[Int64, self.stages]
             attended: cute.struct.MemRange[Int64, self.stages]  # of a block, a bit a token
@@ -184,7 +183,7 @@ class SparseDecodeFewHeads(SparseDecode):
             table: cute.struct.Align[cute.struct.MemRange[Uint8, self.table_bytes + UNIT], UNIT]
             raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.stages * self.stage_bytes], 128]
 
-        self.Shared = Shared
+        self.Storage = Storage
         partial_o = cute.make_tensor(workspace.iterator, cute.make_ordered_layout((slots, heads, D_V), order=(2, 1, 0)))
         partial_lse = cute.make_tensor(
             workspace.iterator + Int64(slots) * heads * D_V,
@@ -225,7 +224,7 @@ class SparseDecodeFewHeads(SparseDecode):
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        shared = utils.SmemAllocator().allocate(self.Shared)
+        shared = utils.SmemAllocator().allocate(self.Storage)
         barriers = Barriers(shared.full.data_ptr(), shared.empty.data_ptr())
         args = Arguments(
             q, Source(k_cache, page_size, indices, lengths),
@@ -248,21 +247,19 @@ class SparseDecodeFewHeads(SparseDecode):
         else:
             cute.arch.setmaxregister_increase(self.registers[0])
             if warp < 4:
-                self.consume(0, args, shared, barriers, thread)
+                self.consume(LEFT, args, shared, barriers, thread)
             else:
-                self.consume(1, args, shared, barriers, thread - WARPGROUP)
+                self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
 
     # ---------------------------------------------------------------------------------------------- producers
 
     @cute.jit
     def produce(self, args, shared, barriers, thread: Int32):
         """Gather the rows of a block into a stage, as they are; of tokens that are not attended to, zeros."""
-        lane_index, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        number, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         lane = Lane(
-            warp=warp,
-            lane=lane_index,
             # Half of the lanes look up tokens of block 0, half of block 1.
-            entry=lane_index // WARP_TOKENS * BLOCK + warp * WARP_TOKENS + lane_index % WARP_TOKENS,
+            entry=number // WARP_TOKENS * BLOCK + warp * WARP_TOKENS + number % WARP_TOKENS,
             index=Int32(shared.indices.data_ptr().toint()) + thread * 4,
         )
         end = end_of_work(args.work)
@@ -291,16 +288,16 @@ class SparseDecodeFewHeads(SparseDecode):
                         read_only_args=[bits + stage * 8, cutlass.Uint16(attended >> (block * WARP_TOKENS))],
                     )
                     cute.arch.mbarrier_arrive(full)
-                self.gather(tokens, block, raw + stage * self.stage_bytes, lane_index)
+                self.gather(tokens, block, raw + stage * self.stage_bytes, number)
                 cute.arch.cp_async_mbarrier_arrive_noinc(full)
                 stage, parity = self.next_stage(stage, parity, 1)
             cute.arch.cp_async_commit_group()
 
     def next_stage(self, stage: Int32, parity: Int32, by: int) -> tuple[Int32, Int32]:
+        """(stage, parity of its barriers) of the block that comes `by` blocks later."""
         wraps = stage >= self.stages - by
-        return cutlass.select_(wraps, stage + (by - self.stages), stage + by), cutlass.select_(
-            wraps, parity ^ 1, parity
-        )
+        stage = cutlass.select_(wraps, stage + (by - self.stages), stage + by)
+        return stage, cutlass.select_(wraps, parity ^ 1, parity)
 
     @cute.jit
     def gather(self, tokens, block: cutlass.Constexpr, to: Int32, lane: Int32):
@@ -349,7 +346,7 @@ class SparseDecodeFewHeads(SparseDecode):
             p_trade=p + thread * UNIT,
             q=[operand(shared.q, chunk, q_dtypes[chunk]) for chunk in range(self.q_chunks)],
             p=[operand(shared.p, side * GROUPS + i, dtype) for i, (dtype, _) in enumerate(self.rows.versions)],
-            s=[accumulator() for _ in range(2 if self.heads < 32 and self.score_parts > 1 else 1)],
+            s=[accumulator() for _ in range(2 if self.heads < 32 and len(self.rows.parts) > 1 else 1)],
             o=[accumulator() for _ in range(CHUNKS)],
         )
 
@@ -479,29 +476,28 @@ class SparseDecodeFewHeads(SparseDecode):
     def scores(self, c: Consumer, block: Block, factors: list) -> cute.Tensor:
         """Scores of this thread's two tokens, of all heads, without the heads' own scale."""
         s = cute.make_rmem_tensor_like(c.s[0])
-        done = None  # the part whose chunks have been issued
-        for part, (chunks, factor) in enumerate(self.rows.parts):
-            acc = c.s[part % len(c.s)]
+        turns = len(c.s)  # with one accumulator, a part is added before the next one's first product
+        for part, (chunks, _) in enumerate(self.rows.parts):
             for chunk in chunks:
-                if done is not None and len(c.s) == 1:
+                begins = chunk == chunks[0]
+                if begins and part > 0 and turns == 1:
                     warpgroup.wait_group(0)
-                    self.add_scores(s, acc, factors, *done)
-                    done = None
+                    self.add_scores(s, c.s[0], factors, part - 1)
                 a = self.rows.k_operand(block.raw, block.table, chunk, *c.place)
                 warpgroup.fence()
-                self.issue(acc, a, c.q[chunk], overwrite=chunk == chunks[0])
+                self.issue(c.s[part % turns], a, c.q[chunk], overwrite=begins)
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
-                if done is not None:
-                    self.add_scores(s, c.s[(part - 1) % len(c.s)], factors, *done)
-                    done = None
-            done = part, factor
+                if begins and part > 0 and turns > 1:
+                    self.add_scores(s, c.s[(part - 1) % turns], factors, part - 1)
         warpgroup.wait_group(0)
-        self.add_scores(s, c.s[(self.score_parts - 1) % len(c.s)], factors, *done)
+        last = len(self.rows.parts) - 1
+        self.add_scores(s, c.s[last % turns], factors, last)
         return s
 
-    def add_scores(self, s: cute.Tensor, acc: cute.Tensor, factors: list, part: int, factor: int | None):
+    def add_scores(self, s: cute.Tensor, acc: cute.Tensor, factors: list, part: int):
         """Add a part of the scores to s, or begin with it."""
+        _, factor = self.rows.parts[part]
         for i in range(self.heads // 2):
             score = acc[i] if factor is None else acc[i] * factors[i // 2 % 2][factor]
             s[i] = score if part == 0 else s[i] + score
@@ -694,6 +690,7 @@ class SparseDecodeFewHeads(SparseDecode):
 
 
 def store_word(address: Int32, word: Uint32) -> None:
+    """32 bits to shared memory."""
     cute.arch.inline_ptx("st.shared.u32 [{$r0}], {$r1};", read_only_args=[address, word])
 
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from flash_mla.kv_cache import KVCacheFormat
+
 __all__ = ["SparseDecodeConfig", "cluster_size", "few_heads", "sparse_decode_config"]
 
 ROWS = 64  # query heads of a CTA, unless there are few
-FEW_HEADS = (8, 16, 32)  # that there are kernels of swapped operands for
+
+# Query heads of the kernels of swapped operands. Where codes have multipliers, 32 heads are left to padding.
+FEW_HEADS = {
+    KVCacheFormat.FP8_V32: (8, 16, 32),
+    KVCacheFormat.FP8_V4: (8, 16),
+    KVCacheFormat.FP8_V41: (8, 16),
+}
 TILE = 128  # tokens in a tile of the plan
 
 # In tiles: what starting a piece costs, and what merging split units adds to a call.
@@ -34,9 +42,9 @@ class SparseDecodeConfig:
         return self.row_tiles * self.rows
 
 
-def few_heads(h_q: int) -> int | None:
-    """Heads of the smallest kernel of swapped operands that takes h_q heads, or None if there are too many."""
-    return next((heads for heads in FEW_HEADS if h_q <= heads), None)
+def few_heads(h_q: int, kv_format: KVCacheFormat) -> int | None:
+    """Heads of the smallest kernel of swapped operands that takes h_q heads, or None if there is none."""
+    return next((heads for heads in FEW_HEADS.get(kv_format, ()) if h_q <= heads), None)
 
 
 def cluster_size(h_q: int) -> int:

@@ -32,7 +32,6 @@ from flash_mla.problem import DecodeInputs, DecodeProblem
 __all__ = ["decode", "plan_decode", "sparse_decode_kernel", "why_not"]
 
 FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
-FEW_HEADS_FORMATS = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41)
 
 
 def why_not(problem: DecodeProblem) -> str | None:
@@ -48,14 +47,9 @@ def why_not(problem: DecodeProblem) -> str | None:
 
 def sparse_decode_kernel(problem: DecodeProblem) -> str:
     """Name of the variant that serves a problem."""
-    heads = _few_heads(problem)
+    heads = few_heads(problem.h_q, problem.kv_format)
     layout = f"cluster{cluster_size(problem.h_q)}" if heads is None else f"heads{heads}"
     return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{problem.kv_format.value}_{layout}"
-
-
-def _few_heads(problem: DecodeProblem) -> int | None:
-    """Heads of the kernel of swapped operands that serves a problem, or None if none does."""
-    return few_heads(problem.h_q) if problem.kv_format in FEW_HEADS_FORMATS else None
 
 
 def _max_tiles(problem: DecodeProblem) -> int:
@@ -67,7 +61,7 @@ def _max_tiles(problem: DecodeProblem) -> int:
 def _layout(problem: DecodeProblem) -> SparseDecodeConfig:
     equal = not (problem.has_topk_length or problem.has_extra_topk_length)
     tiles = _max_tiles(problem) if equal else None
-    rows = _few_heads(problem) or ROWS
+    rows = few_heads(problem.h_q, problem.kv_format) or ROWS
     return sparse_decode_config(problem.b * problem.s_q, problem.h_q, tiles, num_sms(problem.device), rows)
 
 

@@ -63,8 +63,12 @@ SPARSE_DECODE_FEW_HEADS = {
     f"sparse_decode_bf16_{short}_heads{heads}": Variant(
         "flash_mla.backends.hopper.sparse_decode_few_heads", 168, {"kv_format": kv_format, "heads": heads}
     )
-    for short, kv_format in (("fp8_v32", "Fp8V32"), ("fp8_v4", "Fp8V4"), ("fp8_v41", "Fp8V41"))
-    for heads in (8, 16, 32)
+    for short, kv_format, counts in (
+        ("fp8_v32", "Fp8V32", (8, 16, 32)),
+        ("fp8_v4", "Fp8V4", (8, 16)),
+        ("fp8_v41", "Fp8V41", (8, 16)),
+    )
+    for heads in counts
 }
 
 VARIANTS: dict[str, Variant] = {
