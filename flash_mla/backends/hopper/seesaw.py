@@ -18,7 +18,7 @@ from cutlass import Float32, Int32, range_constexpr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
-from flash_mla.backends.hopper.softmax import NO_SCORE, exponentials, quad_max, quad_sum, rescale
+from flash_mla.backends.hopper.softmax import NO_SCORE, quad_max, quad_sum, rescale
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
 
 BLOCK = 64  # tokens in a KV block
@@ -249,18 +249,15 @@ class Seesaw:
         max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (c.shared.max0, c.shared.max1))
         prepared = None
 
-        # The tensor cores are the left side's until P0 is there: the softmax goes first, as if its reference stayed.
-        n[0], n[1] = m[0], m[1]
-        self.softmax(c, n, sums, parity)
         self.free(c, 1, ROPE)
         cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
-        p0_reference = max0[c.row], max0[c.row + 8]
-        follow(f.s, f.p_scores, sums, n, *p0_reference, c.scale)
-        self.hand_over(c, max1, n, P1_READY)
-        rescale(f.o, row_sum, m, *p0_reference, c.scale)
+        n[0], n[1] = max0[c.row], max0[c.row + 8]
+        rescale(f.o, row_sum, m, n[0], n[1], c.scale)
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 0)
         warpgroup.commit_group()
+        self.softmax(c, n, sums, parity)
+        self.hand_over(c, max1, n, P1_READY)
         warpgroup.wait_group(0)
         self.free(c, 0, RIGHT)
 
@@ -301,23 +298,6 @@ class Seesaw:
             top[r] = cute.arch.fmax(top[r], other_tops[c.row + 8 * r])
         # All is read before the next piece of work may overwrite it.
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
-
-
-@cute.jit
-def follow(
-    scores: cute.Tensor,
-    p: cute.Tensor,
-    sums: cute.Tensor,
-    reference: cute.Tensor,
-    other0: Float32,
-    other1: Float32,
-    scale: Float32,
-):
-    """Move the reference of p up to the other side's where that is higher: rarely, so p is made anew."""
-    if cute.arch.vote_any_sync((other0 > reference[0]) | (other1 > reference[1])):
-        reference[0] = cute.arch.fmax(reference[0], other0)
-        reference[1] = cute.arch.fmax(reference[1], other1)
-        exponentials(scores, p, sums, reference, scale)
 
 
 def mask_by_bits(scores: cute.Tensor, bits: list, lane: Int32):
