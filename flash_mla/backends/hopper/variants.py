@@ -97,6 +97,13 @@ SPARSE_DECODE_FEW_HEADS = {
     for heads in counts
 }
 
+MHA = {
+    f"mha_{direction}_{short}_{d}": Variant(f"flash_mla.backends.hopper.mha_{direction}", 168, {"dtype": dtype, "d": d})
+    for direction in ("forward", "backward")
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
+    for d in (192, 128)
+}
+
 VARIANTS: dict[str, Variant] = {
     **COMBINE,
     **PLANNER,
@@ -105,4 +112,5 @@ VARIANTS: dict[str, Variant] = {
     **PLAIN_SPARSE_DECODE,
     **SPARSE_DECODE_FEW_HEADS,
     **SPARSE_PREFILL,
+    **MHA,
 }
