@@ -1,4 +1,4 @@
-"""Token-sparse MLA decode over a quantised cache: persistent CTAs that walk a SplitPlan.
+"""Token-sparse MLA decode over a quantised cache: persistent CTAs that walk a SplitPlan. Dense decode is a case of it.
 
 A unit of the plan is a query token and up to 64 of its heads, or 128 for a cluster of two CTAs. Two consumer
 warpgroups keep the seesaw of dense_decode: of each pair of 64-token blocks the left one scores block 0, the right one
@@ -61,7 +61,7 @@ PRODUCER_WARP = 8
 
 # Registers of a consumer and of a producer thread, with RoPE and without: what ptxas fits without spilling.
 REGISTERS = {True: (208, 88), False: (224, 56)}
-TWO_FORMAT_REGISTERS = {1: (224, 56), 2: (216, 72)}  # by CTAs of a cluster
+TWO_FORMAT_REGISTERS = (216, 72)
 
 LEFT, RIGHT = 0, 1
 
@@ -239,7 +239,7 @@ class SparseDecode:
         # Of the extra cache, if it is of another format; its raw bytes take no other places than the main one's.
         self.extra_loader: Any = None if extra_format is None else getattr(dequant, extra_format)(dtype)
         self.has_rope = self.loader.d > D_V
-        self.registers = REGISTERS[self.has_rope] if extra_format is None else TWO_FORMAT_REGISTERS[cluster]
+        self.registers = REGISTERS[self.has_rope] if extra_format is None else TWO_FORMAT_REGISTERS
         self.scales_apart = self.loader.scales_apart
         # Whether the chunk that rows hold in bf16 has to become fp16, in its place.
         self.converts_plain = self.loader.plain_chunk is not None and dtype is Float16
