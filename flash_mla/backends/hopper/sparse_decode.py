@@ -1,4 +1,4 @@
-"""Token-sparse MLA decode over a quantised cache: persistent CTAs that walk a SplitPlan.
+"""Token-sparse MLA decode over a quantised cache: persistent CTAs that walk a SplitPlan. Dense decode is a case of it.
 
 A unit of the plan is a query token and up to 64 of its heads, or 128 for a cluster of two CTAs. Two consumer
 warpgroups keep the seesaw of dense_decode: of each pair of 64-token blocks the left one scores block 0, the right one
@@ -59,8 +59,8 @@ OCTET = 32 // THREADS_PER_ROW  # rows that a warp converts at a time
 ROW_BYTES = CHUNK * 2  # of a chunk
 PRODUCER_WARP = 8
 
-# Registers of a thread: what ptxas fits without spilling.
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 208, 88
+# Registers of a consumer and of a producer thread, of one format and of two: what ptxas fits without spilling.
+REGISTERS, TWO_FORMAT_REGISTERS = (208, 88), (216, 72)
 
 LEFT, RIGHT = 0, 1
 
@@ -253,6 +253,7 @@ class SparseDecode:
         # Of the extra cache, if it is of another format; its raw bytes take no other places than the main one's.
         self.extra_loader: Any = None if extra_format is None else getattr(dequant, extra_format)(dtype)
         self.has_rope = self.loader.d > D_V
+        self.registers = REGISTERS if extra_format is None else TWO_FORMAT_REGISTERS
         self.scales_apart = self.loader.scales_apart
         # Whether the chunk that rows hold in bf16 has to become fp16, in its place.
         self.converts_plain = self.loader.plain_chunk is not None and dtype is Float16
@@ -416,13 +417,13 @@ class SparseDecode:
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp >= PRODUCER_WARP:
-            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            cute.arch.setmaxregister_decrease(self.registers[1])
             self.produce(args, shared, barriers, tma_q, q_tma, thread - PRODUCER_WARP * 32)
         elif warp < 4:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(self.registers[0])
             self.consume(LEFT, args, shared, barriers, thread)
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(self.registers[0])
             self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
