@@ -106,6 +106,32 @@ cvt.rn.{packed}.f32 {{$w1}}, f3, f2;
     )
 
 
+def e4m3_to_bf16(word: Uint32, scale: Uint32) -> tuple:
+    """Four e4m3 codes times a scale given twice in bf16, rounded once: two words of two values each."""
+    return cute.arch.inline_ptx(
+        """{
+.reg .b16 low, high, h0, h1, h2, h3;
+.reg .b32 x, y;
+.reg .f32 f0, f1, f2, f3;
+mov.b32 {low, high}, {$r0};
+cvt.rn.f16x2.e4m3x2 x, low;
+cvt.rn.f16x2.e4m3x2 y, high;
+mov.b32 {h0, h1}, x;
+mov.b32 {h2, h3}, y;
+cvt.f32.f16 f0, h0;
+cvt.f32.f16 f1, h1;
+cvt.f32.f16 f2, h2;
+cvt.f32.f16 f3, h3;
+cvt.rn.bf16x2.f32 x, f1, f0;
+cvt.rn.bf16x2.f32 y, f3, f2;
+mul.rn.bf16x2 {$w0}, x, {$r1};
+mul.rn.bf16x2 {$w1}, y, {$r1};
+}""",
+        write_only_types=[Uint32, Uint32],
+        read_only_args=[word, scale],
+    )
+
+
 def e2m1_to_bf16(codes: Uint32, scale: Uint32) -> tuple:
     """Four e2m1 codes, the low 16 bits of a word, times a scale given twice in bf16, exactly: two words of two values.
 
@@ -150,21 +176,21 @@ cvt.rn.bf16x2.f32 {$w0}, f, f;
     )
 
 
-def e8m0_scale(word: Uint32, byte: Int32 | int) -> Float32:
-    """A byte of a word as e8m0: a power of two, or NaN."""
+def e8m0_scale(word: Uint32, byte: Int32 | int) -> Uint32:
+    """A byte of a word as e8m0, a power of two or NaN, given twice in bf16."""
     return cute.arch.inline_ptx(
         """{
 .reg .b32 x, e;
 .reg .pred p;
 shr.u32 e, {$r0}, {$r1};
 and.b32 e, e, 255;
-shl.b32 x, e, 23;
-max.u32 x, x, 0x00400000;
+shl.b32 x, e, 7;
+max.u32 x, x, 0x0040;
 setp.eq.u32 p, e, 255;
-selp.b32 x, 0x7fc00000, x, p;
-mov.b32 {$w0}, x;
+selp.b32 x, 0x7fc0, x, p;
+prmt.b32 {$w0}, x, x, 0x1010;
 }""",
-        write_only_types=[Float32],
+        write_only_types=[Uint32],
         read_only_args=[word, Int32(byte * 8)],
     )
 
@@ -250,7 +276,16 @@ class Fp8V32(Loader):
         return stored[chunk // 2]
 
 
-class Fp8V4(Loader):
+class E8m0Scaled(Loader):
+    """e4m3 whose scales are powers of two: exact in bf16, so that two values are multiplied at a time."""
+
+    def store(self, codes: tuple, scale: Uint32, to: tuple[Int32, Int32], offset: int) -> None:
+        for i in range(2):
+            words = [value for word in codes[2 * i : 2 * i + 2] for value in e4m3_to_bf16(word, scale)]
+            store_words(to[i], offset, tuple(words))
+
+
+class Fp8V4(E8m0Scaled):
     """576 bytes: 448 e4m3 and 64 bf16 of RoPE; behind the rows of a page, 8 bytes for each: 7 e8m0 scales."""
 
     d = 512
@@ -265,11 +300,11 @@ class Fp8V4(Loader):
     def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
         return load_words(self.row_scales(slots, index) + half * 4, 0, 1)
 
-    def scale(self, stored: tuple, chunk: int, u: Int32) -> Float32:
+    def scale(self, stored: tuple, chunk: int, u: Int32) -> Uint32:
         return e8m0_scale(stored[0], chunk)
 
 
-class Fp8V41(Loader):
+class Fp8V41(E8m0Scaled):
     """528 bytes: 512 e4m3, 16 e8m0 scales."""
 
     d = 512
@@ -280,7 +315,7 @@ class Fp8V41(Loader):
     def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
         return load_words(self.row_scales(slots, index) + half * 8, 0, 2)
 
-    def scale(self, stored: tuple, chunk: int, u: Int32) -> Float32:
+    def scale(self, stored: tuple, chunk: int, u: Int32) -> Uint32:
         return e8m0_scale(stored[chunk // 2], chunk % 2 * 2 + u // 2)
 
 
