@@ -26,8 +26,10 @@ def dense_decode_table(result: dict) -> str:
     for row in result["rows"]:
         cold, hot = row["cold_us"], row["hot_us"]
         note = " causal" * row["causal"] + " (graph)" * row["graph"]
+        page_size = row.get("page_size", 64)
+        pages = f" in pages of {page_size}" * (page_size != 64)
         lines.append(
-            f"| {row['b']} | {row['s_q']}{note} | {row['s_k']} | {row['h_q']} | {cold['flash-mla']:.0f} "
+            f"| {row['b']} | {row['s_q']}{note} | {row['s_k']}{pages} | {row['h_q']} | {cold['flash-mla']:.0f} "
             f"| {row['flops'] / cold['flash-mla'] / 1e6:.0f} | {row['bytes'] / cold['flash-mla'] / 1e3:.0f} "
             f"| {cold['peer'] / cold['flash-mla']:.2f} | {hot['peer'] / hot['flash-mla']:.2f} |"
         )

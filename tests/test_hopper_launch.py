@@ -1,12 +1,16 @@
 """What the Hopper backend hands to its kernels: CPU tensors and recording kernels stand in for a GPU's."""
 
+import dataclasses
+import itertools
 import types
 
 import pytest
 import torch
 
 from flash_mla import KVCacheFormat, kernels
+from flash_mla.backends import hopper
 from flash_mla.backends.hopper import dense_decode_launch, sparse_decode_launch, sparse_prefill_launch
+from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK
 from flash_mla.backends.hopper.launch import LOG2_E
 from flash_mla.backends.hopper.variants import VARIANTS
 from flash_mla.problem import DecodeInputs, DecodeProblem, SparsePrefillInputs, SparsePrefillProblem
@@ -30,11 +34,11 @@ def launched(monkeypatch):
         cache.cache_clear()
 
 
-def dense(h_q, *, scale=0.1, dtype=torch.bfloat16, out=None, q=None, k_cache=None):
+def dense(h_q, *, scale=0.1, dtype=torch.bfloat16, d=576, page_size=64, out=None, q=None, k_cache=None):
     kv_format = KVCacheFormat.BF16 if dtype == torch.bfloat16 else KVCacheFormat.FP16
-    problem = DecodeProblem(CPU, dtype, 4, 2, h_q, 1, 576, 512, kv_format, 64)
-    q = torch.ones(4, 2, h_q, 576, dtype=dtype) if q is None else q
-    k_cache = torch.zeros(8, 64, 1, 576, dtype=dtype) if k_cache is None else k_cache
+    problem = DecodeProblem(CPU, dtype, 4, 2, h_q, 1, d, 512, kv_format, page_size)
+    q = torch.ones(4, 2, h_q, d, dtype=dtype) if q is None else q
+    k_cache = torch.zeros(8, page_size, 1, d, dtype=dtype) if k_cache is None else k_cache
     table, seqlens = torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     inputs = DecodeInputs(q, k_cache, table, seqlens, None, None, None, None, None, None, out, scale)
     plan = dense_decode_launch.plan_decode(problem, inputs)
@@ -51,6 +55,16 @@ def sparse(h_q, *, scale=0.1, k_cache=None):
     return sparse_decode_launch.decode(problem, inputs, plan.work, plan.splits)
 
 
+def dense_fp8(h_q, *, scale=0.1, causal=True):
+    problem = DecodeProblem(CPU, torch.bfloat16, 4, 2, h_q, 1, 576, 512, KVCacheFormat.FP8_V32, 16, causal=causal)
+    q = torch.ones(4, 2, h_q, 576, dtype=torch.bfloat16)
+    k_cache = torch.zeros(8, 16, 1, 656, dtype=torch.uint8)
+    table, seqlens = torch.arange(12, dtype=torch.int32).view(4, 3), torch.tensor([0, 1, 48, 17], dtype=torch.int32)
+    inputs = DecodeInputs(q, k_cache, table, seqlens, None, None, None, None, None, None, None, scale)
+    plan = hopper.plan_decode(problem, inputs)
+    return hopper.decode(problem, inputs, plan.work, plan.splits)
+
+
 def prefill(h_q, *, scale=0.1):
     problem = SparsePrefillProblem(CPU, torch.bfloat16, 10, 50, h_q, 576, 512, 100)
     q, kv = torch.ones(10, h_q, 576, dtype=torch.bfloat16), torch.zeros(50, 1, 576, dtype=torch.bfloat16)
@@ -58,7 +72,7 @@ def prefill(h_q, *, scale=0.1):
     return sparse_prefill_launch.sparse_prefill(problem, SparsePrefillInputs(q, kv, indices, scale))
 
 
-MODES = pytest.mark.parametrize("run", [dense, sparse, prefill])
+MODES = pytest.mark.parametrize("run", [dense, dense_fp8, sparse, prefill])
 
 
 @MODES
@@ -67,6 +81,18 @@ def test_only_kernels_that_are_compiled_are_launched(launched, run, h_q):
     run(h_q)
     assert launched
     assert {name for name, _ in launched} <= VARIANTS.keys()
+
+
+@pytest.mark.parametrize(("page_size", "box"), [(8, 8), (16, 8), (72, 8), (64, 64), (192, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [576, 512])
+@pytest.mark.parametrize("h_q", [1, 20, 128])
+def test_dense_kernels_load_boxes_that_pages_consist_of(launched, h_q, d, dtype, page_size, box):
+    dense(h_q, dtype=dtype, d=d, page_size=page_size)
+    variant = VARIANTS[launched[-1][0]]
+    assert variant.config.get("box", BLOCK) == box, "those for few rows load whole blocks"
+    assert variant.config["d"] == d
+    assert variant.config["dtype"] == {torch.bfloat16: "BFloat16", torch.float16: "Float16"}[dtype]
 
 
 @MODES
@@ -117,3 +143,85 @@ def test_pages_that_copies_cannot_read_are_refused(launched):
     k_cache = apart.as_strided((8, 64, 1, 656), (64 * 656 + 8, 656, 656, 1))
     with pytest.raises(ValueError, match=r"k_cache: got a page stride of 41992 bytes .* multiples of 16 bytes"):
         sparse(16, k_cache=k_cache)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_to_kernels_of_sparse_decode_a_block_table_is_indices_that_name_pages(launched, causal):
+    dense_fp8(16, causal=causal)
+    (_, planned), (name, arguments) = launched
+    assert name == "sparse_decode_bf16_fp8_v32_cluster1"
+    assert planned[0].tolist() == [0, 1, 48, 17], "the lengths of the plan"
+    table, lengths = arguments[2:4]
+    assert table.tolist() == [[[3 * i, 3 * i + 1, 3 * i + 2]] * 2 for i in range(4)], "the same for each query token"
+    assert lengths.tolist() == [0, 1, 48, 17]
+    page_size, _, run, passed, *_ = [value for value in arguments if isinstance(value, int)]
+    assert (page_size, run, passed) == (16, 16, causal)
+
+
+def test_an_index_of_sparse_decode_names_one_token(launched):
+    sparse(16)
+    _, arguments = launched[-1]
+    page_size, _, run, causal, *_ = [value for value in arguments if isinstance(value, int)]
+    assert (page_size, run, causal) == (64, 1, 0)
+
+
+def sparse_problem(kv_format, extra_format, dtype, h_q, d):
+    return DecodeProblem(
+        CPU, dtype, 4, 2, h_q, 1, d, 512, kv_format, 64, topk=100, extra_format=extra_format, extra_topk=50
+    )
+
+
+def kinds():
+    """(format, extra format, dtype of q, d) of sparse decode's kernels."""
+    for kv_format in KVCacheFormat:
+        if kv_format == KVCacheFormat.FP4_V41:
+            continue
+        extras = [None, kv_format] + [KVCacheFormat.FP4_V41] * (kv_format == KVCacheFormat.FP8_V41)
+        dtypes = [torch.bfloat16, torch.float16] if kv_format.is_quantised else [kv_format.dtype]
+        yield from ((kv_format, *kind) for kind in itertools.product(extras, dtypes, kv_format.head_dims))
+
+
+@pytest.mark.parametrize(("kv_format", "extra_format", "dtype", "d"), list(kinds()))
+def test_there_is_a_kernel_for_every_format(monkeypatch, kv_format, extra_format, dtype, d):
+    monkeypatch.setattr(kernels, "unavailable", lambda name: None if name in VARIANTS else f"no {name}")
+    used = set()
+    for h_q in (1, 64, 65, 128, 300):
+        problem = sparse_problem(kv_format, extra_format, dtype, h_q, d)
+        assert sparse_decode_launch.why_not(problem) is None
+        used.add(sparse_decode_launch.sparse_decode_kernel(problem))
+    for name in used:
+        config = VARIANTS[name].config
+        assert config["dtype"] == {torch.bfloat16: "BFloat16", torch.float16: "Float16"}[dtype]
+        assert config.get("d", d) == d
+        assert ("extra_format" in config) == (extra_format not in (None, kv_format))
+    clusters = {VARIANTS[name].config.get("cluster", 1) for name in used}
+    shared = kv_format.is_quantised and dtype == torch.bfloat16
+    assert clusters == ({1, 2} if shared else {1})
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "extra_format"),
+    [
+        (KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41),
+        (KVCacheFormat.FP8_V41, KVCacheFormat.FP8_V4),
+        (KVCacheFormat.BF16, KVCacheFormat.FP8_V4),
+    ],
+)
+def test_two_formats_that_no_kernel_reads_are_named(kv_format, extra_format):
+    problem = sparse_problem(kv_format, extra_format, torch.bfloat16, 64, 512)
+    reason = sparse_decode_launch.why_not(problem)
+    assert reason == f"no Hopper kernel for {extra_format.name} beside {kv_format.name} yet"
+
+
+@pytest.mark.parametrize("name", ["k_cache", "extra_k_cache"])
+def test_rows_of_a_plain_cache_that_copies_cannot_read_are_refused(launched, name):
+    problem = sparse_problem(KVCacheFormat.BF16, KVCacheFormat.BF16, torch.bfloat16, 16, 576)
+    problem = dataclasses.replace(problem, extra_page_size=64)
+    caches = {key: torch.zeros(8, 64, 1, 576, dtype=torch.bfloat16) for key in ("k_cache", "extra_k_cache")}
+    caches[name] = torch.zeros(8, 64, 1, 577, dtype=torch.bfloat16)[..., :576]
+    q, indices = torch.ones(4, 2, 16, 576, dtype=torch.bfloat16), torch.zeros(4, 2, 100, dtype=torch.int32)
+    named = (indices, None, caches["extra_k_cache"], indices[..., :50])
+    inputs = DecodeInputs(q, caches["k_cache"], None, None, *named, None, None, None, 0.1)
+    plan = sparse_decode_launch.plan_decode(problem, inputs)
+    with pytest.raises(ValueError, match=rf"^{name}: got strides \[36928, 577, 577, 1\] .* multiples of 16 bytes"):
+        sparse_decode_launch.decode(problem, inputs, plan.work, plan.splits)

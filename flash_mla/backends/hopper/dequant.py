@@ -22,6 +22,11 @@ HALF_CHUNKS = 4  # chunks of 64 columns in half a row of V
 UNIT = 16  # bytes that the swizzle keeps together
 
 PACKED = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}
+# The upper and the lower bytes of 0, 0.5, 1, 1.5; 2, 3, 4, 6.
+E2M1_BYTES = {
+    cutlass.BFloat16: ((0x3F3F3F00, 0x40404040), (0xC0800000, 0xC0804000)),
+    cutlass.Float16: ((0x3E3C3800, 0x46444240), (0, 0)),
+}
 
 
 @dataclass(frozen=True)
@@ -106,91 +111,81 @@ cvt.rn.{packed}.f32 {{$w1}}, f3, f2;
     )
 
 
-def e4m3_to_bf16(word: Uint32, scale: Uint32) -> tuple:
-    """Four e4m3 codes times a scale given twice in bf16, rounded once: two words of two values each."""
-    return cute.arch.inline_ptx(
-        """{
-.reg .b16 low, high, h0, h1, h2, h3;
-.reg .b32 x, y;
-.reg .f32 f0, f1, f2, f3;
-mov.b32 {low, high}, {$r0};
-cvt.rn.f16x2.e4m3x2 x, low;
-cvt.rn.f16x2.e4m3x2 y, high;
-mov.b32 {h0, h1}, x;
-mov.b32 {h2, h3}, y;
-cvt.f32.f16 f0, h0;
-cvt.f32.f16 f1, h1;
-cvt.f32.f16 f2, h2;
-cvt.f32.f16 f3, h3;
-cvt.rn.bf16x2.f32 x, f1, f0;
-cvt.rn.bf16x2.f32 y, f3, f2;
-mul.rn.bf16x2 {$w0}, x, {$r1};
-mul.rn.bf16x2 {$w1}, y, {$r1};
-}""",
-        write_only_types=[Uint32, Uint32],
-        read_only_args=[word, scale],
-    )
+def e2m1_to_16bit(codes: Uint32, scale: Uint32, dtype: type[cutlass.Numeric]) -> tuple:
+    """Four e2m1 codes, the low 16 bits of a word, times a scale given twice, exactly: two words of two values.
 
-
-def e2m1_to_bf16(codes: Uint32, scale: Uint32) -> tuple:
-    """Four e2m1 codes, the low 16 bits of a word, times a scale given twice in bf16, exactly: two words of two values.
-
-    The two bytes of a magnitude's bf16 are looked up by its three bits; signs are put on the upper byte.
+    The two bytes of a magnitude are looked up by its three bits; signs are put on the upper byte.
     """
+    upper, lower = E2M1_BYTES[dtype]
+    packed = PACKED[dtype]
     return cute.arch.inline_ptx(
-        """{
+        f"""{{
 .reg .b32 magnitude, upper, lower, shifted, signs;
-and.b32 magnitude, {$r0}, 0x7777;
-prmt.b32 upper, 0x3f3f3f00, 0x40404040, magnitude;
-prmt.b32 lower, 0xc0800000, 0xc0804000, magnitude;
-shl.b32 shifted, {$r0}, 4;
-prmt.b32 signs, shifted, {$r0}, 0xd9c8;
+and.b32 magnitude, {{$r0}}, 0x7777;
+prmt.b32 upper, {upper[0]:#x}, {upper[1]:#x}, magnitude;
+prmt.b32 lower, {lower[0]:#x}, {lower[1]:#x}, magnitude;
+shl.b32 shifted, {{$r0}}, 4;
+prmt.b32 signs, shifted, {{$r0}}, 0xd9c8;
 and.b32 signs, signs, 0x80808080;
 or.b32 upper, upper, signs;
 prmt.b32 shifted, lower, upper, 0x5140;
 prmt.b32 signs, lower, upper, 0x7362;
-mul.rn.bf16x2 {$w0}, shifted, {$r1};
-mul.rn.bf16x2 {$w1}, signs, {$r1};
-}""",
+mul.rn.{packed} {{$w0}}, shifted, {{$r1}};
+mul.rn.{packed} {{$w1}}, signs, {{$r1}};
+}}""",
         write_only_types=[Uint32, Uint32],
         read_only_args=[codes, scale],
     )
 
 
-def e4m3_scale(word: Uint32, byte: Int32) -> Uint32:
-    """A byte of a word as e4m3, converted to bf16, exactly, and given twice."""
+def e4m3_scale(word: Uint32, byte: Int32, dtype: type[cutlass.Numeric]) -> Uint32:
+    """A byte of a word as e4m3, converted exactly, and given twice."""
     return cute.arch.inline_ptx(
-        """{
+        f"""{{
 .reg .b32 x;
 .reg .b16 code, h0, h1;
 .reg .f32 f;
-shr.u32 x, {$r0}, {$r1};
+shr.u32 x, {{$r0}}, {{$r1}};
 cvt.u16.u32 code, x;
 cvt.rn.f16x2.e4m3x2 x, code;
-mov.b32 {h0, h1}, x;
+mov.b32 {{h0, h1}}, x;
 cvt.f32.f16 f, h0;
-cvt.rn.bf16x2.f32 {$w0}, f, f;
-}""",
+cvt.rn.{PACKED[dtype]}.f32 {{$w0}}, f, f;
+}}""",
         write_only_types=[Uint32],
         read_only_args=[word, byte * 8],
     )
 
 
-def e8m0_scale(word: Uint32, byte: Int32 | int) -> Uint32:
-    """A byte of a word as e8m0, a power of two or NaN, given twice in bf16."""
+def bf16_to_fp16(word: Uint32) -> Uint32:
+    """Two values; those beyond fp16's range become infinite."""
+    return cute.arch.inline_ptx(
+        """{
+.reg .f32 low, high;
+shl.b32 low, {$r0}, 16;
+and.b32 high, {$r0}, 0xffff0000;
+cvt.rn.f16x2.f32 {$w0}, high, low;
+}""",
+        write_only_types=[Uint32],
+        read_only_args=[word],
+    )
+
+
+def e8m0_scale(word: Uint32, byte: Int32 | int) -> Float32:
+    """A byte of a word as e8m0: a power of two, or NaN."""
     return cute.arch.inline_ptx(
         """{
 .reg .b32 x, e;
 .reg .pred p;
 shr.u32 e, {$r0}, {$r1};
 and.b32 e, e, 255;
-shl.b32 x, e, 7;
-max.u32 x, x, 0x0040;
+shl.b32 x, e, 23;
+max.u32 x, x, 0x00400000;
 setp.eq.u32 p, e, 255;
-selp.b32 x, 0x7fc0, x, p;
-prmt.b32 {$w0}, x, x, 0x1010;
+selp.b32 x, 0x7fc00000, x, p;
+mov.b32 {$w0}, x;
 }""",
-        write_only_types=[Uint32],
+        write_only_types=[Float32],
         read_only_args=[word, Int32(byte * 8)],
     )
 
@@ -198,7 +193,7 @@ prmt.b32 {$w0}, x, x, 0x1010;
 class Loader:
     """How the rows of a format are fetched and converted; a chunk is one of the four of a half row.
 
-    plain_chunk: the chunk of K, if any, whose 64 values a row holds as they are, at `plain_offset`: nothing to convert.
+    plain_chunk: the chunk of K, if any, whose 64 values a row holds in bf16, at `plain_offset`.
     """
 
     d: int
@@ -276,16 +271,7 @@ class Fp8V32(Loader):
         return stored[chunk // 2]
 
 
-class E8m0Scaled(Loader):
-    """e4m3 whose scales are powers of two: exact in bf16, so that two values are multiplied at a time."""
-
-    def store(self, codes: tuple, scale: Uint32, to: tuple[Int32, Int32], offset: int) -> None:
-        for i in range(2):
-            words = [value for word in codes[2 * i : 2 * i + 2] for value in e4m3_to_bf16(word, scale)]
-            store_words(to[i], offset, tuple(words))
-
-
-class Fp8V4(E8m0Scaled):
+class Fp8V4(Loader):
     """576 bytes: 448 e4m3 and 64 bf16 of RoPE; behind the rows of a page, 8 bytes for each: 7 e8m0 scales."""
 
     d = 512
@@ -300,11 +286,11 @@ class Fp8V4(E8m0Scaled):
     def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
         return load_words(self.row_scales(slots, index) + half * 4, 0, 1)
 
-    def scale(self, stored: tuple, chunk: int, u: Int32) -> Uint32:
+    def scale(self, stored: tuple, chunk: int, u: Int32) -> Float32:
         return e8m0_scale(stored[0], chunk)
 
 
-class Fp8V41(E8m0Scaled):
+class Fp8V41(Loader):
     """528 bytes: 512 e4m3, 16 e8m0 scales."""
 
     d = 512
@@ -315,7 +301,7 @@ class Fp8V41(E8m0Scaled):
     def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
         return load_words(self.row_scales(slots, index) + half * 8, 0, 2)
 
-    def scale(self, stored: tuple, chunk: int, u: Int32) -> Uint32:
+    def scale(self, stored: tuple, chunk: int, u: Int32) -> Float32:
         return e8m0_scale(stored[chunk // 2], chunk % 2 * 2 + u // 2)
 
 
@@ -325,12 +311,12 @@ class E2m1(Loader):
     code_bytes, scale_bytes = 8, 8
 
     def scale(self, stored: tuple, chunk: int, u: Int32) -> Uint32:
-        return e4m3_scale(stored[chunk], u)
+        return e4m3_scale(stored[chunk], u, self.dtype)
 
     def store(self, codes: tuple, scale: Uint32, to: tuple[Int32, Int32], offset: int) -> None:
         for i in range(2):
-            words = (*e2m1_to_bf16(codes[i], scale), *e2m1_to_bf16(codes[i] >> 16, scale))
-            store_words(to[i], offset, words)
+            words = [value for half in (codes[i], codes[i] >> 16) for value in e2m1_to_16bit(half, scale, self.dtype)]
+            store_words(to[i], offset, tuple(words))
 
 
 class Fp4V41(E2m1):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint8, range_constexpr
+from cutlass import Int32, Int64, Uint8, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, UNIT, copy_async
@@ -48,6 +48,7 @@ class PlainSparseDecode(SparseDecode):
         self.extra_loader = None
         self.has_rope = d > D_V
         self.scales_apart = False
+        self.converts_plain = False
         self.raw_bytes = 0
 
     def token_bytes(self, cache: cute.Tensor, is_extra: bool) -> Int64:
@@ -78,9 +79,11 @@ class PlainSparseDecode(SparseDecode):
         inverses = self.inverses(args)
 
         cursor = self.settle(args, first_piece(args.work), end)
-        exists, opened = cursor.exists, cursor.unit
+        exists = cursor.exists
         self.fetch_index(args, cursor, lane, inverses)
         cute.arch.cp_async_commit_group()
+        if exists & (lane.warp == 0):
+            self.load_q(args, shared, barriers, tma_q, q_tma, cursor.unit, Int32(0))
         wait_copies(0)
         tokens = self.locate(args, cursor, lane, inverses)
         cursor = self.next_cursor(args, cursor, end)
@@ -88,7 +91,7 @@ class PlainSparseDecode(SparseDecode):
         cute.arch.cp_async_commit_group()
         cute.arch.cp_async_commit_group()  # as if of the rows of a tile before the first
 
-        tiles, pieces = Int32(0), Int32(0)
+        tiles, pieces, opened = Int32(0), Int32(1), Int32(-1)
         while exists:
             wait_copies(1)  # for the next tile's index, not for the last one's rows
             next_tokens = self.locate(args, cursor, lane, inverses)
@@ -104,16 +107,16 @@ class PlainSparseDecode(SparseDecode):
                     half = block ^ late
                     full = barriers.k_full + (2 * block + half)
                     cute.arch.mbarrier_wait(barriers.k_empty + (2 * block + half), (tiles & 1) ^ 1)
-                    if cutlass.const_expr(late == 0):
+                    if const_expr(block == 0 and late == 0):
+                        if lane.warp == 0 and opened >= 0:
+                            self.load_q(args, shared, barriers, tma_q, q_tma, opened, pieces)
+                    if const_expr(late == 0):
                         self.note_attended(shared, attended, Int32(block), lane.warp)
                     self.gather(lane, rows, block, self.chunks(half, late))
                     cute.arch.cp_async_mbarrier_arrive_noinc(full)
                     cute.arch.sync_warp()
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(full)  # of what has been noted, too
-                    if cutlass.const_expr(block == 0 and late == 0):
-                        if lane.warp == 0 and opened >= 0:
-                            self.load_q(args, shared, barriers, tma_q, q_tma, opened, pieces)
             cute.arch.cp_async_commit_group()
             pieces += cutlass.select_(opened >= 0, Int32(1), Int32(0))
             tokens, exists, opened = next_tokens, next_exists, next_opened

@@ -53,8 +53,6 @@ def why_not(problem: DecodeProblem) -> str | None:
     formats = _formats(problem)
     if len(formats) > 1 and formats not in TWO_FORMATS:
         return f"no Hopper kernel for {formats[1].name} beside {formats[0].name} yet"
-    if problem.kv_format.is_quantised and problem.dtype != torch.bfloat16:
-        return f"no Hopper kernel for {problem.mode} of {problem.dtype} queries over {problem.kv_format.name}"
     return kernels.unavailable(sparse_decode_kernel(problem))
 
 
@@ -63,7 +61,9 @@ def sparse_decode_kernel(problem: DecodeProblem) -> str:
     if not problem.kv_format.is_quantised:
         return f"sparse_decode_{problem.kv_format.value}_{problem.d_qk}"
     formats = "_".join(kv_format.value for kv_format in _formats(problem))
-    return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{formats}_cluster{cluster_size(problem.h_q)}"
+    # Queries in fp16 are rare: no CTAs share their rows, which any number of heads can do without.
+    cluster = cluster_size(problem.h_q) if problem.dtype == torch.bfloat16 else 1
+    return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{formats}_cluster{cluster}"
 
 
 def _formats(problem: DecodeProblem) -> tuple[KVCacheFormat, ...]:

@@ -35,12 +35,13 @@ PLANNER = {
 
 # 168 registers a thread at launch, which the roles redistribute.
 DENSE_DECODE = {
-    f"dense_decode_{short}_{d}_cluster{cluster}": Variant(
-        "flash_mla.backends.hopper.dense_decode", 168, {"dtype": dtype, "d": d, "cluster": cluster}
+    f"dense_decode_{short}_{d}_cluster{cluster}_pages{box}": Variant(
+        "flash_mla.backends.hopper.dense_decode", 168, {"dtype": dtype, "d": d, "cluster": cluster, "box": box}
     )
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
     for d in (576, 512)
     for cluster in (1, 2)
+    for box in (64, 8)
 }
 
 DENSE_DECODE |= {
@@ -58,21 +59,22 @@ SPARSE_PREFILL = {
     for d in (576, 512)
 }
 
+# What quantised caches hold: of one format, or of another one in the extra cache.
+QUANTISED = {
+    "fp8_v32": {"kv_format": "Fp8V32"},
+    "fp8_v4": {"kv_format": "Fp8V4"},
+    "fp8_v41": {"kv_format": "Fp8V41"},
+    "fp8_v41_fp4_v41": {"kv_format": "Fp8V41", "extra_format": "Fp4V41"},
+    "nvfp4": {"kv_format": "Nvfp4"},
+}
+
 SPARSE_DECODE = {
-    f"sparse_decode_bf16_{short}_cluster{cluster}": Variant(
-        "flash_mla.backends.hopper.sparse_decode",
-        168,
-        {"dtype": "BFloat16", "kv_format": kv_format, "cluster": cluster},
+    f"sparse_decode_{short}_{formats}_cluster{cluster}": Variant(
+        "flash_mla.backends.hopper.sparse_decode", 168, {"dtype": dtype, **config, "cluster": cluster}
     )
-    for short, kv_format in (("fp8_v32", "Fp8V32"), ("fp8_v4", "Fp8V4"), ("fp8_v41", "Fp8V41"), ("nvfp4", "Nvfp4"))
-    for cluster in (1, 2)
-} | {
-    f"sparse_decode_bf16_fp8_v41_fp4_v41_cluster{cluster}": Variant(
-        "flash_mla.backends.hopper.sparse_decode",
-        168,
-        {"dtype": "BFloat16", "kv_format": "Fp8V41", "extra_format": "Fp4V41", "cluster": cluster},
-    )
-    for cluster in (1, 2)
+    for short, dtype, clusters in (("bf16", "BFloat16", (1, 2)), ("fp16", "Float16", (1,)))
+    for formats, config in QUANTISED.items()
+    for cluster in clusters
 }
 
 PLAIN_SPARSE_DECODE = {
