@@ -149,7 +149,7 @@ def test_pages_that_copies_cannot_read_are_refused(launched):
 def test_to_kernels_of_sparse_decode_a_block_table_is_indices_that_name_pages(launched, causal):
     dense_fp8(16, causal=causal)
     (_, planned), (name, arguments) = launched
-    assert name == "sparse_decode_bf16_fp8_v32_cluster1"
+    assert name == "sparse_decode_bf16_fp8_v32_heads16"
     assert planned[0].tolist() == [0, 1, 48, 17], "the lengths of the plan"
     table, lengths = arguments[2:4]
     assert table.tolist() == [[[3 * i, 3 * i + 1, 3 * i + 2]] * 2 for i in range(4)], "the same for each query token"
@@ -185,13 +185,13 @@ def kinds():
 def test_there_is_a_kernel_for_every_format(monkeypatch, kv_format, extra_format, dtype, d):
     monkeypatch.setattr(kernels, "unavailable", lambda name: None if name in VARIANTS else f"no {name}")
     used = set()
-    for h_q in (1, 64, 65, 128, 300):
+    for h_q in (1, 16, 32, 64, 65, 128, 300):
         problem = sparse_problem(kv_format, extra_format, dtype, h_q, d)
         assert sparse_decode_launch.why_not(problem) is None
         used.add(sparse_decode_launch.sparse_decode_kernel(problem))
     for name in used:
         config = VARIANTS[name].config
-        assert config["dtype"] == {torch.bfloat16: "BFloat16", torch.float16: "Float16"}[dtype]
+        assert config.get("dtype", "BFloat16") == {torch.bfloat16: "BFloat16", torch.float16: "Float16"}[dtype]
         assert config.get("d", d) == d
         assert ("extra_format" in config) == (extra_format not in (None, kv_format))
     clusters = {VARIANTS[name].config.get("cluster", 1) for name in used}

@@ -85,11 +85,24 @@ PLAIN_SPARSE_DECODE = {
     for d in (576, 512)
 }
 
+SPARSE_DECODE_FEW_HEADS = {
+    f"sparse_decode_bf16_{short}_heads{heads}": Variant(
+        "flash_mla.backends.hopper.sparse_decode_few_heads", 168, {"kv_format": kv_format, "heads": heads}
+    )
+    for short, kv_format, counts in (
+        ("fp8_v32", "Fp8V32", (8, 16, 32)),
+        ("fp8_v4", "Fp8V4", (8, 16)),
+        ("fp8_v41", "Fp8V41", (8, 16)),
+    )
+    for heads in counts
+}
+
 VARIANTS: dict[str, Variant] = {
     **COMBINE,
     **PLANNER,
     **DENSE_DECODE,
     **SPARSE_DECODE,
     **PLAIN_SPARSE_DECODE,
+    **SPARSE_DECODE_FEW_HEADS,
     **SPARSE_PREFILL,
 }
