@@ -97,14 +97,13 @@ class Arguments:
     run: Int32
     causal: Int32
     batch_invariant: Int32
-    passes: cute.FastDivmodDivisorV2  # units that the heads of a query token make
-    tokens: cute.FastDivmodDivisorV2  # query tokens of a request
 
     def place(self, unit: Int32) -> tuple[Int32, Int32, Int32]:
         """(request, query token, pass over its heads) of a unit."""
-        query, turn = divmod(unit, self.passes)
-        request, token = divmod(query, self.tokens)
-        return Int32(request), Int32(token), Int32(turn)
+        tile = cute.arch.grid_dim()[0] * ROWS
+        passes = (self.q.shape[2] + tile - 1) // tile
+        query, tokens = unit // passes, self.q.shape[1]
+        return query // tokens, query % tokens, unit % passes
 
     def rows(self, piece) -> "Rows":
         """The query rows of this CTA in the piece's unit."""
@@ -321,8 +320,6 @@ class SparseDecode:
         self.kernel(
             tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
             partial_o, partial_lse, out, lse, scale_log2, page_size, extra_page_size, run, causal, batch_invariant,
-            cute.fast_divmod_create_divisor_v2((q.shape[2] + unit_rows - 1) // unit_rows),
-            cute.fast_divmod_create_divisor_v2(q.shape[1]),
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -389,8 +386,6 @@ class SparseDecode:
         run: Int32,
         causal: Int32,
         batch_invariant: Int32,
-        passes: cute.FastDivmodDivisorV2,
-        tokens: cute.FastDivmodDivisorV2,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -406,7 +401,6 @@ class SparseDecode:
             q, Source(k_cache, page_size, self.token_bytes(k_cache, False), indices, lengths),
             Source(extra_cache, extra_page_size, self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
             sink, work, splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant,
-            passes, tokens,
         )  # fmt: skip
         if warp == PRODUCER_WARP:
             cpasync.prefetch_descriptor(tma_q)
