@@ -80,10 +80,12 @@ def test_a_batch_invariant_split_depends_on_the_query_token_alone(h_q, topk, ext
     assert configs[0].splits == max(1, -(-tiles // INVARIANT_SHARE))
 
 
-@given(st.integers(1, 1 << 20))
-def test_combine_reads_some_slots_of_some_rows(num_rows):
-    rows, slots = combine_tile(num_rows)
+@given(st.integers(1, 1 << 20), st.booleans())
+def test_combine_reads_some_slots_of_some_rows(num_rows, batch_invariant):
+    rows, slots = combine_tile(num_rows, batch_invariant=batch_invariant)
     assert rows * slots <= 16
+    if batch_invariant:
+        assert (rows, slots) == combine_tile(1, batch_invariant=True), "sums in an order of their own"
 
 
 def test_an_unknown_gpu_gets_the_least_shared_memory():

@@ -35,7 +35,7 @@ def variants(capability: Capability) -> Iterator[Variant]:
     yield _sparse("sparse_prefill_bf16", gpu, 128, KVCacheFormat.BF16, None)
     yield _sparse("sparse_decode_fp8_v32", gpu, 128, KVCacheFormat.FP8_V32, None)
     yield _sparse("sparse_decode_fp8_v4_twice", gpu, 64, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V4)
-    rows, slots = combine_tile(1 << 14)
+    rows, slots = combine_tile(1 << 14, batch_invariant=False)
     constants = {"partial_max_ptr": None, "max_logits_ptr": None, "sink_ptr": None, "ROWS": rows, "SLOTS": slots}
     yield Variant("combine", combine_kernel, TYPES, constants, num_warps=4, multiplies=False)
 

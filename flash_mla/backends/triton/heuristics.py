@@ -142,6 +142,10 @@ def sparse_config(
     return SparseConfig(tiles, row_tiles, min(range(1, max(1, min(num_tiles, at_once)) + 1), key=cost))
 
 
-def combine_tile(num_rows: int) -> tuple[int, int]:
-    """(rows of a program, slots it reads at a time) where results of `num_rows` query rows are to be merged."""
-    return (4, 2) if num_rows >= ROWS_TO_FILL_A_GPU else (1, 16)
+def combine_tile(num_rows: int, *, batch_invariant: bool) -> tuple[int, int]:
+    """(rows of a program, slots it reads at a time) where results of `num_rows` query rows are to be merged.
+
+    Slots read together are summed up before the sum so far is added: for a result whose bits do not depend on the
+    batch, their number must not either.
+    """
+    return (4, 2) if num_rows >= ROWS_TO_FILL_A_GPU and not batch_invariant else (1, 16)

@@ -192,7 +192,7 @@ def _dense_decode(
         lse_strides = Strides(problem.h_q * problem.s_q, rows, 1, problem.s_q)
         _combine(
             _Partial(partial_o, partial_lse, None, splits),
-            _Merged(out, lse, None, None, out_strides, lse_strides),
+            _Merged(out, lse, None, None, out_strides, lse_strides, problem.batch_invariant),
             units_1=problem.h_kv,
             rows_1=group,
             passes=config.passes,
@@ -224,7 +224,8 @@ def _sparse_decode(
             inputs.extra_topk_length,
         )
     out_strides = Strides(out.stride(0), out.stride(1), 0, out.stride(2))
-    merged = _Merged(out, lse, None, inputs.attn_sink, out_strides, Strides(h_q * s_q, 1, 0, s_q))
+    lse_strides = Strides(h_q * s_q, 1, 0, s_q)
+    merged = _Merged(out, lse, None, inputs.attn_sink, out_strides, lse_strides, problem.batch_invariant)
     q_strides = Strides(q.stride(0), q.stride(1), 0, q.stride(2))
     scale = inputs.softmax_scale
     _sparse_attention(_sparse_decode_config(problem), q, q_strides, scale, main, extra, merged, splits, units_1=s_q)
@@ -300,6 +301,7 @@ class _Merged(NamedTuple):
     sink: torch.Tensor | None
     out_strides: Strides
     lse_strides: Strides
+    batch_invariant: bool = False
 
 
 def _sparse_attention(
@@ -358,7 +360,7 @@ def _sparse_attention(
 def _combine(partial: _Partial, merged: _Merged, *, units_1: int, rows_1: int, passes: int, num_rows: int) -> None:
     """Merge the slots of every split unit into `merged`; other units are not touched."""
     num_units, unit_rows = partial.splits.shape[0] - 1, partial.lse.shape[1]
-    rows, slots = combine_tile(num_units * unit_rows)
+    rows, slots = combine_tile(num_units * unit_rows, batch_invariant=merged.batch_invariant)
     launch(
         combine_kernel,
         num_units * -(-unit_rows // rows),
