@@ -9,7 +9,14 @@ import triton
 
 from flash_mla.backends.triton.mha_backward import delta_kernel, dkdv_kernel, dq_kernel
 from flash_mla.backends.triton.mha_forward import forward_kernel
-from flash_mla.backends.triton.mha_heuristics import DATACENTER_BLACKWELL, Tiles, dkdv_tiles, dq_tiles, forward_tiles
+from flash_mla.backends.triton.mha_heuristics import (
+    DATACENTER_BLACKWELL,
+    HOPPER,
+    Tiles,
+    dkdv_tiles,
+    dq_tiles,
+    forward_tiles,
+)
 from flash_mla.backends.triton.specialised import launch
 from flash_mla.backends.triton.variants import Capability, Variant
 from flash_mla.problem import MHAProblem
@@ -42,7 +49,7 @@ def mha_forward(
     total_q, h_q, d_qk = q.shape
     out = q.new_empty(total_q, h_q, problem.d_v)
     lse = q.new_empty(h_q, total_q, dtype=torch.float32).T
-    tile_q, tile_kv, num_warps, num_stages = forward_tiles(_capability(q), d_qk)
+    tile_q, tile_kv, num_warps, num_stages = _forward_tiles(_capability(q), d_qk)
     tiles = triton.cdiv(max_seqlen_qo, tile_q)
     programs = tiles * h_q * (len(cu_seqlens_qo) - 1)
     if programs:
@@ -148,6 +155,14 @@ def _capability(q: torch.Tensor) -> Capability:
     return torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
 
 
+def _forward_tiles(capability: Capability, d_qk: int) -> Tiles:
+    tiles = forward_tiles(capability, d_qk)
+    # Triton 3.2 reduces parts of rows through shared memory, in which it leaves no room for the last stage.
+    if capability[0] == HOPPER and triton.__version__.startswith("3.2."):
+        return tiles._replace(num_stages=tiles.num_stages - 1)
+    return tiles
+
+
 def _dkdv_tiles(capability: Capability, d_qk: int) -> Tiles:
     # Triton 3.4 fails to move accumulators in tensor memory out of two loops; 32 rows are not kept there.
     if capability[0] == DATACENTER_BLACKWELL and triton.__version__.startswith("3.4."):
@@ -170,7 +185,7 @@ def variants(capability: Capability) -> Iterator[Variant]:
         strides = {f"{x}_stride_t": 128 * d_qk for x in ("q", "k", "dq", "dk")}
         strides |= {f"{x}_stride_t": 128 * 128 for x in ("v", "out", "dout", "dv")}
         for name, kernel, tiles in (
-            ("forward", forward_kernel, forward_tiles(capability, d_qk)),
+            ("forward", forward_kernel, _forward_tiles(capability, d_qk)),
             ("dq", dq_kernel, dq_tiles(capability, d_qk)),
             ("dkdv", dkdv_kernel, _dkdv_tiles(capability, d_qk)),
         ):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from flash_mla.backends.triton.variants import Capability
 
-__all__ = ["DATACENTER_BLACKWELL", "Tiles", "dkdv_tiles", "dq_tiles", "forward_tiles"]
+__all__ = ["DATACENTER_BLACKWELL", "HOPPER", "Tiles", "dkdv_tiles", "dq_tiles", "forward_tiles"]
 
 HOPPER, DATACENTER_BLACKWELL = 9, 10  # major versions
 
