@@ -125,8 +125,8 @@ class Block:
 
 
 class SparseDecodeFewHeads(SparseDecode):
-    def __init__(self, kv_format: str, heads: int):
-        self.dtype = BFloat16
+    def __init__(self, dtype: type[cutlass.Numeric], kv_format: str, heads: int):
+        self.dtype = dtype
         self.cluster = 1
         self.loader = getattr(dequant, kv_format)(self.dtype)  # which tells where tokens lie in a cache
         self.extra_loader = None
@@ -197,8 +197,6 @@ class SparseDecodeFewHeads(SparseDecode):
         self.kernel(
             q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits, partial_o,
             partial_lse, out, lse, scale_log2, page_size, extra_page_size, run, causal, batch_invariant,
-            cute.fast_divmod_create_divisor_v2((q.shape[2] + heads - 1) // heads),
-            cute.fast_divmod_create_divisor_v2(q.shape[1]),
         ).launch(
             grid=(1, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -231,8 +229,6 @@ class SparseDecodeFewHeads(SparseDecode):
         run: Int32,
         causal: Int32,
         batch_invariant: Int32,
-        passes: cute.FastDivmodDivisorV2,
-        tokens: cute.FastDivmodDivisorV2,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -241,7 +237,7 @@ class SparseDecodeFewHeads(SparseDecode):
         args = Arguments(
             q, Source(k_cache, page_size, self.loader.token_bytes, indices, lengths),
             Source(extra_cache, extra_page_size, self.loader.token_bytes, extra_indices, extra_lengths), sink, work,
-            splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant, passes, tokens,
+            splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant,
         )  # fmt: skip
         if warp == 0:
             with cute.arch.elect_one():
@@ -415,7 +411,7 @@ class SparseDecodeFewHeads(SparseDecode):
             for turn in range_constexpr(passes):
                 unit = lane + 32 * turn
                 exists = (head < rows.count) & (unit * (2 * PAIRS) < self.rows.d)
-                given = cute.make_rmem_tensor(2 * PAIRS, BFloat16)
+                given = cute.make_rmem_tensor(2 * PAIRS, self.dtype)
                 source = start + cutlass.select_(exists, unit, Int32(0)) * (2 * PAIRS)
                 cute.autovec_copy(cute.make_tensor(source.align(16), cute.make_layout(2 * PAIRS)), given)
                 values.append([cutlass.select_(exists, given[j].to(Float32), Float32(0.0)) for j in range(2 * PAIRS)])
@@ -741,8 +737,8 @@ cp.async.cg.shared.global [{{$r0}}], [{{$r2}}], {UNIT}, absent;
     )
 
 
-def compile_variant(kv_format: str, heads: int) -> aot.Compiled:
+def compile_variant(dtype: str, kv_format: str, heads: int) -> aot.Compiled:
     """Compile for tensors of any extents whose rows, tokens and pages are 16-byte aligned."""
-    kernel = SparseDecodeFewHeads(kv_format, heads)
+    kernel = SparseDecodeFewHeads(getattr(cutlass, dtype), kv_format, heads)
     caches = [aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16) for _ in range(2)]
     return compile_for(kernel, kernel.rows.d, caches)

@@ -87,7 +87,9 @@ PLAIN_SPARSE_DECODE = {
 
 SPARSE_DECODE_FEW_HEADS = {
     f"sparse_decode_bf16_{short}_heads{heads}": Variant(
-        "flash_mla.backends.hopper.sparse_decode_few_heads", 168, {"kv_format": kv_format, "heads": heads}
+        "flash_mla.backends.hopper.sparse_decode_few_heads",
+        168,
+        {"dtype": "BFloat16", "kv_format": kv_format, "heads": heads},
     )
     for short, kv_format, counts in (
         ("fp8_v32", "Fp8V32", (8, 16, 32)),
