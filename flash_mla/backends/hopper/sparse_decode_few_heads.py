@@ -197,8 +197,6 @@ class SparseDecodeFewHeads(SparseDecode):
         self.kernel(
             q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits, partial_o,
             partial_lse, out, lse, scale_log2, page_size, extra_page_size, run, causal, batch_invariant,
-            cute.fast_divmod_create_divisor_v2((q.shape[2] + heads - 1) // heads),
-            cute.fast_divmod_create_divisor_v2(q.shape[1]),
         ).launch(
             grid=(1, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -231,8 +229,6 @@ class SparseDecodeFewHeads(SparseDecode):
         run: Int32,
         causal: Int32,
         batch_invariant: Int32,
-        passes: cute.FastDivmodDivisorV2,
-        tokens: cute.FastDivmodDivisorV2,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -241,7 +237,7 @@ class SparseDecodeFewHeads(SparseDecode):
         args = Arguments(
             q, Source(k_cache, page_size, self.loader.token_bytes, indices, lengths),
             Source(extra_cache, extra_page_size, self.loader.token_bytes, extra_indices, extra_lengths), sink, work,
-            splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant, passes, tokens,
+            splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant,
         )  # fmt: skip
         if warp == 0:
             with cute.arch.elect_one():
