@@ -4,7 +4,8 @@ python benchmarks/dense_decode.py [--peer MODULE] [--out FOLDER]
 
 MODULE is anything importable with FlashMLA's functions. Lengths are drawn as DeepSeek's own benchmark draws them:
 normal with a standard deviation of half the mean. cold: L2 flushed before each call, median; hot: back to back;
-graph: one call captured and replayed, for batches so small that the host would be measured otherwise.
+graph: one call captured and replayed, for batches so small that the host would be measured otherwise. The peer gets
+pages of 64 tokens, the only ones that FlashMLA takes, whatever the case says.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from types import ModuleType
 import measure
 import torch
 
-D, D_V, PAGE = 576, 512, 64
+D, D_V = 576, 512
+PEER_PAGE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Case:
     h_q: int
     causal: bool = False
     graph: bool = False
+    page_size: int = 64  # a divisor of 64
 
 
 CASES = [
@@ -40,6 +43,7 @@ CASES = [
     Case(1, 1, 8192, 16, graph=True),
     Case(4, 1, 8192, 128, graph=True),
     Case(1, 1, 65536, 128, graph=True),
+    *(Case(128, 1, 8192, h_q, page_size=16) for h_q in (16, 128)),
 ]
 
 
@@ -50,14 +54,18 @@ def make(case: Case) -> tuple[dict[str, torch.Tensor], int]:
     if case.b > 4:
         lengths = [max(case.s_q, int(rng.normalvariate(case.s_k, case.s_k / 2))) for _ in range(case.b)]
     seqlens = torch.tensor(lengths * (case.b // len(lengths)), dtype=torch.int32, device="cuda")
-    pages = (int(seqlens.max()) + PAGE - 1) // PAGE
-    block_table = torch.randperm(case.b * pages, device="cuda").int().view(case.b, pages)
-    cache = torch.empty(case.b * pages, PAGE, 1, D, dtype=torch.bfloat16, device="cuda")
-    for part in cache.split(4096):
+    slots = -(-int(seqlens.max()) // PEER_PAGE_SIZE) * PEER_PAGE_SIZE  # of a request
+    cache = torch.empty(case.b * slots, D, dtype=torch.bfloat16, device="cuda")
+    for part in cache.split(1 << 18):
         part.copy_((torch.randn(part.shape, device="cuda") / 10).clamp(-1, 1))
     q = torch.randn(case.b, case.s_q, case.h_q, D, dtype=torch.bfloat16, device="cuda")
-    inputs = {"q": q, "k_cache": cache, "block_table": block_table, "cache_seqlens": seqlens}
-    return inputs, int(seqlens.sum())
+    return {"q": q, "cache_seqlens": seqlens, **paged(cache, case.b, case.page_size)}, int(seqlens.sum())
+
+
+def paged(cache: torch.Tensor, b: int, page_size: int) -> dict[str, torch.Tensor]:
+    """All tokens of a cache, handed out to `b` requests in pages at random."""
+    k_cache = cache.view(-1, page_size, 1, D)
+    return {"k_cache": k_cache, "block_table": torch.randperm(len(k_cache), device="cuda").int().view(b, -1)}
 
 
 def caller(module: ModuleType, case: Case, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
@@ -79,7 +87,10 @@ def prepare(case: Case, modules: Mapping[str, ModuleType]) -> tuple[dict[str, Ca
         "flops": 2 * case.h_q * case.s_q * tokens * (D + D_V),
         "bytes": 2 * (tokens * D + case.b * case.s_q * case.h_q * (D + D_V)),
     }
-    return {name: caller(module, case, inputs) for name, module in modules.items()}, amounts
+    inputs_of = {"flash-mla": inputs, "peer": inputs}
+    if case.page_size != PEER_PAGE_SIZE:
+        inputs_of["peer"] = {**inputs, **paged(inputs["k_cache"], case.b, PEER_PAGE_SIZE)}
+    return {name: caller(module, case, inputs_of[name]) for name, module in modules.items()}, amounts
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ def dense_decode_table(result: dict) -> str:
     for row in result["rows"]:
         cold, hot = row["cold_us"], row["hot_us"]
         note = " causal" * row["causal"] + " (graph)" * row["graph"]
+        page_size = row.get("page_size", 64)
+        pages = f" in pages of {page_size}" * (page_size != 64)
         lines.append(
-            f"| {row['b']} | {row['s_q']}{note} | {row['s_k']} | {row['h_q']} | {cold['flash-mla']:.0f} "
+            f"| {row['b']} | {row['s_q']}{note} | {row['s_k']}{pages} | {row['h_q']} | {cold['flash-mla']:.0f} "
             f"| {row['flops'] / cold['flash-mla'] / 1e6:.0f} | {row['bytes'] / cold['flash-mla'] / 1e3:.0f} "
             f"| {cold['peer'] / cold['flash-mla']:.2f} | {hot['peer'] / hot['flash-mla']:.2f} |"
         )
@@ -56,6 +58,65 @@ def sparse_prefill_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sparse_decode_table(result: dict) -> str:
+    """A Markdown table of one recorded run of benchmarks/sparse_decode.py."""
+    ceilings = result["ceilings"]
+    lines = [
+        f"Sparse decode on one {result['gpu']}, {result['date']}, torch {result['torch']}, measured likewise. FlashMLA "
+        "is given 64 heads where there are fewer. GB/s counts each attended token's bytes once. bf16 matmul: "
+        f"{ceilings['matmul_cold_flops'] / 1e12:.0f} TFLOP/s.",
+        "",
+        "| batch | query tokens | cache | topk | heads | us | TFLOP/s | GB/s | x flushed | x back to back |",
+        "|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        cold, hot = row["cold_us"], row["hot_us"]
+        extra = f" + {row['extra_topk']}" if row["extra_topk"] else ""
+        lines.append(
+            f"| {row['b']} | {row['s_q']}{' (graph)' * row['graph']} | {row['kv_format']} | {row['topk']}{extra} "
+            f"| {row['h_q']} | {cold['flash-mla']:.0f} | {row['flops'] / cold['flash-mla'] / 1e6:.0f} "
+            f"| {row['bytes'] / cold['flash-mla'] / 1e3:.0f} "
+            f"| {cold['peer'] / cold['flash-mla']:.2f} | {hot['peer'] / hot['flash-mla']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def mha_table(result: dict) -> str:
+    """A Markdown table of one recorded run of benchmarks/mha.py."""
+    lines = [
+        f"Dense multi-head attention on one {result['gpu']}, {result['date']}, torch {result['torch']}, measured "
+        "likewise, beside cuDNN as PyTorch calls it. bf16 matmul of the run: "
+        f"{result['ceilings']['matmul_cold_flops'] / 1e12:.0f} TFLOP/s.",
+        "",
+        "| pass | d | batch | length | heads | us | TFLOP/s | x flushed | x back to back |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        cold, hot = row["cold_us"], row["hot_us"]
+        lines.append(
+            f"| {row['direction']}{' causal' * row['causal']} | {row['d_qk']}/128 | {row['b']} | {row['s']} "
+            f"| {row['h']} | {cold['flash-mla']:.0f} | {row['flops'] / cold['flash-mla'] / 1e6:.0f} "
+            f"| {cold['cudnn'] / cold['flash-mla']:.2f} | {hot['cudnn'] / hot['flash-mla']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def host_time_table(result: dict) -> str:
+    """A Markdown table of one recorded run of benchmarks/host_time.py."""
+    lines = [
+        f"Host time of a steady-state call, {result['date']}, Python {result['python']}, torch {result['torch']}; a "
+        f"kernel launch of PyTorch's takes {result['ceilings']['launch_seconds'] * 1e6:.1f} us there.",
+        "",
+        "| mode | us | FlashMLA's us |",
+        "|---|--:|--:|",
+    ]
+    lines += [
+        f"| {row['mode']} | {row['host_us']['flash-mla']:.0f} | {row['host_us']['peer']:.0f} |"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def cpu_decode_table(result: dict) -> str:
     """A Markdown table of one recorded run of benchmarks/cpu_decode.py."""
     lines = [
@@ -78,7 +139,14 @@ def cpu_decode_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"dense_decode": dense_decode_table, "sparse_prefill": sparse_prefill_table, "cpu_decode": cpu_decode_table}
+TABLES = {
+    "dense_decode": dense_decode_table,
+    "sparse_decode": sparse_decode_table,
+    "sparse_prefill": sparse_prefill_table,
+    "mha": mha_table,
+    "host_time": host_time_table,
+    "cpu_decode": cpu_decode_table,
+}
 
 
 def main() -> int:

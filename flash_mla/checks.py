@@ -64,14 +64,11 @@ def tensor(
     allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
     if value.dtype not in allowed:
         raise TypeError(f"{name}: got dtype {dtype_name(value.dtype)}, need {dtype_name(allowed)}")
-    names = dims.split()
-    wrong = value.dim() != len(names) or any(
-        dim in sizes and value.shape[i] != sizes[dim] for i, dim in enumerate(names)
-    )
-    if wrong:
+    names, shape = dims.split(), value.shape
+    if len(shape) != len(names) or any(shape[names.index(dim)] != size for dim, size in sizes.items()):
         need = ", ".join(f"{dim}={sizes[dim]}" if dim in sizes else dim for dim in names)
         raise ValueError(f"{name}: got shape {list(value.shape)}, need [{need}]")
-    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name}: got stride {value.stride(-1)} in the last dimension, need 1 (pass {name}.contiguous())"
         )

@@ -65,6 +65,9 @@ def flash_attn_varlen_func(
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.flash_mla.mha_forward(*args)
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
+        out, lse = mha_ops.mha_forward(*args)  # without what autograd does before it notices
+        return out, lse
     return mha_ops.Attention.apply(*args)
 
 

@@ -4,10 +4,12 @@ import pytest
 
 from flash_mla.backends.hopper.dense_decode_heuristics import (
     BLOCK,
+    BOXES,
     FEW_ROWS,
     LEAST_BUSY,
     ROWS,
     TILE,
+    box_of_pages,
     dense_decode_config,
     even_workers,
 )
@@ -58,12 +60,21 @@ def test_typical_calls(num_sms, rows, row_tiles, cluster):
 
 @pytest.mark.parametrize(
     ("rows", "padded", "tile"),
-    [(1, 16, BLOCK), (16, 16, BLOCK), (17, 32, BLOCK), (32, 32, BLOCK), (33, ROWS, TILE), (64, ROWS, TILE)],
+    [(1, 16, BLOCK), (16, 16, BLOCK), (17, 32, BLOCK), (32, 32, BLOCK), (33, 64, BLOCK), (64, 64, BLOCK)],
 )
 def test_few_rows_are_not_padded_to_a_whole_tile(rows, padded, tile):
     config = dense_decode_config(rows, 1, H200)
     assert (config.rows, config.tile, config.passes) == (padded, tile, 1)
-    assert config.rows in (*FEW_ROWS, ROWS), "a kernel is compiled for no other number"
+    assert config.swapped
+    assert config.rows in FEW_ROWS, "a kernel is compiled for no other number"
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32, 64, 128])
+def test_small_boxes_are_loaded_by_the_kernel_of_whole_tiles(rows):
+    for box in BOXES[1:]:
+        config = dense_decode_config(rows, 1, H200, box)
+        assert (config.swapped, config.rows, config.tile, config.box) == (False, ROWS, TILE, box)
+        assert config.cluster == (2 if rows == 128 else 1)
 
 
 def test_two_tokens_of_all_heads_share_a_read_of_kv_where_sms_divide_by_four():
@@ -109,3 +120,15 @@ def test_even_workers_are_never_too_few_nor_too_many():
 def test_only_hbm_bound_layouts_leave_sms_idle():
     assert dense_decode_config(64, 128, H200).num_workers == 128
     assert dense_decode_config(128, 64, H200).num_workers == H200 // 2
+
+
+def test_boxes_fit_into_pages_and_tiles():
+    for page_size in range(1, 1000):
+        box = box_of_pages(page_size)
+        fitting = [size for size in BOXES if page_size % size == 0]
+        assert box == (max(fitting) if fitting else None), page_size
+        assert (box is None) == (page_size % 8 != 0), page_size
+    for box in BOXES:
+        assert TILE // 2 % box == 0, "a block of a tile is whole boxes"
+        assert box % 8 == 0, "a box begins where the pattern of its swizzle does"
+        assert TILE // box <= 32, "a lane of the warp that loads K for each box of a tile"

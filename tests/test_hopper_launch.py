@@ -10,6 +10,7 @@ import torch
 from flash_mla import KVCacheFormat, kernels
 from flash_mla.backends import hopper
 from flash_mla.backends.hopper import dense_decode_launch, sparse_decode_launch, sparse_prefill_launch
+from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK
 from flash_mla.backends.hopper.launch import LOG2_E
 from flash_mla.backends.hopper.variants import VARIANTS
 from flash_mla.problem import DecodeInputs, DecodeProblem, SparsePrefillInputs, SparsePrefillProblem
@@ -33,11 +34,11 @@ def launched(monkeypatch):
         cache.cache_clear()
 
 
-def dense(h_q, *, scale=0.1, dtype=torch.bfloat16, out=None, q=None, k_cache=None):
+def dense(h_q, *, scale=0.1, dtype=torch.bfloat16, d=576, page_size=64, out=None, q=None, k_cache=None):
     kv_format = KVCacheFormat.BF16 if dtype == torch.bfloat16 else KVCacheFormat.FP16
-    problem = DecodeProblem(CPU, dtype, 4, 2, h_q, 1, 576, 512, kv_format, 64)
-    q = torch.ones(4, 2, h_q, 576, dtype=dtype) if q is None else q
-    k_cache = torch.zeros(8, 64, 1, 576, dtype=dtype) if k_cache is None else k_cache
+    problem = DecodeProblem(CPU, dtype, 4, 2, h_q, 1, d, 512, kv_format, page_size)
+    q = torch.ones(4, 2, h_q, d, dtype=dtype) if q is None else q
+    k_cache = torch.zeros(8, page_size, 1, d, dtype=dtype) if k_cache is None else k_cache
     table, seqlens = torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     inputs = DecodeInputs(q, k_cache, table, seqlens, None, None, None, None, None, None, out, scale)
     plan = dense_decode_launch.plan_decode(problem, inputs)
@@ -80,6 +81,18 @@ def test_only_kernels_that_are_compiled_are_launched(launched, run, h_q):
     run(h_q)
     assert launched
     assert {name for name, _ in launched} <= VARIANTS.keys()
+
+
+@pytest.mark.parametrize(("page_size", "box"), [(8, 8), (16, 8), (72, 8), (64, 64), (192, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [576, 512])
+@pytest.mark.parametrize("h_q", [1, 20, 128])
+def test_dense_kernels_load_boxes_that_pages_consist_of(launched, h_q, d, dtype, page_size, box):
+    dense(h_q, dtype=dtype, d=d, page_size=page_size)
+    variant = VARIANTS[launched[-1][0]]
+    assert variant.config.get("box", BLOCK) == box, "those for few rows load whole blocks"
+    assert variant.config["d"] == d
+    assert variant.config["dtype"] == {torch.bfloat16: "BFloat16", torch.float16: "Float16"}[dtype]
 
 
 @MODES
@@ -136,7 +149,7 @@ def test_pages_that_copies_cannot_read_are_refused(launched):
 def test_to_kernels_of_sparse_decode_a_block_table_is_indices_that_name_pages(launched, causal):
     dense_fp8(16, causal=causal)
     (_, planned), (name, arguments) = launched
-    assert name == "sparse_decode_bf16_fp8_v32_cluster1"
+    assert name == "sparse_decode_bf16_fp8_v32_heads16"
     assert planned[0].tolist() == [0, 1, 48, 17], "the lengths of the plan"
     table, lengths = arguments[2:4]
     assert table.tolist() == [[[3 * i, 3 * i + 1, 3 * i + 2]] * 2 for i in range(4)], "the same for each query token"
@@ -172,13 +185,13 @@ def kinds():
 def test_there_is_a_kernel_for_every_format(monkeypatch, kv_format, extra_format, dtype, d):
     monkeypatch.setattr(kernels, "unavailable", lambda name: None if name in VARIANTS else f"no {name}")
     used = set()
-    for h_q in (1, 64, 65, 128, 300):
+    for h_q in (1, 16, 32, 64, 65, 128, 300):
         problem = sparse_problem(kv_format, extra_format, dtype, h_q, d)
         assert sparse_decode_launch.why_not(problem) is None
         used.add(sparse_decode_launch.sparse_decode_kernel(problem))
     for name in used:
         config = VARIANTS[name].config
-        assert config["dtype"] == {torch.bfloat16: "BFloat16", torch.float16: "Float16"}[dtype]
+        assert config.get("dtype", "BFloat16") == {torch.bfloat16: "BFloat16", torch.float16: "Float16"}[dtype]
         assert config.get("d", d) == d
         assert ("extra_format" in config) == (extra_format not in (None, kv_format))
     clusters = {VARIANTS[name].config.get("cluster", 1) for name in used}

@@ -80,8 +80,10 @@ def test_the_support_table_is_right_about_hopper(monkeypatch):
     assert served == promised
     assert all("not yet" in support_table()[mode][2] for mode, formats in served.items() if not formats)
     dense = problems[0]
-    assert hopper.why_not(dataclasses.replace(dense, page_size=192)) is None
-    assert "multiples of 64" in (hopper.why_not(dataclasses.replace(dense, page_size=96)) or "")
+    for page_size in (8, 40, 192):
+        assert hopper.why_not(dataclasses.replace(dense, page_size=page_size)) is None
+    for page_size in (1, 4, 100):
+        assert "multiples of 8" in (hopper.why_not(dataclasses.replace(dense, page_size=page_size)) or "")
 
 
 @pytest.mark.parametrize(("capability", "served"), [((8, 0), True), ((12, 0), True), ((7, 5), False)])

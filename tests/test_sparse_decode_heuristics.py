@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from flash_mla.backends.hopper.sparse_decode_heuristics import ROWS, TILE, sparse_decode_config
+from flash_mla.backends.hopper.sparse_decode_heuristics import (
+    FEW_HEADS,
+    ROWS,
+    TILE,
+    few_heads,
+    sparse_decode_config,
+)
+from flash_mla.backends.hopper.variants import VARIANTS
+from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import split_plan
 
 H200, H800_PCIE, H20 = 132, 114, 78  # SMs
@@ -22,6 +30,21 @@ def test_every_head_is_covered_and_no_sm_counted_twice(num_sms, tiles):
             assert 1 <= config.num_workers * config.row_tiles <= num_sms
             assert tiles or config.fixed_cost >= 1, "a piece without cost, hence empty units without a worker"
             assert config.unit_rows == config.row_tiles * ROWS
+
+
+@GPUS
+@pytest.mark.parametrize("kv_format", FEW_HEADS)
+def test_few_heads_are_padded_to_the_next_kernel_s(num_sms, kv_format):
+    counts = FEW_HEADS[kv_format]
+    for h_q in range(1, max(counts) + 1):
+        heads = few_heads(h_q, kv_format)
+        assert h_q <= heads
+        assert all(smaller < h_q for smaller in counts if smaller < heads), "the smallest kernel that serves"
+        config = sparse_decode_config(3, h_q, 16, num_sms, heads)
+        assert (config.row_tiles, config.passes, config.unit_rows) == (1, 1, heads)
+        assert f"sparse_decode_bf16_{kv_format.value}_heads{heads}" in VARIANTS
+    assert few_heads(max(counts) + 1, kv_format) is None
+    assert few_heads(1, KVCacheFormat.BF16) is None
 
 
 @GPUS

@@ -8,6 +8,8 @@ from helpers import assert_close_lse, assert_close_out, dense_inputs, poisoned_o
 from triton_device import DEVICE
 
 from flash_mla import FlashMLASchedMeta, KVCacheFormat, flash_mla_with_kvcache, reference, selfcheck
+from flash_mla.backends.triton import launch
+from flash_mla.backends.triton.heuristics import gpu_of_arch
 
 BF16, FP16, FP8 = KVCacheFormat.BF16, KVCacheFormat.FP16, KVCacheFormat.FP8_V32
 
@@ -49,6 +51,13 @@ def run(inputs, meta=None, **options):
 )
 def test_against_the_reference(generator, kv_format, seqlens, shape):
     _, check = selfcheck._dense_decode(torch.device(DEVICE), generator, kv_format, seqlens, **shape)
+    for result in check():
+        assert result.is_right, f"{result.name} is off by {result.error}"
+
+
+def test_as_many_rows_at_a_time_as_hopper_multiplies(generator, monkeypatch):
+    monkeypatch.setattr(launch, "gpu_of", lambda device: gpu_of_arch(9, 0, num_sms=4))
+    _, check = selfcheck._dense_decode(torch.device(DEVICE), generator, FP16, [130, 0, 64, 7], h_q=70, page_size=32)
     for result in check():
         assert result.is_right, f"{result.name} is off by {result.error}"
 

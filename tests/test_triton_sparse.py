@@ -15,6 +15,8 @@ from flash_mla import (
     reference,
     selfcheck,
 )
+from flash_mla.backends.triton import launch
+from flash_mla.backends.triton.heuristics import gpu_of_arch
 
 V32, V4, V41, FP4 = KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.FP4_V41
 FORMATS = [one for one in KVCacheFormat if one is not FP4]
@@ -75,6 +77,15 @@ def test_every_format_of_decode(generator, kv_format):
         )
         for result in check():
             assert result.is_right, f"{result.name} is off by {result.error}"
+
+
+def test_as_many_rows_at_a_time_as_hopper_multiplies(generator, monkeypatch):
+    monkeypatch.setattr(launch, "gpu_of", lambda device: gpu_of_arch(9, 0, num_sms=2))
+    _, check = selfcheck._sparse_decode(
+        torch.device(DEVICE), generator, KVCacheFormat.FP16, None, 576, h_q=70, s_q=2, lengths=[0, 128, 33]
+    )
+    for result in check():
+        assert result.is_right, f"{result.name} is off by {result.error}"
 
 
 @pytest.mark.parametrize(("kv_format", "extra_format"), PAIRS)

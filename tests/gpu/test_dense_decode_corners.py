@@ -38,7 +38,7 @@ def test_causal_with_more_queries_than_keys():
     check(case(3, 8, 16, 1, [3, 8, 0]), causal=True)
 
 
-@pytest.mark.parametrize("page", [64, 192])
+@pytest.mark.parametrize("page", [64, 192, 8, 24])
 def test_strided_inputs_and_out(page):
     q, k, table, lengths = case(5, 2, 32, 1, [100, 0, 64, 700, 1], page=page)
     wide_q = torch.full((5, 2, 40, 640), torch.nan, dtype=q.dtype, device="cuda")

@@ -74,12 +74,24 @@ def test_random_shapes(seed):
         dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16])
         inputs = case(
             b, s_q, h_q, h_kv, random_lengths(rng, b), d=rng.choice([576, 576, 512]),
-            page=rng.choice([64, 64, 128, 256]), dtype=dtype, q_scale=rng.choice([0.1, 1.0, 10.0]),
+            page=rng.choice([64, 64, 128, 256, 8, 16, 24, 40, 72]), dtype=dtype, q_scale=rng.choice([0.1, 1.0, 10.0]),
         )  # fmt: skip
         options = {"causal": rng.random() < 0.5, "enable_batch_invariant": rng.random() < 0.2}
         if rng.random() < 0.3:
             options["softmax_scale"] = rng.choice([0.5, 0.01, -0.04, 0.0])
         check(inputs, **options)
+
+
+@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize("page", [8, 40, 64])
+def test_a_request_may_end_anywhere_in_a_page(page, h_q):
+    check(case(200, 1, h_q, 1, list(range(200)), page=page))
+
+
+@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize("page", [8, 16, 72])
+def test_long_requests_in_small_pages(page, h_q):
+    check(case(2, 2, h_q, 1, [100_001, 63], page=page), causal=True)
 
 
 def test_a_cache_that_tma_cannot_read_is_refused():

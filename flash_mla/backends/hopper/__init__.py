@@ -8,13 +8,14 @@ from types import ModuleType
 import torch
 
 from flash_mla import kernels
-from flash_mla.backends.hopper import dense_decode_launch, sparse_decode_launch
+from flash_mla.backends.hopper import dense_decode_launch, mha_launch, sparse_decode_launch
+from flash_mla.backends.hopper.mha_launch import mha_backward, mha_forward
 from flash_mla.backends.hopper.recorded_call import RecordedCall
 from flash_mla.backends.hopper.sparse_prefill_launch import sparse_prefill, sparse_prefill_kernel
 from flash_mla.plan import SplitPlan
-from flash_mla.problem import DecodeInputs, DecodeProblem, Problem, SparsePrefillProblem
+from flash_mla.problem import DecodeInputs, DecodeProblem, MHAProblem, Problem, SparsePrefillProblem
 
-__all__ = ["NAME", "decode", "plan_decode", "record", "sparse_prefill", "why_not"]
+__all__ = ["NAME", "decode", "mha_backward", "mha_forward", "plan_decode", "record", "sparse_prefill", "why_not"]
 
 NAME = "hopper"
 
@@ -29,8 +30,8 @@ def why_not(problem: Problem) -> str | None:
         return f"{problem.device} is an sm_{major}{minor} GPU, not Hopper (sm_90)"
     if isinstance(problem, SparsePrefillProblem):
         return kernels.unavailable(sparse_prefill_kernel(problem.dtype, problem.d_qk))
-    if not isinstance(problem, DecodeProblem):
-        return f"no Hopper kernel for {problem.mode} yet"
+    if isinstance(problem, MHAProblem):
+        return mha_launch.why_not(problem)
     return _of_its_mode(problem).why_not(problem)
 
 

@@ -80,7 +80,7 @@ class Arguments:
     out: cute.Tensor
     lse: cute.Tensor
     h_kv: Int32
-    blocks_per_page: Int32
+    boxes_per_page: Int32
     scale_log2: Float32
     causal: Int32
     batch_invariant: Int32
@@ -112,35 +112,40 @@ class Arguments:
         return uniform(cutlass.select_(first == after, Int32(-1), first + piece.split))
 
 
-class BlockPair:
-    """Where the two blocks of a tile lie: row of blocks within the page, and page. Lives in registers, across loops."""
+class Boxes:
+    """Where the TMA boxes of a tile lie: row of boxes within the page, and page. Lives in registers, across loops.
 
-    def __init__(self, row0: Int32, page0: Int32, row1: Int32, page1: Int32):
-        self.row0, self.page0, self.row1, self.page1 = row0, page0, row1, page1
+    Lane l of the warp knows box l.
+    """
+
+    def __init__(self, row: Int32, page: Int32):
+        self.row, self.page = row, page
 
     def __extract_mlir_values__(self):
-        return [value.ir_value() for value in (self.row0, self.page0, self.row1, self.page1)]
+        return [value.ir_value() for value in (self.row, self.page)]
 
     def __new_from_mlir_values__(self, values):
-        return BlockPair(*(Int32(value) for value in values))
+        return Boxes(*(Int32(value) for value in values))
+
+    def get(self, box: Int32) -> tuple[Int32, Int32]:
+        """(row, page) of a box; called by the whole warp."""
+        return cute.arch.shuffle_sync(self.row, box), cute.arch.shuffle_sync(self.page, box)
 
 
 @dataclass(frozen=True)
 class Pages:
-    """The pages of a request."""
+    """The pages of a request, cut into boxes."""
 
     block_table: cute.Tensor
     request: Int32
-    blocks: Int32
-    blocks_per_page: Int32
+    boxes: Int32
+    boxes_per_page: Int32
+    boxes_per_tile: int
 
-    def locate(self, tile: Int32) -> BlockPair:
-        """Blocks beyond the request stand for its last one: no table entry beyond its pages is read."""
-        return BlockPair(*self.locate_block(2 * tile), *self.locate_block(2 * tile + 1))
-
-    def locate_block(self, block: Int32) -> tuple[Int32, Int32]:
-        block = cutlass.min(block, self.blocks - 1)
-        return block % self.blocks_per_page, self.block_table[self.request, block // self.blocks_per_page]
+    def locate(self, tile: Int32) -> Boxes:
+        """Boxes beyond the request stand for its last one: no table entry beyond its pages is read."""
+        box = cutlass.min(tile * self.boxes_per_tile + cute.arch.lane_idx(), self.boxes - 1)
+        return Boxes(box % self.boxes_per_page, self.block_table[self.request, box // self.boxes_per_page])
 
 
 @dataclass(frozen=True)
@@ -193,13 +198,18 @@ def merge_pieces(
 
 
 class DenseDecode:
-    def __init__(self, dtype: type[cutlass.Numeric], d: int, cluster: int):
+    def __init__(self, dtype: type[cutlass.Numeric], d: int, cluster: int, box: int):
         self.dtype = dtype
         self.d = d
         self.chunks = d // CHUNK
         self.has_rope = self.chunks > V_CHUNKS
         self.groups = GROUPS[: 3 if self.has_rope else 2]
         self.cluster = cluster
+        self.box = box  # tokens that one TMA load brings
+        self.boxes = BLOCK // box  # in a block
+        # CTAs of a cluster load a half each of a box that is a whole block; of smaller boxes they load every other.
+        self.shares_of_box = cluster if box == BLOCK else 1
+        self.shares_of_block = cluster // self.shares_of_box
         # The order in which each consumer takes the chunks: its own half of V first, because that is freed last.
         rope = (8,) if self.has_rope else ()
         self.qk_order = ((0, 1, 2, 3, *rope, 4, 5, 6, 7), (4, 5, 6, 7, *rope, 0, 1, 2, 3))
@@ -225,14 +235,14 @@ class DenseDecode:
         combine_warps: Int32,
         stream,
     ):
-        chunk_layout = k_major_layout(self.dtype)
+        box_layout = self.box_layout()
         paged = cute.make_tensor(k_cache.iterator, cute.select(k_cache.layout, mode=[1, 3, 2, 0]))
         load_op = cpasync.CopyBulkTensorTileG2SMulticastOp() if self.cluster > 1 else cpasync.CopyBulkTensorTileG2SOp()
         tma_k, k_tma = cpasync.make_tiled_tma_atom(
-            load_op, paged, chunk_layout, (BLOCK, CHUNK), num_multicast=self.cluster
+            load_op, paged, box_layout, (self.box, CHUNK), num_multicast=self.shares_of_box
         )
         tma_prefetch, k_prefetch = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), paged, chunk_layout, (BLOCK, CHUNK)
+            cpasync.CopyBulkTensorTileG2SOp(), paged, box_layout, (self.box, CHUNK)
         )
 
         @cute.struct
@@ -261,8 +271,8 @@ class DenseDecode:
             cute.make_ordered_layout((slots, unit_rows), order=(1, 0)),
         )
         self.kernel(
-            tma_k, k_tma, tma_prefetch, k_prefetch, q, block_table, seqlens, work, splits, partial_o, partial_lse, out,
-            lse, h_kv, k_cache.shape[1] // BLOCK, scale_log2, causal, batch_invariant,
+            tma_k, k_tma, tma_prefetch, k_prefetch, k_cache, q, block_table, seqlens, work, splits, partial_o,
+            partial_lse, out, lse, h_kv, k_cache.shape[1] // self.box, scale_log2, causal, batch_invariant,
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -281,6 +291,7 @@ class DenseDecode:
         k_tma: cute.Tensor,
         tma_prefetch: cute.CopyAtom,
         k_prefetch: cute.Tensor,
+        k_cache: cute.Tensor,
         q: cute.Tensor,
         block_table: cute.Tensor,
         seqlens: cute.Tensor,
@@ -291,7 +302,7 @@ class DenseDecode:
         out: cute.Tensor,
         lse: cute.Tensor,
         h_kv: Int32,
-        blocks_per_page: Int32,
+        boxes_per_page: Int32,
         scale_log2: Float32,
         causal: Int32,
         batch_invariant: Int32,
@@ -307,7 +318,7 @@ class DenseDecode:
             self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
         args = Arguments(
-            q, block_table, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv, blocks_per_page, scale_log2,
+            q, block_table, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv, boxes_per_page, scale_log2,
             causal, batch_invariant,
         )  # fmt: skip
         self.init_barriers(barriers, warp)
@@ -316,7 +327,7 @@ class DenseDecode:
         if warp >= K_WARP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == K_WARP:
-                self.load_k(args, shared, barriers, tma_k, k_tma, tma_prefetch, k_prefetch)
+                self.load_k(args, shared, barriers, tma_k, k_tma, tma_prefetch, k_prefetch, k_cache)
             else:
                 self.load_q(args, shared, barriers, thread - (K_WARP + 1) * 32)
         elif warp < 4:
@@ -358,26 +369,29 @@ class DenseDecode:
         k_tma: cute.Tensor,
         tma_prefetch: cute.CopyAtom,
         k_prefetch: cute.Tensor,
+        k_cache: cute.Tensor,
     ):
         """Bring K blocks, a pair at a time; each chunk as soon as its group of the buffer is free."""
         cpasync.prefetch_descriptor(tma_k)
-        smem_layout = cute.tile_to_shape(k_major_layout(self.dtype), (ROWS, CHUNK, 2 * self.chunks), (0, 1, 2))
-        smem = shared.k.get_tensor(smem_layout.outer, swizzle=smem_layout.inner)
+        smem_layout = cute.make_layout(
+            (self.box, CHUNK, self.boxes, 2 * self.chunks), stride=(CHUNK, 1, self.box * CHUNK, CHUNK_ELEMENTS)
+        )
+        smem = shared.k.get_tensor(smem_layout, swizzle=self.box_layout().inner)
         to, source = cpasync.tma_partition(
             tma_k,
-            self.cluster_rank() if const_expr(self.cluster > 1) else 0,
-            cute.make_layout(self.cluster),
+            self.cluster_rank() if const_expr(self.shares_of_box > 1) else 0,
+            cute.make_layout(self.shares_of_box),
             cute.group_modes(smem, 0, 2),
-            cute.group_modes(cute.local_tile(k_tma, (BLOCK, CHUNK), (None, None, None, None)), 0, 2),
+            cute.group_modes(cute.local_tile(k_tma, (self.box, CHUNK), (None, None, None, None)), 0, 2),
         )
         _, ahead = cpasync.tma_partition(
             tma_prefetch,
             0,
             cute.make_layout(1),
             cute.group_modes(smem, 0, 2),
-            cute.group_modes(cute.local_tile(k_prefetch, (BLOCK, CHUNK), (None, None, None, None)), 0, 2),
+            cute.group_modes(cute.local_tile(k_prefetch, (self.box, CHUNK), (None, None, None, None)), 0, 2),
         )
-        lane_cta, row_tiles = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        row_tiles = cute.arch.grid_dim()[0]
         # K that no other cluster reads need not stay in L2, where Q, outputs and partial results are.
         cache_policy = Int64(cutlass.select_(row_tiles == self.cluster, Int64(EVICT_FIRST), Int64(EVICT_NORMAL)))
 
@@ -386,32 +400,22 @@ class DenseDecode:
         while remains(piece, end):
             request = piece.unit // args.passes // args.h_kv
             kv_head = piece.unit // args.passes % args.h_kv
-            blocks = (args.seqlen(piece) + (BLOCK - 1)) // BLOCK
-            tiles = (blocks + 1) // 2
+            seqlen = args.seqlen(piece)
+            tiles = (seqlen + (TILE - 1)) // TILE
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             if stop > piece.tile:
-                pages = Pages(args.block_table, request, blocks, args.blocks_per_page)
+                boxes = (seqlen + (self.box - 1)) // self.box
+                pages = Pages(args.block_table, request, boxes, args.boxes_per_page, 2 * self.boxes)
                 # Two pairs ahead, so that no load of a table entry delays a load of K.
                 now, then = pages.locate(piece.tile), pages.locate(piece.tile + 1)
                 for tile in cutlass.range(piece.tile, stop, unroll=1):
                     later = pages.locate(tile + 2)
                     if const_expr(self.cluster > 1):
-                        # The next pair into L2, shared among the CTAs of this worker.
-                        for chunk in cutlass.range(lane_cta, self.chunks, row_tiles, unroll=1):
-                            cute.prefetch(tma_prefetch, ahead[None, then.row0, chunk, kv_head, then.page0])
-                            cute.prefetch(tma_prefetch, ahead[None, then.row1, chunk, kv_head, then.page1])
-                    rows, at = (now.row0, now.row1), (now.page0, now.page1)
+                        self.prefetch(tma_prefetch, ahead, k_cache, then, kv_head)
                     for buffer, group in self.load_order():
                         empty = barriers.k_empty + (buffer * len(self.groups) + group)
                         cute.arch.mbarrier_wait(empty, (pairs & 1) ^ 1)
-                        for chunk in self.groups[group]:
-                            self.load_chunk(
-                                tma_k,
-                                source[None, rows[buffer], chunk, kv_head, at[buffer]],
-                                to[None, buffer * self.chunks + chunk],
-                                barriers.k_full + (buffer * self.chunks + chunk),
-                                cache_policy,
-                            )
+                        self.load_group(tma_k, source, to, barriers, now, kv_head, buffer, group, cache_policy)
                     now, then = then, later
                     pairs += 1
             piece = next_piece(piece, stop, tiles)
@@ -421,11 +425,55 @@ class DenseDecode:
         rope = ((0, ROPE), (1, ROPE)) if self.has_rope else ()
         return (*rope, (0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))
 
-    def load_chunk(self, tma_k, source, to, full, cache_policy):
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK_ELEMENTS * 2)
+    @cute.jit
+    def prefetch(self, tma_prefetch: cute.CopyAtom, ahead: cute.Tensor, k_cache: cute.Tensor, boxes, kv_head: Int32):
+        """Bring a pair of blocks into L2, shared among the CTAs of this worker."""
+        cta, row_tiles = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        if const_expr(self.box == BLOCK):
+            for box in cutlass.range(2, unroll=2):
+                row, page = boxes.get(box)
+                for chunk in cutlass.range(cta, self.chunks, row_tiles, unroll=1):
+                    cute.prefetch(tma_prefetch, ahead[None, row, chunk, kv_head, page])
+        else:  # loading small boxes takes all of TMA's time: a lane asks for a token's lines instead
+            for i in range_constexpr(TILE // 32):
+                token = 32 * i + cute.arch.lane_idx()
+                row, page = boxes.get(token // self.box)
+                start = k_cache[page, row * self.box + token % self.box, kv_head, None].iterator.toint()
+                for line in cutlass.range(cta, self.d * 2 // 128, row_tiles, unroll=1):
+                    cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[start + Int64(line * 128)])
+
+    @cute.jit
+    def load_group(
+        self,
+        tma_k: cute.CopyAtom,
+        source: cute.Tensor,
+        to: cute.Tensor,
+        barriers,
+        boxes,
+        kv_head: Int32,
+        buffer: cutlass.Constexpr,
+        group: cutlass.Constexpr,
+        cache_policy: Int64,
+    ):
+        """Bring this CTA's share of a group of chunks of a block, for both CTAs of a cluster."""
+        first = buffer * self.chunks
+        for chunk in self.groups[group]:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(barriers.k_full + (first + chunk), CHUNK_ELEMENTS * 2)
         multicast = {"mcast_mask": cutlass.Int16(3)} if self.cluster > 1 else {}
-        cute.copy(tma_k, source, to, tma_bar_ptr=full, cache_policy=cache_policy, **multicast)
+        turn = self.cluster_rank() if const_expr(self.shares_of_block > 1) else Int32(0)
+        for i in cutlass.range(self.boxes // self.shares_of_block, unroll=1):
+            box = turn + i * self.shares_of_block
+            row, page = boxes.get(buffer * self.boxes + box)
+            for chunk in self.groups[group]:
+                cute.copy(
+                    tma_k,
+                    source[None, row, chunk, kv_head, page],
+                    to[None, box, first + chunk],
+                    tma_bar_ptr=barriers.k_full + (first + chunk),
+                    cache_policy=cache_policy,
+                    **multicast,
+                )
 
     @cute.jit
     def load_q(self, args, shared, barriers, thread: Int32):
@@ -855,18 +903,21 @@ class DenseDecode:
 
     # ---------------------------------------------------------------------------------------------- geometry
 
+    def box_layout(self):
+        """A TMA box in shared memory: rows of one chunk, swizzled by address like the chunk as a whole."""
+        rows = cute.make_layout((self.box, CHUNK), stride=(CHUNK, 1))
+        return cute.make_composed_layout(k_major_layout(self.dtype).inner, 0, rows)
+
     def cluster_rank(self) -> Int32:
         return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
 
 
-def compile_variant(dtype: str, d: int, cluster: int) -> aot.Compiled:
-    """Compile for tensors of any extents whose rows are 16-byte aligned, and pages of a multiple of 64 tokens."""
+def compile_variant(dtype: str, d: int, cluster: int, box: int) -> aot.Compiled:
+    """Compile for tensors of any extents whose rows are 16-byte aligned, and pages of a multiple of `box` tokens."""
     element = getattr(cutlass, dtype)
     b, s_q, h_q, h_kv = (cute.sym_int() for _ in range(4))
     q = aot.strided(element, (b, s_q, h_q, d), dense_last=True, align=16)
-    k_cache = aot.strided(
-        element, (cute.sym_int(), cute.sym_int(divisibility=BLOCK), h_kv, d), dense_last=True, align=16
-    )
+    k_cache = aot.strided(element, (cute.sym_int(), cute.sym_int(divisibility=box), h_kv, d), dense_last=True, align=16)
     block_table = aot.strided(Int32, (b, cute.sym_int()), dense_last=True)
     seqlens = aot.strided(Int32, (b,))
     work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
@@ -875,6 +926,6 @@ def compile_variant(dtype: str, d: int, cluster: int) -> aot.Compiled:
     out = aot.strided(element, (b, s_q, h_q, D_V), dense_last=True, align=16)
     lse = aot.strided(Float32, (b, h_q, s_q))
     return aot.compile_kernel(
-        DenseDecode(element, d, cluster), q, k_cache, block_table, seqlens, work, splits, workspace, out, lse,
+        DenseDecode(element, d, cluster, box), q, k_cache, block_table, seqlens, work, splits, workspace, out, lse,
         Float32(1.0), *[Int32(0)] * 6,
     )  # fmt: skip

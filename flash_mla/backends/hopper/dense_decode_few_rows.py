@@ -263,8 +263,8 @@ class FewRowsDecode:
 
     def locate(self, args, request: Int32, block: Int32) -> tuple[Int32, Int32]:
         """(row in blocks, page) of a block; of one beyond the request, which nobody loads, whatever the table holds."""
-        entry = cutlass.min(block // args.blocks_per_page, args.block_table.shape[1] - 1)
-        return block % args.blocks_per_page, args.block_table[request, entry]
+        entry = cutlass.min(block // args.boxes_per_page, args.block_table.shape[1] - 1)
+        return block % args.boxes_per_page, args.block_table[request, entry]
 
     def load_order(self):
         """Groups in the order in which they are freed and then needed."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["DenseDecodeConfig", "dense_decode_config"]
+__all__ = ["BOXES", "DenseDecodeConfig", "box_of_pages", "dense_decode_config"]
 
 ROWS = 64  # query rows of a CTA
-BLOCK = 64  # tokens in a KV block, which one page holds
+BLOCK = 64  # tokens in a KV block
 TILE = 2 * BLOCK  # tokens in a tile of the plan
 FEW_ROWS = (16, 32, 64)  # what few query rows are padded to
+BOXES = (BLOCK, 8)  # tokens that one TMA load may bring, all from one page
 
 # Microseconds that a CTA takes for a tile of 128 tokens: its matrix multiplies, alone or with K shared by a cluster of
 # two, and reading the tile's KV from HBM when every SM reads its own.
@@ -28,6 +29,7 @@ class DenseDecodeConfig:
     swapped: bool  # tokens are the rows of products, and query rows, which are few, their columns
     rows: int  # packed query rows of a CTA
     tile: int  # tokens in a tile of the plan
+    box: int  # tokens that one TMA load brings
     cluster: int  # CTAs that share K by multicast
     row_tiles: int  # CTAs of a worker: tiles of query rows taken side by side
     passes: int  # turns a worker takes over the rows of a request and KV head
@@ -42,17 +44,18 @@ class DenseDecodeConfig:
 
 
 @functools.cache
-def dense_decode_config(rows: int, num_pairs: int, num_sms: int) -> DenseDecodeConfig:
+def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOCK) -> DenseDecodeConfig:
     """The layout for `rows` packed query rows (query tokens x heads) of each of `num_pairs` (request, KV head).
 
     More CTAs that take different rows of a unit side by side read its KV from HBM once; fewer leave fewer SMs idle.
     """
     few = next((padded for padded in FEW_ROWS if rows <= padded), None)
-    if few is not None:
+    if few is not None and box == BLOCK:  # no other box is compiled for few rows
         return DenseDecodeConfig(
             swapped=True,
             rows=few,
             tile=BLOCK,
+            box=box,
             cluster=1,
             row_tiles=1,
             passes=1,
@@ -78,6 +81,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int) -> DenseDecodeC
         swapped=False,
         rows=ROWS,
         tile=TILE,
+        box=box,
         cluster=2 if row_tiles % 2 == 0 else 1,
         row_tiles=row_tiles,
         passes=passes,
@@ -85,6 +89,11 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int) -> DenseDecodeC
         fixed_cost=2 if bound_by_hbm else 4,
         min_cost=1,
     )
+
+
+def box_of_pages(page_size: int) -> int | None:
+    """Tokens of the largest TMA load that pages of `page_size` tokens are a multiple of, if there is one."""
+    return next((box for box in BOXES if page_size % box == 0), None)
 
 
 def even_workers(units: int, num_workers: int) -> int:

@@ -7,7 +7,12 @@ import functools
 import torch
 
 from flash_mla import kernels
-from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK, DenseDecodeConfig, dense_decode_config
+from flash_mla.backends.hopper.dense_decode_heuristics import (
+    BOXES,
+    DenseDecodeConfig,
+    box_of_pages,
+    dense_decode_config,
+)
 from flash_mla.backends.hopper.launch import (
     SHORT_NAME,
     Argument,
@@ -32,21 +37,23 @@ def why_not(problem: DecodeProblem) -> str | None:
     """The reason there is no kernel for a dense problem, or None."""
     if problem.kv_format not in (KVCacheFormat.BF16, KVCacheFormat.FP16):
         return f"no Hopper kernel for dense decode over {problem.kv_format.name} yet"
-    if problem.page_size % BLOCK:
-        return f"no Hopper kernel for pages of {problem.page_size} tokens yet, only for multiples of {BLOCK}"
+    if box_of_pages(problem.page_size) is None:
+        return f"no Hopper kernel for pages of {problem.page_size} tokens yet, only for multiples of {min(BOXES)}"
     return kernels.unavailable(dense_decode_kernel(problem))
 
 
 @functools.lru_cache(maxsize=1024)
 def _layout(problem: DecodeProblem) -> DenseDecodeConfig:
     rows = problem.s_q * problem.h_q // problem.h_kv
-    return dense_decode_config(rows, problem.b * problem.h_kv, num_sms(problem.device))
+    box = box_of_pages(problem.page_size)
+    assert box is not None
+    return dense_decode_config(rows, problem.b * problem.h_kv, num_sms(problem.device), box)
 
 
 def dense_decode_kernel(problem: DecodeProblem) -> str:
     """Name of the variant that serves a problem."""
     config = _layout(problem)
-    shape = f"rows{config.rows}" if config.swapped else f"cluster{config.cluster}"
+    shape = f"rows{config.rows}" if config.swapped else f"cluster{config.cluster}_pages{config.box}"
     return f"dense_decode_{SHORT_NAME[problem.dtype]}_{problem.d_qk}_{shape}"
 
 

@@ -17,7 +17,6 @@ from flash_mla.backends.hopper.schedule import end_of_work, first_piece
 from flash_mla.backends.hopper.sparse_decode import (
     D_V,
     K_CHUNKS,
-    REGISTERS,
     ROW_BYTES,
     V_CHUNKS,
     SparseDecode,
@@ -48,7 +47,6 @@ class PlainSparseDecode(SparseDecode):
         self.cluster = 1
         self.extra_loader = None
         self.has_rope = d > D_V
-        self.registers = REGISTERS[self.has_rope]
         self.scales_apart = False
         self.converts_plain = False
         self.raw_bytes = 0

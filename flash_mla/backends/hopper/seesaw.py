@@ -4,11 +4,12 @@ Of each pair of 64-token KV blocks the left warpgroup scores block 0, the right 
 probabilities to the other through shared memory, and each accumulates one half of the output's 512 columns. A block
 lies in shared memory as chunks of 64 columns, K and V at once; the RoPE chunk, if there is one, is the last.
 
-A kernel derives from `Seesaw` and says how K arrives (`wait_chunk`) and what a softmax step is (`softmax`).
+A kernel derives from `Seesaw` and says how K arrives (`wait_chunks`) and what a softmax step is (`softmax`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from cutlass import Float32, Int32, range_constexpr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
-from flash_mla.backends.hopper.softmax import NO_SCORE, exponentials, quad_max, quad_sum, rescale
+from flash_mla.backends.hopper.softmax import NO_SCORE, quad_max, quad_sum, rescale
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
 
 BLOCK = 64  # tokens in a KV block
@@ -28,7 +29,7 @@ V_CHUNKS = D_V // CHUNK
 CHUNK_ELEMENTS = ROWS * CHUNK
 WARPGROUP = 128
 
-# Chunks of a K block that are freed together: V columns of the left and the right consumer, and RoPE.
+# Chunks of a K block that come and are freed together: V columns of the left and the right consumer, and RoPE.
 LEFT, RIGHT, ROPE = 0, 1, 2
 GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
 
@@ -95,14 +96,14 @@ class Seesaw:
         self.chunks = d // CHUNK
         self.has_rope = self.chunks > V_CHUNKS
         self.groups = GROUPS[: 3 if self.has_rope else 2]
-        # The order in which each consumer takes the chunks: its own half of V first, because that is freed last.
-        rope = (8,) if self.has_rope else ()
-        self.qk_order = ((0, 1, 2, 3, *rope, 4, 5, 6, 7), (4, 5, 6, 7, *rope, 0, 1, 2, 3))
+        # The order in which each consumer takes the groups: its own half of V first, because that is freed last.
+        rope = (ROPE,) if self.has_rope else ()
+        self.qk_order = ((LEFT, *rope, RIGHT), (RIGHT, *rope, LEFT))
 
     # What a kernel adds.
 
-    def wait_chunk(self, c: Consumer, chunk: int, parity):
-        """Wait until a chunk of this side's block has arrived."""
+    def wait_chunks(self, c: Consumer, group: int, parity):
+        """Wait until a group of chunks of this side's block has arrived."""
         raise NotImplementedError
 
     def softmax(self, c: Consumer, n, sums, parity):
@@ -157,20 +158,19 @@ class Seesaw:
             to = cute.make_tensor(q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
             cute.autovec_copy(source, to)
 
-    def issue_scores(self, c: Consumer, parity):
-        """Issue S = Q K^T for this side's block, each chunk as soon as it has arrived."""
-        f = c.f
-        warpgroup.fence()
-        for i, chunk in enumerate(self.qk_order[c.side]):
-            self.wait_chunk(c, chunk, parity)
-            if chunk == V_CHUNKS:
-                gemm(qk_op(self.dtype, OperandSource.RMEM), f.s, f.q_rope, f.k[chunk], overwrite=i == 0)
-            else:
-                gemm(qk_op(self.dtype, OperandSource.SMEM), f.s, f.q[chunk], f.k[chunk], overwrite=i == 0)
+    def issue_scores(self, c: Consumer, groups: Sequence[int], parity):
+        """Issue S (+)= Q K^T over groups of chunks of this side's block, each as soon as it has arrived."""
+        f, first_chunk = c.f, GROUPS[self.qk_order[c.side][0]][0]
+        for group in groups:
+            self.wait_chunks(c, group, parity)
+            for chunk in GROUPS[group]:
+                source, q = (OperandSource.RMEM, f.q_rope) if group == ROPE else (OperandSource.SMEM, f.q[chunk])
+                gemm(qk_op(self.dtype, source), f.s, q, f.k[chunk], overwrite=chunk == first_chunk)
         warpgroup.commit_group()
 
     def scores(self, c: Consumer, parity):
-        self.issue_scores(c, parity)
+        warpgroup.fence()
+        self.issue_scores(c, self.qk_order[c.side], parity)
         warpgroup.wait_group(0)
 
     def issue_pv(self, f: Fragments, a, buffer: int):
@@ -237,10 +237,16 @@ class Seesaw:
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 1)
         warpgroup.commit_group()
-        warpgroup.wait_group(0)
-        self.free(c, 1, LEFT)
         if prepare is None:
-            self.scores(c, parity ^ 1)
+            # What this side takes first has been free for long, so the tensor cores need not run dry.
+            first, *rest = self.qk_order[LEFT]
+            self.issue_scores(c, (first,), parity ^ 1)
+            warpgroup.wait_group(1)
+            self.free(c, 1, LEFT)
+            self.issue_scores(c, rest, parity ^ 1)
+        warpgroup.wait_group(0)
+        if prepare is not None:
+            self.free(c, 1, LEFT)
         return prepared
 
     def pair_right(self, c: Consumer, parity, prepare: tuple | None):
@@ -249,18 +255,15 @@ class Seesaw:
         max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (c.shared.max0, c.shared.max1))
         prepared = None
 
-        # The tensor cores are the left side's until P0 is there: the softmax goes first, as if its reference stayed.
-        n[0], n[1] = m[0], m[1]
-        self.softmax(c, n, sums, parity)
         self.free(c, 1, ROPE)
         cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
-        p0_reference = max0[c.row], max0[c.row + 8]
-        follow(f.s, f.p_scores, sums, n, *p0_reference, c.scale)
-        self.hand_over(c, max1, n, P1_READY)
-        rescale(f.o, row_sum, m, *p0_reference, c.scale)
+        n[0], n[1] = max0[c.row], max0[c.row + 8]
+        rescale(f.o, row_sum, m, n[0], n[1], c.scale)
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 0)
         warpgroup.commit_group()
+        self.softmax(c, n, sums, parity)
+        self.hand_over(c, max1, n, P1_READY)
         warpgroup.wait_group(0)
         self.free(c, 0, RIGHT)
 
@@ -286,7 +289,8 @@ class Seesaw:
     def merge_sides(self, c):
         """Row sums and largest scores over all threads of a row and over both sides, in place.
 
-        Behind it the other side has also read its last P: the buffers of P are free.
+        Behind it the other side has also read its last P: the buffers of P are free. What it leaves in shared memory is
+        overwritten by the next piece of work behind barriers of that piece's pairs.
         """
         sums, other_sums = self.by_side(c.side, c.shared.sum0, c.shared.sum1)
         tops, other_tops = self.by_side(c.side, c.shared.top0, c.shared.top1)
@@ -299,25 +303,6 @@ class Seesaw:
         for r in range_constexpr(2):
             row_sum[r] = row_sum[r] + other_sums[c.row + 8 * r]
             top[r] = cute.arch.fmax(top[r], other_tops[c.row + 8 * r])
-        # All is read before the next piece of work may overwrite it.
-        cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
-
-
-@cute.jit
-def follow(
-    scores: cute.Tensor,
-    p: cute.Tensor,
-    sums: cute.Tensor,
-    reference: cute.Tensor,
-    other0: Float32,
-    other1: Float32,
-    scale: Float32,
-):
-    """Move the reference of p up to the other side's where that is higher: rarely, so p is made anew."""
-    if cute.arch.vote_any_sync((other0 > reference[0]) | (other1 > reference[1])):
-        reference[0] = cute.arch.fmax(reference[0], other0)
-        reference[1] = cute.arch.fmax(reference[1], other1)
-        exponentials(scores, p, sums, reference, scale)
 
 
 def mask_by_bits(scores: cute.Tensor, bits: list, lane: Int32):

@@ -59,9 +59,8 @@ OCTET = 32 // THREADS_PER_ROW  # rows that a warp converts at a time
 ROW_BYTES = CHUNK * 2  # of a chunk
 PRODUCER_WARP = 8
 
-# Registers of a consumer and of a producer thread, with RoPE and without: what ptxas fits without spilling.
-REGISTERS = {True: (208, 88), False: (224, 56)}
-TWO_FORMAT_REGISTERS = (216, 72)
+# Registers of a thread: what ptxas fits without spilling.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 208, 88
 
 LEFT, RIGHT = 0, 1
 
@@ -98,24 +97,32 @@ class Arguments:
     run: Int32
     causal: Int32
     batch_invariant: Int32
+    passes: cute.FastDivmodDivisorV2  # units that the heads of a query token make
+    tokens: cute.FastDivmodDivisorV2  # query tokens of a request
 
-    @property
-    def passes(self):
-        """Units that the heads of a query token make."""
-        tile = cute.arch.grid_dim()[0] * ROWS
-        return (self.q.shape[2] + tile - 1) // tile
+    def place(self, unit: Int32) -> tuple[Int32, Int32, Int32]:
+        """(request, query token, pass over its heads) of a unit."""
+        query, turn = divmod(unit, self.passes)
+        request, token = divmod(query, self.tokens)
+        return Int32(request), Int32(token), Int32(turn)
 
     def rows(self, piece) -> "Rows":
         """The query rows of this CTA in the piece's unit."""
-        query, turn = piece.unit // self.passes, piece.unit % self.passes
+        request, token, turn = self.place(piece.unit)
         head_tile = turn * cute.arch.grid_dim()[0] + cute.arch.block_idx()[0]
-        count = self.q.shape[2] - head_tile * ROWS
-        return Rows(query // self.q.shape[1], query % self.q.shape[1], head_tile, count)
+        return Rows(request, token, head_tile, self.q.shape[2] - head_tile * ROWS)
 
     def lengths(self, piece) -> tuple[Int32, Int32]:
         """Entries of the indices into the main and the extra cache that count."""
-        request = piece.unit // self.passes // self.q.shape[1]
+        request, _, _ = self.place(piece.unit)
         return self.main.length(request, self.run), self.extra.length(request, self.run)
+
+    def entries(self, piece) -> tuple[Int32, Int64, Int64]:
+        """(last tokens that the query must not see, addresses of its indices into the main and the extra cache)."""
+        request, token, _ = self.place(piece.unit)
+        hidden = self.causal * (self.q.shape[1] - 1 - token)
+        sources = (self.main, self.extra)
+        return hidden, *(source.indices[request, token, None].iterator.toint() for source in sources)
 
     def slot(self, piece: Piece) -> Int32:
         """Where the piece's partial result goes, or -1 if it is a whole unit."""
@@ -158,10 +165,17 @@ class Cursor:
     Behind the last piece, `exists` is false.
     """
 
-    def __init__(self, unit, tile, stop, length, extra_length, opens):
+    def __init__(self, unit, tile, stop, opens, length, extra_length, hidden, entries, extra_entries):
         self.unit, self.tile, self.stop = unit, tile, stop
-        self.length, self.extra_length = length, extra_length  # entries of the unit that count
         self.opens = opens  # 1 for the first tile of a piece
+        self.length, self.extra_length = length, extra_length  # tokens of the unit
+        self.hidden = hidden  # how many of the last ones its query must not see
+        self.entries, self.extra_entries = entries, extra_entries  # addresses of the unit's indices
+
+    def advanced(self) -> "Cursor":
+        """The next tile of the piece."""
+        of_unit = (self.length, self.extra_length, self.hidden, self.entries, self.extra_entries)
+        return Cursor(self.unit, self.tile + 1, self.stop, Int32(0), *of_unit)
 
     @property
     def exists(self):
@@ -178,11 +192,11 @@ class Cursor:
         return (self.tile - main_tiles) * TILE + lane.token
 
     def __extract_mlir_values__(self):
-        values = (self.unit, self.tile, self.stop, self.length, self.extra_length, self.opens)
-        return [value.ir_value() for value in values]
+        small = (self.unit, self.tile, self.stop, self.opens, self.length, self.extra_length, self.hidden)
+        return [value.ir_value() for value in (*small, self.entries, self.extra_entries)]
 
     def __new_from_mlir_values__(self, values):
-        return Cursor(*(Int32(value) for value in values))
+        return Cursor(*(Int32(value) for value in values[:7]), *(Int64(value) for value in values[7:]))
 
 
 class Tokens:
@@ -239,7 +253,6 @@ class SparseDecode:
         # Of the extra cache, if it is of another format; its raw bytes take no other places than the main one's.
         self.extra_loader: Any = None if extra_format is None else getattr(dequant, extra_format)(dtype)
         self.has_rope = self.loader.d > D_V
-        self.registers = REGISTERS[self.has_rope] if extra_format is None else TWO_FORMAT_REGISTERS
         self.scales_apart = self.loader.scales_apart
         # Whether the chunk that rows hold in bf16 has to become fp16, in its place.
         self.converts_plain = self.loader.plain_chunk is not None and dtype is Float16
@@ -307,6 +320,8 @@ class SparseDecode:
         self.kernel(
             tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
             partial_o, partial_lse, out, lse, scale_log2, page_size, extra_page_size, run, causal, batch_invariant,
+            cute.fast_divmod_create_divisor_v2((q.shape[2] + unit_rows - 1) // unit_rows),
+            cute.fast_divmod_create_divisor_v2(q.shape[1]),
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -373,6 +388,8 @@ class SparseDecode:
         run: Int32,
         causal: Int32,
         batch_invariant: Int32,
+        passes: cute.FastDivmodDivisorV2,
+        tokens: cute.FastDivmodDivisorV2,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -388,6 +405,7 @@ class SparseDecode:
             q, Source(k_cache, page_size, self.token_bytes(k_cache, False), indices, lengths),
             Source(extra_cache, extra_page_size, self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
             sink, work, splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant,
+            passes, tokens,
         )  # fmt: skip
         if warp == PRODUCER_WARP:
             cpasync.prefetch_descriptor(tma_q)
@@ -397,15 +415,14 @@ class SparseDecode:
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
 
-        consumer_registers, producer_registers = self.registers
         if warp >= PRODUCER_WARP:
-            cute.arch.setmaxregister_decrease(producer_registers)
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             self.produce(args, shared, barriers, tma_q, q_tma, thread - PRODUCER_WARP * 32)
         elif warp < 4:
-            cute.arch.setmaxregister_increase(consumer_registers)
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             self.consume(LEFT, args, shared, barriers, thread)
         else:
-            cute.arch.setmaxregister_increase(consumer_registers)
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
@@ -606,11 +623,12 @@ class SparseDecode:
             if stop <= piece.tile:
                 piece = next_piece(piece, stop, tiles)
                 stop = Int32(0)
-        return Cursor(piece.unit, piece.tile, stop, length, extra_length, Int32(1))
+        hidden, entries, extra_entries = args.entries(piece)
+        return Cursor(piece.unit, piece.tile, stop, Int32(1), length, extra_length, hidden, entries, extra_entries)
 
     @cute.jit
     def next_cursor(self, args, cursor: Cursor, end):
-        following = Cursor(cursor.unit, cursor.tile + 1, cursor.stop, cursor.length, cursor.extra_length, Int32(0))
+        following = cursor.advanced()
         if following.tile == following.stop:
             # Which piece of its unit it is, is of no concern here.
             tiles = tiles_of(cursor.length) + tiles_of(cursor.extra_length)
@@ -629,16 +647,11 @@ class SparseDecode:
     @cute.jit
     def fetch_index(self, args, cursor: Cursor, lane: Lane, inverses: tuple):
         """Start to bring the index that this lane looks up: of a run of slots, or less than 0 if there is none."""
-        rows = args.rows(cursor)
         length = cutlass.select_(cursor.is_extra, cursor.extra_length, cursor.length)
-        length -= args.causal * (args.q.shape[1] - 1 - rows.token)
         position = cursor.position(lane)
-        if position < cutlass.select_(cursor.exists, length, Int32(0)):
+        if position < cutlass.select_(cursor.exists, length - cursor.hidden, Int32(0)):
             entry = self.entry(args, position, inverses)
-            addresses = [
-                source.indices[rows.request, rows.token, None].iterator.toint() for source in (args.main, args.extra)
-            ]
-            entries = cutlass.select_(cursor.is_extra, addresses[1], addresses[0])
+            entries = cutlass.select_(cursor.is_extra, cursor.extra_entries, cursor.entries)
             copy_async((lane.index, 0), entries, (entries + Int64(entry) * 4, 0), 4)
         else:
             cute.arch.inline_ptx("st.shared.s32 [{$r0}], -1;", read_only_args=[lane.index])

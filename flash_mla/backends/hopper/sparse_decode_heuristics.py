@@ -6,9 +6,18 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-__all__ = ["SparseDecodeConfig", "cluster_size", "sparse_decode_config"]
+from flash_mla.kv_cache import KVCacheFormat
 
-ROWS = 64  # query heads of a CTA
+__all__ = ["SparseDecodeConfig", "cluster_size", "few_heads", "sparse_decode_config"]
+
+ROWS = 64  # query heads of a CTA, unless there are few
+
+# Query heads of the kernels of swapped operands. Where codes have multipliers, 32 heads are left to padding.
+FEW_HEADS = {
+    KVCacheFormat.FP8_V32: (8, 16, 32),
+    KVCacheFormat.FP8_V4: (8, 16),
+    KVCacheFormat.FP8_V41: (8, 16),
+}
 TILE = 128  # tokens in a tile of the plan
 
 # In tiles: what starting a piece costs, and what merging split units adds to a call.
@@ -20,7 +29,8 @@ COMBINE_COST = 3
 class SparseDecodeConfig:
     """How sparse decode is laid out on a GPU."""
 
-    row_tiles: int  # CTAs of a worker: tiles of 64 heads taken side by side
+    rows: int  # query heads of a CTA
+    row_tiles: int  # CTAs of a worker: tiles of `rows` heads taken side by side
     passes: int  # units that the heads of a query token make
     num_workers: int
     fixed_cost: int  # of starting a piece, in tiles; 0 only if no unit is empty
@@ -30,7 +40,12 @@ class SparseDecodeConfig:
     @property
     def unit_rows(self) -> int:
         """Rows of a unit of the plan."""
-        return self.row_tiles * ROWS
+        return self.row_tiles * self.rows
+
+
+def few_heads(h_q: int, kv_format: KVCacheFormat) -> int | None:
+    """Heads of the smallest kernel of swapped operands that takes h_q heads, or None if there is none."""
+    return next((heads for heads in FEW_HEADS.get(kv_format, ()) if h_q <= heads), None)
 
 
 def cluster_size(h_q: int) -> int:
@@ -39,23 +54,26 @@ def cluster_size(h_q: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def sparse_decode_config(queries: int, h_q: int, tiles: int | None, num_sms: int) -> SparseDecodeConfig:
+def sparse_decode_config(
+    queries: int, h_q: int, tiles: int | None, num_sms: int, rows: int = ROWS
+) -> SparseDecodeConfig:
     """The layout for `queries` query tokens of h_q heads, of `tiles` tiles each, or None where lengths differ.
 
-    Units of equal length are best kept whole if that leaves few SMs idle for not too long. Fewer units than workers are
-    cut alike into pieces of at most so many tiles, one for each worker, whose starting costs then do not count.
+    A CTA takes `rows` heads. Units of equal length are best kept whole if that leaves few SMs idle for not too long.
+    Fewer units than workers are cut alike into pieces of at most so many tiles, one for each worker, whose starting
+    costs then do not count.
     """
     row_tiles = cluster_size(h_q)
-    passes = -(-h_q // (row_tiles * ROWS))
+    passes = -(-h_q // (row_tiles * rows))
     units, workers = queries * passes, num_sms // row_tiles
-    balanced = SparseDecodeConfig(row_tiles, passes, workers, FIXED_COST, min_cost=1, unsplit=False)
+    balanced = SparseDecodeConfig(rows, row_tiles, passes, workers, FIXED_COST, min_cost=1, unsplit=False)
     if not tiles:
         return balanced
     rounds = -(-units // workers)
     piece = -(-tiles // max(1, workers // units))
     whole = rounds * (tiles + FIXED_COST)
     alike = FIXED_COST + piece + COMBINE_COST if piece < tiles else math.inf
-    split = units * (tiles + FIXED_COST) / workers + FIXED_COST + COMBINE_COST
+    split = max(1.0, units * (tiles + FIXED_COST) / workers) + FIXED_COST + COMBINE_COST
     if alike <= min(whole, split):
         return replace(balanced, num_workers=units * -(-tiles // piece), fixed_cost=0)
     # Cuts fall on units only if every worker gets as many.

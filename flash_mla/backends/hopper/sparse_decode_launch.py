@@ -24,9 +24,11 @@ from flash_mla.backends.hopper.launch import (
 )
 from flash_mla.backends.hopper.recorded_call import RecordedCall, recorded
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
+    ROWS,
     TILE,
     SparseDecodeConfig,
     cluster_size,
+    few_heads,
     sparse_decode_config,
 )
 from flash_mla.kv_cache import KVCacheFormat
@@ -61,9 +63,18 @@ def sparse_decode_kernel(problem: DecodeProblem) -> str:
     if not problem.kv_format.is_quantised:
         return f"sparse_decode_{problem.kv_format.value}_{problem.d_qk}"
     formats = "_".join(kv_format.value for kv_format in _formats(problem))
+    heads = _few_heads(problem)
     # Queries in fp16 are rare: no CTAs share their rows, which any number of heads can do without.
     cluster = cluster_size(problem.h_q) if problem.dtype == torch.bfloat16 else 1
-    return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{formats}_cluster{cluster}"
+    layout = f"cluster{cluster}" if heads is None else f"heads{heads}"
+    return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{formats}_{layout}"
+
+
+def _few_heads(problem: DecodeProblem) -> int | None:
+    """Heads of the kernel of swapped operands that serves a problem, or None if none does."""
+    if problem.dtype != torch.bfloat16 or len(_formats(problem)) > 1:
+        return None
+    return few_heads(problem.h_q, problem.kv_format)
 
 
 def _formats(problem: DecodeProblem) -> tuple[KVCacheFormat, ...]:
@@ -82,7 +93,8 @@ def _tiles(*tokens: int) -> int:
 def _layout(problem: DecodeProblem) -> SparseDecodeConfig:
     equal = problem.topk is not None and not (problem.has_topk_length or problem.has_extra_topk_length)
     tiles = _tiles(problem.topk or 0, problem.extra_topk or 0) if equal else None
-    return sparse_decode_config(problem.b * problem.s_q, problem.h_q, tiles, num_sms(problem.device))
+    rows = _few_heads(problem) or ROWS
+    return sparse_decode_config(problem.b * problem.s_q, problem.h_q, tiles, num_sms(problem.device), rows)
 
 
 def _names(problem: DecodeProblem, inputs: DecodeInputs) -> tuple[_Names, _Names]:

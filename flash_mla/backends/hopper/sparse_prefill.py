@@ -2,7 +2,7 @@
 
 The producer warpgroup gathers the KV rows that a token's indices name, 16 bytes at a time, straight into the swizzled
 chunks that the tensor cores read; it runs ahead into the next piece while the consumers finish one. The consumer
-warpgroups keep the seesaw; they start the next piece's first scores before they write a piece's output.
+warpgroups keep the seesaw, and write a piece's output while the next one's Q and K arrive.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ WARP_ROWS = 16  # rows of a block that a producer warp gathers
 
 @dataclass(frozen=True)
 class Barriers:
-    """Shared-memory barriers. K ones come in pairs of buffers: full per chunk, empty per group of chunks."""
+    """Shared-memory barriers. K's are one for each group of chunks of each buffer."""
 
     k_full: cute.Pointer
     k_empty: cute.Pointer
@@ -173,7 +173,7 @@ class SparsePrefill(Seesaw):
 
         @cute.struct
         class Shared:
-            k_full: cute.struct.MemRange[Int64, 2 * self.chunks]
+            k_full: cute.struct.MemRange[Int64, 2 * len(self.groups)]
             k_empty: cute.struct.MemRange[Int64, 2 * len(self.groups)]
             valid_full: cute.struct.MemRange[Int64, 2]
             q_full: cute.struct.MemRange[Int64, 1]
@@ -198,8 +198,8 @@ class SparsePrefill(Seesaw):
         partial_lse = cute.make_tensor(workspace.iterator + Int64(slots) * ROWS * D_V, row_layout)
         partial_max = cute.make_tensor(workspace.iterator + Int64(slots) * ROWS * (D_V + 1), row_layout)
         self.kernel(
-            tma_q, q_tma, q, kv, indices, lengths, sink, out, max_logits, lse, partial_o, partial_lse, partial_max,
-            whole_tokens, splits, scale_log2,
+            tma_q, q_tma, q, kv, indices, lengths, sink, out, max_logits, lse, partial_o, partial_lse,
+            partial_max, whole_tokens, splits, scale_log2,
         ).launch(grid=(workers, 1, 1), block=(3 * WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
         if units > 0:
             self.combine(
@@ -287,8 +287,8 @@ class SparsePrefill(Seesaw):
             shared.q_empty.data_ptr(),
         )
         args = Arguments(
-            q, kv, indices, lengths, sink, out, max_logits, lse, partial_o, partial_lse, partial_max, whole_tokens,
-            splits, scale_log2,
+            q, kv, indices, lengths, sink, out, max_logits, lse, partial_o, partial_lse, partial_max,
+            whole_tokens, splits, scale_log2,
         )  # fmt: skip
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
@@ -307,9 +307,8 @@ class SparsePrefill(Seesaw):
     def init_barriers(self, barriers: Barriers, warp: Int32):
         if warp == 0:
             with cute.arch.elect_one():
-                for i in range_constexpr(2 * self.chunks):
-                    cute.arch.mbarrier_init(barriers.k_full + i, WARPGROUP)
                 for i in range_constexpr(2 * len(self.groups)):
+                    cute.arch.mbarrier_init(barriers.k_full + i, WARPGROUP)
                     cute.arch.mbarrier_init(barriers.k_empty + i, 4)
                 for i in range_constexpr(2):
                     cute.arch.mbarrier_init(barriers.valid_full + i, 4)
@@ -337,16 +336,16 @@ class SparsePrefill(Seesaw):
         workers = cute.arch.grid_dim()[0]
         number = cute.arch.block_idx()[0]
         piece = args.piece(number, args.length(number))
+        # What is loaded here is used a tile or a piece later, so that no latency of it delays the gathering of rows.
+        length = args.length(number + workers)
         now = self.load_index(args, piece.token, piece.begin, piece.length, warp, lane)
         pairs = Int32(0)
         pieces = Int32(0)
         while piece.number < args.pieces:
             number += workers
-            following = args.piece(number, args.length(number))
-            if warp == 0:
-                self.load_q(shared, barriers, tma_q, q_tma, piece, pieces)
+            following = args.piece(number, length)
+            length = args.length(number + workers)
             for tile in cutlass.range(piece.begin, piece.stop, unroll=1):
-                # A pair ahead, so that no load of an index delays a load of rows.
                 ends = tile + 1 == piece.stop
                 then = self.load_index(
                     args,
@@ -358,20 +357,22 @@ class SparsePrefill(Seesaw):
                 )
                 if ends & (warp == 0):
                     self.prefetch_q(shared, tma_q, q_tma, following)
-                valid = cute.arch.vote_ballot_sync(now >= 0)
-                rows = (self.locate(args, 0, now, lane), self.locate(args, 1, now, lane))
+                row = cutlass.select_(now < args.kv.shape[0], now, Int32(-1))
+                valid = cute.arch.vote_ballot_sync(row >= 0)
+                rows = (self.locate(args, 0, row, lane), self.locate(args, 1, row, lane))
                 for buffer, group in self.load_order():
                     empty = barriers.k_empty + (buffer * len(self.groups) + group)
                     cute.arch.mbarrier_wait(empty, (pairs & 1) ^ 1)
                     if const_expr(group == buffer):  # the group whose side scores this buffer
                         self.publish_valid(shared, barriers, buffer, valid, warp)
                     self.gather(shared, barriers, buffer, group, rows[buffer], warp, lane)
+                    if const_expr((buffer, group) == (0, LEFT)):
+                        if (tile == piece.begin) & (warp == 0):
+                            self.load_q(shared, barriers, tma_q, q_tma, piece, pieces)
                 now = then
                 pairs += 1
             pieces += 1
             piece = following
-        # The CTA's shared memory must outlast the copies into it.
-        cute.arch.cp_async_wait_group(0)
 
     def load_order(self):
         """(buffer, group) in the order in which the consumers free and then need them."""
@@ -380,12 +381,12 @@ class SparsePrefill(Seesaw):
 
     @cute.jit
     def load_index(self, args, token: Int32, tile: Int32, length: Int32, warp: Int32, lane: Int32):
-        """This lane's row of KV, or -1 if it does not count: lanes 0 ... 15 hold block 0's, the others block 1's."""
+        """This lane's index, -1 if it does not count: lanes 0 ... 15 hold block 0's, the others block 1's."""
         position = tile * TILE + lane // WARP_ROWS * BLOCK + warp * WARP_ROWS + lane % WARP_ROWS
         index = Int32(-1)
         if position < length:
             index = args.indices[token, position]
-        return cutlass.select_(index < args.kv.shape[0], index, Int32(-1))
+        return index
 
     @cute.jit
     def publish_valid(self, shared, barriers, buffer: cutlass.Constexpr, valid: Int32, warp: Int32):
@@ -420,7 +421,7 @@ class SparsePrefill(Seesaw):
                     "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
                     read_only_args=[to, start + Int64(chunk * CHUNK * 2), size],
                 )
-            cute.arch.cp_async_mbarrier_arrive_noinc(barriers.k_full + number)
+        cute.arch.cp_async_mbarrier_arrive_noinc(barriers.k_full + (buffer * len(self.groups) + group))
 
     def q_chunks(self, shared, tma_q, q_tma) -> tuple:
         """Q's 512 V columns in shared memory [., chunk] and in global memory [., 64 heads, chunk, token]."""
@@ -474,11 +475,11 @@ class SparsePrefill(Seesaw):
                 pairs += 1
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive(barriers.q_empty)
-            following = self.last_pair(c, pairs, (self.begin_piece, args, c, number, length))
+            following, sinks = self.last_pair(c, pairs, (self.load_ahead, args, c, piece, number, length))
             pairs += 1
             pieces += 1
             # While the output is written, the next piece's Q and K arrive.
-            self.write(args, c, piece)
+            self.write(args, c, piece, sinks[0], sinks[1])
             piece = following
 
     def begin_piece(self, args, c: Consumer, number: Int32, length: Int32) -> Piece:
@@ -491,8 +492,17 @@ class SparsePrefill(Seesaw):
             self.load_q_rope(c.f.q_rope, rows, c.thread % 32)
         return piece
 
-    def wait_chunk(self, c: Consumer, chunk: int, parity):
-        cute.arch.mbarrier_wait(c.barriers.k_full + (c.side * self.chunks + chunk), parity)
+    def load_ahead(self, args, c: Consumer, piece: Piece, number: Int32, length: Int32) -> tuple[Piece, list]:
+        """(the next piece, begun; the sinks of this thread's rows of this one)."""
+        # The last head there is stands for those that are not.
+        last = args.q.shape[1] - 1
+        sinks = [args.sink[cutlass.min(args.head(piece, c.row + 8 * r), last)] for r in range(2)]
+        return self.begin_piece(args, c, number, length), sinks
+
+    def wait_chunks(self, c: Consumer, group: int, parity):
+        # A copy arrives on the barrier when its bytes lie in shared memory, so that, as in CUTLASS's main loop over
+        # cp.async and wgmma, no proxy fence follows.
+        cute.arch.mbarrier_wait(c.barriers.k_full + (c.side * len(self.groups) + group), parity)
 
     def softmax(self, c: Consumer, n, sums, parity):
         cute.arch.mbarrier_wait(c.barriers.valid_full + c.side, parity)
@@ -528,14 +538,11 @@ class SparsePrefill(Seesaw):
         top[1] = cute.arch.fmax(top[1], top1)
 
     @cute.jit
-    def write(self, args, c, piece: Piece):
+    def write(self, args, c, piece: Piece, sink0: Float32, sink1: Float32):
         """Normalise and write a whole piece to the outputs, a part of a token to its slot of the workspace."""
-        # The last head there is stands for those that are not.
-        last = args.q.shape[1] - 1
-        sinks = [args.sink[cutlass.min(args.head(piece, c.row + 8 * r), last)] for r in range(2)]
         self.merge_sides(c)
         if args.slot(piece) < 0:
-            self.write_outputs(args, c, piece, sinks[0], sinks[1])
+            self.write_outputs(args, c, piece, sink0, sink1)
         else:
             self.write_partials(args, c, piece)
 

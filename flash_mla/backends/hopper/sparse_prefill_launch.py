@@ -87,8 +87,8 @@ def _launch(
     config = call.config
     call.kernel(
         q,
-        with_aligned_rows(inputs.kv[:, 0]),
-        inputs.indices[:, 0],
+        with_aligned_rows(inputs.kv.select(1, 0)),
+        inputs.indices.select(1, 0),
         call.all_indices if inputs.topk_length is None else inputs.topk_length,
         call.no_sink if inputs.attn_sink is None else inputs.attn_sink,
         out,

@@ -35,12 +35,13 @@ PLANNER = {
 
 # 168 registers a thread at launch, which the roles redistribute.
 DENSE_DECODE = {
-    f"dense_decode_{short}_{d}_cluster{cluster}": Variant(
-        "flash_mla.backends.hopper.dense_decode", 168, {"dtype": dtype, "d": d, "cluster": cluster}
+    f"dense_decode_{short}_{d}_cluster{cluster}_pages{box}": Variant(
+        "flash_mla.backends.hopper.dense_decode", 168, {"dtype": dtype, "d": d, "cluster": cluster, "box": box}
     )
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
     for d in (576, 512)
     for cluster in (1, 2)
+    for box in (64, 8)
 }
 
 DENSE_DECODE |= {
@@ -84,11 +85,32 @@ PLAIN_SPARSE_DECODE = {
     for d in (576, 512)
 }
 
+SPARSE_DECODE_FEW_HEADS = {
+    f"sparse_decode_bf16_{short}_heads{heads}": Variant(
+        "flash_mla.backends.hopper.sparse_decode_few_heads", 168, {"kv_format": kv_format, "heads": heads}
+    )
+    for short, kv_format, counts in (
+        ("fp8_v32", "Fp8V32", (8, 16, 32)),
+        ("fp8_v4", "Fp8V4", (8, 16)),
+        ("fp8_v41", "Fp8V41", (8, 16)),
+    )
+    for heads in counts
+}
+
+MHA = {
+    f"mha_{direction}_{short}_{d}": Variant(f"flash_mla.backends.hopper.mha_{direction}", 168, {"dtype": dtype, "d": d})
+    for direction in ("forward", "backward")
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
+    for d in (192, 128)
+}
+
 VARIANTS: dict[str, Variant] = {
     **COMBINE,
     **PLANNER,
     **DENSE_DECODE,
     **SPARSE_DECODE,
     **PLAIN_SPARSE_DECODE,
+    **SPARSE_DECODE_FEW_HEADS,
     **SPARSE_PREFILL,
+    **MHA,
 }

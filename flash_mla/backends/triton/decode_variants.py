@@ -25,7 +25,7 @@ TYPES = {
     "scale_log2": "fp32",
 }
 # Bytes that a thread may keep in local memory: around the loops over KV, where the output has to leave registers.
-SPILL = 640
+SPILL = 704
 
 
 def variants(capability: Capability) -> Iterator[Variant]:
@@ -43,6 +43,7 @@ def variants(capability: Capability) -> Iterator[Variant]:
 def _dense(gpu: Gpu, kv_format: KVCacheFormat) -> Variant:
     tiles = tiles_for(128, gpu, quantised=kv_format.is_quantised)
     constants = {
+        "page_stride": 64 * 576, "token_stride": 576,
         "FORMAT": FORMAT_NUMBER[kv_format], "PAGE_SIZE": 64, "D_ROPE": 64, "CAUSAL": True, "BATCH_INVARIANT": False,
         "MIN_PIECE": INVARIANT_PIECE_TILES, "MAX_PIECES": MAX_INVARIANT_PIECES,
     }  # fmt: skip
@@ -54,6 +55,7 @@ def _sparse(name: str, gpu: Gpu, h_q: int, kv_format: KVCacheFormat, extra: KVCa
     tiles = tiles_for(h_q, gpu, quantised=kv_format.is_quantised)
     split_v = kv_format is KVCacheFormat.FP8_V4
     constants: dict[str, Any] = {
+        "page_stride": 576, "token_stride": 576, "extra_page_stride": 576, "extra_token_stride": 576,
         "FORMAT": FORMAT_NUMBER[kv_format], "PAGE_SIZE": 64 if split_v else 1,
         "EXTRA_FORMAT": FORMAT_NUMBER[extra or kv_format], "EXTRA_PAGE_SIZE": 64 if split_v else 1,
         "COLUMNS": 448 if split_v else 512, "D_ROPE": 64, "D_V_ROPE": 64 if split_v else 0,

@@ -6,28 +6,49 @@ import triton
 import triton.language as tl
 
 from flash_mla.backends.triton.dequant import NOPE, load_nope, load_rope, token_offsets
-from flash_mla.backends.triton.softmax import attend, load_q, natural, row_offsets, start, store_out
+from flash_mla.backends.triton.softmax import (
+    attend,
+    load_q,
+    natural,
+    row_offsets,
+    score,
+    start,
+    store_out,
+    whole,
+)
 
 
 @triton.jit
 def _pages(table_ptr, tile, seqlen, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
     """The pages of the tokens of a tile: one if it cannot have more, else [TILE]."""
+    first = tile * TILE
     if PAGE_SIZE % TILE == 0:
-        first = tile * TILE
         page = tl.load(table_ptr + first // PAGE_SIZE, mask=first < seqlen, other=0)
     else:
-        tokens = _existing(tile, seqlen, TILE)
+        tokens = first + _existing(tile, seqlen, TILE)
         page = tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < seqlen, other=0)
     return page
 
 
 @triton.jit
+def _offsets(tile, seqlen, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Where in their pages the tokens of a tile are [TILE]."""
+    first = tile * TILE
+    if PAGE_SIZE % TILE == 0:
+        offset = first % PAGE_SIZE + _existing(tile, seqlen, TILE)
+    else:
+        offset = (first + _existing(tile, seqlen, TILE)) % PAGE_SIZE
+    return offset
+
+
+@triton.jit
 def _existing(tile, seqlen, TILE: tl.constexpr):
-    """The tokens of a tile [TILE], the last one of the request instead of those that do not exist.
+    """The tokens of a tile, counted from its first [TILE], the last one of the request instead of those that do not
+    exist.
 
     So loads need no mask, and no NaN that lies behind the last token gets into products with 0.
     """
-    return tl.minimum(tile * TILE + tl.arange(0, TILE), seqlen - 1)
+    return tl.minimum(tl.arange(0, TILE), seqlen - 1 - tile * TILE)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_units", "s_q", "h_kv", "group", "passes", "row_tiles"])
@@ -36,8 +57,9 @@ def dense_decode_kernel(
     partial_lse_ptr,
     q_stride_u0, q_stride_u1, q_stride_r0, q_stride_r1,
     out_stride_u0, out_stride_u1, out_stride_r0, out_stride_r1,
-    page_stride, token_stride, head_stride, table_stride,
+    head_stride, table_stride,
     scale_log2, num_units, s_q, h_kv, group, passes, row_tiles,
+    page_stride: tl.constexpr, token_stride: tl.constexpr,
     FORMAT: tl.constexpr, PAGE_SIZE: tl.constexpr, D_ROPE: tl.constexpr, CAUSAL: tl.constexpr,
     BATCH_INVARIANT: tl.constexpr, MIN_PIECE: tl.constexpr, MAX_PIECES: tl.constexpr, HAS_FP8: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr,
@@ -85,17 +107,18 @@ def dense_decode_kernel(
             top, total, acc, acc_rope = start(ROWS, 0)
             page = _pages(table_ptr, piece, seqlen, PAGE_SIZE, TILE)
             for tile in range(piece, tl.minimum(piece + step, end)):
-                offset = _existing(tile, seqlen, TILE) % PAGE_SIZE
+                offset = _offsets(tile, seqlen, PAGE_SIZE, TILE)
                 token, scales = token_offsets(page, offset, page_stride, token_stride, FORMAT, PAGE_SIZE)
                 # A tile early, so that its addresses do not wait for them.
                 page = _pages(table_ptr, tile + 1, seqlen, PAGE_SIZE, TILE)
                 nope = load_nope(head_ptr, token, scales, None, FORMAT, NOPE, HAS_FP8, q_ptr.dtype.element_ty)
                 rope = load_rope(head_ptr, token, None, FORMAT, NOPE, D_ROPE, HAS_FP8, q_ptr.dtype.element_ty)
-                seen = (tile * TILE + tl.arange(0, TILE))[None, :] < limits[:, None]
-                all_seen = (tile + 1) * TILE <= first_limit
-                top, total, acc, acc_rope = attend(
-                    q, q_rope, nope, rope, seen, all_seen, scale_log2, top, total, acc, acc_rope, D_ROPE, 0
-                )
+                scores = score(q, q_rope, nope, rope, scale_log2, D_ROPE)
+                if (tile + 1) * TILE > first_limit:
+                    seen = (tile * TILE + tl.arange(0, TILE))[None, :] < limits[:, None]
+                    scores = tl.where(seen, scores, float("-inf"))
+                top, total, acc, acc_rope = attend(scores, nope, rope, top, total, acc, acc_rope, 0)
+            total = whole(total, ROWS)
             lse = top + tl.log2(total)
             factor = 1.0 / tl.where(total > 0.0, total, 1.0)
             if is_whole:

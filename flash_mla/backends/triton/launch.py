@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,14 +24,12 @@ from flash_mla.backends.triton.heuristics import (
     sparse_config,
 )
 from flash_mla.backends.triton.sparse_attention import sparse_attention_kernel
-from flash_mla.backends.triton.variants import COMPILE_OPTIONS
+from flash_mla.backends.triton.specialised import launch
 from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES, SplitPlan, max_slots, split_plan
-from flash_mla.problem import DecodeInputs, DecodeProblem, Problem, SparsePrefillInputs, SparsePrefillProblem
+from flash_mla.problem import DecodeInputs, DecodeProblem, SparsePrefillInputs, SparsePrefillProblem
 
 __all__ = ["decode", "plan_decode", "sparse_prefill"]
-
-Result = TypeVar("Result")
 
 LOG2_E = math.log2(math.e)
 NOPE_OF_V4 = 448  # its columns with a scale
@@ -50,11 +47,16 @@ class Strides(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """A cache as kernels take it: bytes or 16-bit floats, and its format's number."""
+    """A cache as kernels take it: bytes or 16-bit floats.
+
+    Kernels are compiled for the strides of pages and tokens, of which a process has few: an address is one instruction
+    then, where 64-bit numbers only known when running take five.
+    """
 
     data: torch.Tensor
     page_stride: int
     token_stride: int
+    head_stride: int
     num_slots: int
     page_size: int
 
@@ -68,19 +70,6 @@ def gpu_of(device: torch.device) -> Gpu:
     gpu = gpu_of_arch(properties.major, properties.minor, properties.multi_processor_count)
     # Compiling the tiles that wgmma takes, Triton 3.2 aborts the process.
     return replace(gpu, has_wgmma=False) if triton.__version__.startswith("3.2.") else gpu
-
-
-def _on_its_device(run: Callable[..., Result]) -> Callable[..., Result]:
-    """Launch on the problem's GPU, whichever is current."""
-
-    @functools.wraps(run)
-    def guarded(problem: Problem, *arguments: object) -> Result:
-        if problem.device.type == "cpu" or problem.device.index == torch.cuda.current_device():
-            return run(problem, *arguments)
-        with torch.cuda.device(problem.device):
-            return run(problem, *arguments)
-
-    return guarded
 
 
 @functools.lru_cache(maxsize=1024)
@@ -107,7 +96,6 @@ def _prefill_config(problem: SparsePrefillProblem) -> SparseConfig:
     return sparse_config(problem.h_q, problem.s_q, problem.topk, 0, gpu_of(problem.device), quantised=False)
 
 
-@_on_its_device
 def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     """Plan a decode call on the device.
 
@@ -136,7 +124,6 @@ def _equal_splits(num_units: int, splits: int, device: torch.device) -> torch.Te
     return torch.arange(num_units + 1, dtype=torch.int32, device=device) * slots
 
 
-@_on_its_device
 def decode(
     problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,17 +165,27 @@ def _dense_decode(
     )
     partial_o, partial_lse = _workspace(slots, config.unit_rows, problem.d_v, q)
     out_strides = Strides(out.stride(0), group * out.stride(2), out.stride(1), out.stride(2))
-    dense_decode_kernel[(config.num_workers * config.row_tiles,)](
-        q, cache.data, inputs.block_table, inputs.cache_seqlens, work, splits, out, lse, partial_o, partial_lse,
-        q.stride(0), group * q.stride(2), q.stride(1), q.stride(2), *out_strides,
-        cache.page_stride, cache.token_stride, inputs.k_cache.stride(2), inputs.block_table.stride(0),
-        inputs.softmax_scale * LOG2_E, num_units, problem.s_q, problem.h_kv, group, config.passes,
-        config.row_tiles,
-        FORMAT=FORMAT_NUMBER[problem.kv_format], PAGE_SIZE=problem.page_size,
-        D_ROPE=problem.d_qk - problem.d_v, CAUSAL=problem.causal,
-        BATCH_INVARIANT=problem.batch_invariant, MIN_PIECE=INVARIANT_PIECE_TILES, MAX_PIECES=MAX_INVARIANT_PIECES,
-        HAS_FP8=gpu_of(problem.device).has_fp8, ROWS=tiles.rows, TILE=tiles.tile,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **COMPILE_OPTIONS,
+    q_strides = q.stride()
+    launch(
+        dense_decode_kernel,
+        config.num_workers * config.row_tiles,
+        (
+            q, cache.data, inputs.block_table, inputs.cache_seqlens, work, splits, out, lse, partial_o, partial_lse,
+            q_strides[0], group * q_strides[2], q_strides[1], q_strides[2], *out_strides,
+            cache.head_stride, inputs.block_table.stride(0),
+            inputs.softmax_scale * LOG2_E, num_units, problem.s_q, problem.h_kv, group, config.passes,
+            config.row_tiles,
+        ),
+        {
+            "page_stride": cache.page_stride, "token_stride": cache.token_stride,
+            "FORMAT": FORMAT_NUMBER[problem.kv_format], "PAGE_SIZE": problem.page_size,
+            "D_ROPE": problem.d_qk - problem.d_v, "CAUSAL": problem.causal,
+            "BATCH_INVARIANT": problem.batch_invariant, "MIN_PIECE": INVARIANT_PIECE_TILES,
+            "MAX_PIECES": MAX_INVARIANT_PIECES,
+            "HAS_FP8": gpu_of(problem.device).has_fp8, "ROWS": tiles.rows, "TILE": tiles.tile,
+        },
+        tiles.num_warps,
+        tiles.num_stages,
     )  # fmt: skip
     if slots:
         rows = problem.s_q * group
@@ -233,7 +230,6 @@ def _sparse_decode(
     _sparse_attention(_sparse_decode_config(problem), q, q_strides, scale, main, extra, merged, splits, units_1=s_q)
 
 
-@_on_its_device
 def sparse_prefill(
     problem: SparsePrefillProblem, inputs: SparsePrefillInputs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -246,7 +242,7 @@ def sparse_prefill(
     config = _prefill_config(problem)
     splits = _equal_splits(problem.s_q, config.splits, q.device) if config.splits > 1 else None
     main = _Scope(
-        Cache(kv, kv.stride(0), 0, num_slots=problem.s_kv, page_size=1),  # the rows of kv are pages of one token
+        Cache(kv, kv.stride(0), 0, 0, num_slots=problem.s_kv, page_size=1),  # the rows of kv are pages of one token
         KVCacheFormat.BF16 if problem.dtype == torch.bfloat16 else KVCacheFormat.FP16,
         indices,
         indices.stride(0),
@@ -272,10 +268,18 @@ class _Scope(NamedTuple):
 
     def arguments(self) -> tuple[object, ...]:
         """As the kernel takes them."""
-        return *self.cache[:-1], self.indices, self.stride_u0, self.stride_u1, self.indices.shape[-1], self.lengths
+        return (
+            self.cache.data,
+            self.cache.num_slots,
+            self.indices,
+            self.stride_u0,
+            self.stride_u1,
+            self.indices.shape[-1],
+            self.lengths,
+        )
 
 
-NO_SCOPE = (None, 0, 0, 0, None, 0, 0, 0, None)  # the arguments of an absent one
+NO_SCOPE = (None, 0, None, 0, 0, 0, None)  # the arguments of an absent one
 
 
 class _Partial(NamedTuple):
@@ -311,7 +315,7 @@ def _sparse_attention(
     units_1: int,
 ) -> None:
     """Attend with the heads of the query tokens (u0, u1), of which there are `units_1` to a u0."""
-    tiles, h_q = config.tiles, q.shape[-2]
+    tiles, h_q, gpu = config.tiles, q.shape[-2], gpu_of(q.device)
     num_units = q.numel() // (h_q * q.shape[-1])
     partial_o = partial_lse = partial_max = None
     if splits is not None and config.splits > 1:
@@ -322,18 +326,29 @@ def _sparse_attention(
     rope_is_value = KVCacheFormat.FP8_V4 in (main.kv_format, extra_format)
     columns = NOPE_OF_V4 if rope_is_value else merged.out.shape[-1]
     d_rope = q.shape[-1] - columns
-    sparse_attention_kernel[(num_units * config.row_tiles * config.splits,)](
-        q, merged.sink, merged.out, merged.lse, merged.max_logits, partial_o, partial_lse, partial_max,
-        *main.arguments(), *(NO_SCOPE if extra is None else extra.arguments()),
-        q_strides.u0, q_strides.u1, q_strides.r1,
-        merged.out_strides.u0, merged.out_strides.u1, merged.out_strides.r1,
-        merged.lse_strides.u0, merged.lse_strides.u1, merged.lse_strides.r1,
-        scale * LOG2_E, num_units, units_1, h_q, config.splits, config.row_tiles,
-        FORMAT=FORMAT_NUMBER[main.kv_format], PAGE_SIZE=main.cache.page_size,
-        EXTRA_FORMAT=FORMAT_NUMBER[extra_format], EXTRA_PAGE_SIZE=1 if extra is None else extra.cache.page_size,
-        COLUMNS=columns, D_ROPE=d_rope, D_V_ROPE=d_rope if rope_is_value else 0,
-        HAS_FP8=gpu_of(q.device).has_fp8, ROWS=tiles.rows, TILE=tiles.tile,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **COMPILE_OPTIONS,
+    launch(
+        sparse_attention_kernel,
+        min(num_units * config.row_tiles * config.splits, gpu.num_sms * tiles.programs_per_sm),
+        (
+            q, merged.sink, merged.out, merged.lse, merged.max_logits, partial_o, partial_lse, partial_max,
+            *main.arguments(), *(NO_SCOPE if extra is None else extra.arguments()),
+            q_strides.u0, q_strides.u1, q_strides.r1,
+            merged.out_strides.u0, merged.out_strides.u1, merged.out_strides.r1,
+            merged.lse_strides.u0, merged.lse_strides.u1, merged.lse_strides.r1,
+            scale * LOG2_E, num_units, units_1, h_q, config.splits, config.row_tiles,
+        ),
+        {
+            "page_stride": main.cache.page_stride, "token_stride": main.cache.token_stride,
+            "FORMAT": FORMAT_NUMBER[main.kv_format], "PAGE_SIZE": main.cache.page_size,
+            "extra_page_stride": 0 if extra is None else extra.cache.page_stride,
+            "extra_token_stride": 0 if extra is None else extra.cache.token_stride,
+            "EXTRA_FORMAT": FORMAT_NUMBER[extra_format],
+            "EXTRA_PAGE_SIZE": 1 if extra is None else extra.cache.page_size,
+            "COLUMNS": columns, "D_ROPE": d_rope, "D_V_ROPE": d_rope if rope_is_value else 0,
+            "HAS_FP8": gpu.has_fp8, "ROWS": tiles.rows, "TILE": tiles.tile,
+        },
+        tiles.num_warps,
+        tiles.num_stages,
     )  # fmt: skip
     if partial_o is not None and partial_lse is not None and splits is not None:
         partial = _Partial(partial_o, partial_lse, partial_max, splits)
@@ -344,11 +359,17 @@ def _combine(partial: _Partial, merged: _Merged, *, units_1: int, rows_1: int, p
     """Merge the slots of every split unit into `merged`; other units are not touched."""
     num_units, unit_rows = partial.splits.shape[0] - 1, partial.lse.shape[1]
     rows, slots = combine_tile(num_units * unit_rows)
-    combine_kernel[(num_units * -(-unit_rows // rows),)](
-        partial.o, partial.lse, partial.max_logits, partial.splits, merged.sink,
-        merged.out, merged.lse, merged.max_logits, *merged.out_strides, *merged.lse_strides,
-        units_1, rows_1, passes, num_rows, unit_rows,
-        ROWS=rows, SLOTS=slots, num_warps=4, **COMPILE_OPTIONS,
+    launch(
+        combine_kernel,
+        num_units * -(-unit_rows // rows),
+        (
+            partial.o, partial.lse, partial.max_logits, partial.splits, merged.sink,
+            merged.out, merged.lse, merged.max_logits, *merged.out_strides, *merged.lse_strides,
+            units_1, rows_1, passes, num_rows, unit_rows,
+        ),
+        {"ROWS": rows, "SLOTS": slots},
+        num_warps=4,
+        num_stages=3,
     )  # fmt: skip
 
 
@@ -361,13 +382,14 @@ def _workspace(slots: int, rows: int, d_v: int, like: torch.Tensor) -> tuple[tor
 def _cache(name: str, cache: torch.Tensor, kv_format: KVCacheFormat) -> Cache:
     num_pages, page_size = cache.shape[:2]
     data = cache.view(torch.uint8) if kv_format.is_quantised else cache
+    page_stride, token_stride, head_stride, _ = data.stride()
     alignment = ALIGNMENT.get(kv_format, 1)
-    if data.data_ptr() % alignment or data.stride(0) % alignment:
+    if data.data_ptr() % alignment or page_stride % alignment:
         raise ValueError(
-            f"{name}: got page stride {data.stride(0)} at address {data.data_ptr():#x}, need multiples of {alignment} "
+            f"{name}: got page stride {page_stride} at address {data.data_ptr():#x}, need multiples of {alignment} "
             f"bytes for {kv_format.name}"
         )
-    return Cache(data, data.stride(0), data.stride(1), num_pages * page_size, page_size)
+    return Cache(data, page_stride, token_stride, head_stride, num_pages * page_size, page_size)
 
 
 def _slots_of(cache: Cache, kv_format: KVCacheFormat) -> Cache:

@@ -10,7 +10,8 @@ import triton
 from flash_mla.backends.triton.mha_backward import delta_kernel, dkdv_kernel, dq_kernel
 from flash_mla.backends.triton.mha_forward import forward_kernel
 from flash_mla.backends.triton.mha_heuristics import DATACENTER_BLACKWELL, Tiles, dkdv_tiles, dq_tiles, forward_tiles
-from flash_mla.backends.triton.variants import COMPILE_OPTIONS, Capability, Variant
+from flash_mla.backends.triton.specialised import launch
+from flash_mla.backends.triton.variants import Capability, Variant
 from flash_mla.problem import MHAProblem
 
 __all__ = ["mha_backward", "mha_forward", "variants"]
@@ -45,15 +46,23 @@ def mha_forward(
     tiles = triton.cdiv(max_seqlen_qo, tile_q)
     programs = tiles * h_q * (len(cu_seqlens_qo) - 1)
     if programs:
-        with torch.cuda.device_of(q):
-            forward_kernel[(programs,)](
+        q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
+        launch(
+            forward_kernel,
+            programs,
+            (
                 q, k, v, out, lse, cu_seqlens_qo, cu_seqlens_kv,
-                q.stride(1), k.stride(1), v.stride(1), out.stride(1), lse.stride(1),
+                q_strides[1], k_strides[1], v_strides[1], out_strides[1], total_q,
                 softmax_scale, h_q, h_q // problem.h_kv, tiles,
-                q.stride(0), k.stride(0), v.stride(0), out.stride(0),
-                REST=d_qk - 128, D_V=problem.d_v, CAUSAL=problem.causal, NEGATIVE_SCALE=softmax_scale < 0,
-                TILE_Q=tile_q, TILE_KV=tile_kv, num_warps=num_warps, num_stages=num_stages, **COMPILE_OPTIONS,
-            )  # fmt: skip
+            ),
+            {
+                "q_stride_t": q_strides[0], "k_stride_t": k_strides[0], "v_stride_t": v_strides[0],
+                "out_stride_t": out_strides[0], "REST": d_qk - 128, "D_V": problem.d_v, "CAUSAL": problem.causal,
+                "NEGATIVE_SCALE": softmax_scale < 0, "TILE_Q": tile_q, "TILE_KV": tile_kv,
+            },
+            num_warps,
+            num_stages,
+        )  # fmt: skip
     return out, lse
 
 
@@ -84,32 +93,48 @@ def mha_backward(
     group = h_q // problem.h_kv
     inputs = (q, k, v, dout, lse, delta)
     head_strides = (*(x.stride(1) for x in (q, k, v, dout, lse)), delta.stride(0))
-    token_strides = tuple(x.stride(0) for x in (q, k, v, dout))
     dims = {"REST": d_qk - 128, "D_V": problem.d_v, "CAUSAL": problem.causal}
-    with torch.cuda.device_of(q):
-        if total_q:
-            delta_kernel[(triton.cdiv(total_q, DELTA_TILE) * h_q,)](
-                dout, out, dlse, delta, *_strides(dout), *_strides(out), *_strides(dlse), total_q, h_q,
-                D_V=problem.d_v, HAS_DLSE=dlse is not None, TILE=DELTA_TILE, **COMPILE_OPTIONS,
-            )  # fmt: skip
-        tile_q, tile_kv, num_warps, num_stages = dq_tiles(_capability(q), d_qk)
-        tiles = triton.cdiv(max_seqlen_qo, tile_q)
-        if tiles * b:
-            dq_kernel[(tiles * h_q * b,)](
+    strides = {f"{name}_stride_t": x.stride(0) for name, x in (("q", q), ("k", k), ("v", v), ("dout", dout))}
+    if total_q:
+        launch(
+            delta_kernel,
+            triton.cdiv(total_q, DELTA_TILE) * h_q,
+            (dout, out, dlse, delta, *_strides(dout), *_strides(out), *_strides(dlse), total_q, h_q),
+            {"D_V": problem.d_v, "HAS_DLSE": dlse is not None, "TILE": DELTA_TILE},
+            num_warps=4,
+            num_stages=3,
+        )
+    tile_q, tile_kv, num_warps, num_stages = dq_tiles(_capability(q), d_qk)
+    tiles = triton.cdiv(max_seqlen_qo, tile_q)
+    if tiles * b:
+        launch(
+            dq_kernel,
+            tiles * h_q * b,
+            (
                 *inputs, dq, cu_seqlens_qo, cu_seqlens_kv, *head_strides, dq.stride(1),
-                softmax_scale, h_q, group, tiles, *token_strides, dq.stride(0),
-                **dims, TILE_Q=tile_q, TILE_KV=tile_kv,
-                num_warps=num_warps, num_stages=num_stages, **COMPILE_OPTIONS,
-            )  # fmt: skip
-        tile_q, tile_kv, num_warps, num_stages = _dkdv_tiles(_capability(q), d_qk)
-        tiles = triton.cdiv(max_seqlen_kv, tile_kv)
-        if tiles * b:
-            dkdv_kernel[(tiles * problem.h_kv * b,)](
+                softmax_scale, h_q, group, tiles,
+            ),
+            {**strides, "dq_stride_t": dq.stride(0), **dims, "TILE_Q": tile_q, "TILE_KV": tile_kv},
+            num_warps,
+            num_stages,
+        )  # fmt: skip
+    tile_q, tile_kv, num_warps, num_stages = _dkdv_tiles(_capability(q), d_qk)
+    tiles = triton.cdiv(max_seqlen_kv, tile_kv)
+    if tiles * b:
+        launch(
+            dkdv_kernel,
+            tiles * problem.h_kv * b,
+            (
                 *inputs, dk, dv, cu_seqlens_qo, cu_seqlens_kv, *head_strides, dk.stride(1), dv.stride(1),
-                softmax_scale, problem.h_kv, group, tiles, *token_strides, dk.stride(0), dv.stride(0),
-                **dims, TILE_Q=tile_q, TILE_KV=tile_kv,
-                num_warps=num_warps, num_stages=num_stages, **COMPILE_OPTIONS,
-            )  # fmt: skip
+                softmax_scale, problem.h_kv, group, tiles,
+            ),
+            {
+                **strides, "dk_stride_t": dk.stride(0), "dv_stride_t": dv.stride(0),
+                **dims, "TILE_Q": tile_q, "TILE_KV": tile_kv,
+            },
+            num_warps,
+            num_stages,
+        )  # fmt: skip
     return dq, dk, dv
 
 

@@ -5,7 +5,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flash_mla.backends.triton.mha_tiles import LOG2_E, load_rest, load_rows, products, sequence, store_rows
+from flash_mla.backends.triton.mha_tiles import (
+    LOG2_E,
+    load_existing_rest,
+    load_existing_rows,
+    load_rest,
+    load_rows,
+    products,
+    sequence,
+    store_rows,
+)
+
+
+@triton.jit
+def _softmax(s, scale, row_max, row_sum, NEGATIVE_SCALE: tl.constexpr):
+    """Take scores s [n, m] into the rows' maxima [n] and sums [n, 8].
+
+    Returns exponentials p [n, m], the factor [n] of what earlier ones were relative to, and the new maxima and sums.
+    Columns that are equal modulo 8 are a thread's, so sums of those and, first, maxima of those cost no exchange.
+    """
+    groups = tl.reshape(s, [s.shape[0], s.shape[1] // 8, 8])
+    extreme = tl.min(tl.min(groups, 1), 1) if NEGATIVE_SCALE else tl.max(tl.max(groups, 1), 1)
+    new_max = tl.maximum(row_max, extreme * scale)
+    reference = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may have seen nothing yet
+    p = tl.math.exp2(s * scale - reference[:, None])
+    shrink = tl.math.exp2(row_max - reference)
+    row_sum = row_sum * shrink[:, None] + tl.sum(tl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
+    return p, shrink, new_max, row_sum
 
 
 @triton.jit(do_not_specialize=("lse_stride_h", "h_q", "group", "tiles"))
@@ -28,10 +54,10 @@ def forward_kernel(
     head = (program // tiles % h_q).to(tl.int64)
     i = program // tiles // h_q
     start_q, s_q = sequence(cu_seqlens_qo_ptr, i)
+    start_kv, s_kv = sequence(cu_seqlens_kv_ptr, i)  # before the branch, so that a program waits for memory once
     row = tile * TILE_Q
     if row >= s_q:
         return
-    start_kv, s_kv = sequence(cu_seqlens_kv_ptr, i)
     q_ptr += start_q * q_stride_t + head * q_stride_h
     k_ptr += start_kv * k_stride_t + head // group * k_stride_h
     v_ptr += start_kv * v_stride_t + head // group * v_stride_h
@@ -44,35 +70,30 @@ def forward_kernel(
     # In units of log 2; never 0, so that a hidden score times it is -inf.
     scale = tl.where(softmax_scale == 0.0, 1e-30, softmax_scale * LOG2_E)
     row_max = tl.full([TILE_Q], float("-inf"), tl.float32)  # of the scaled scores
-    row_sum = tl.zeros([TILE_Q], tl.float32)
+    row_sum = tl.zeros([TILE_Q, 8], tl.float32)
     acc = tl.zeros([TILE_Q, D_V], tl.float32)
 
-    # All rows see the keys before `whole`, some row those before `stop`. One loop takes both: between two, ptxas would
-    # have every product on Hopper wait for the one before.
+    # A row sees the keys under its limit: all rows see those before `whole`, some row those before `stop`. One loop
+    # takes both: between two, ptxas would have every product on Hopper wait for the one before.
     whole = s_kv
     stop = s_kv
+    limits = tl.full([TILE_Q], s_kv, tl.int32)
     if CAUSAL:
         whole = tl.minimum(s_kv - s_q + row + 1, s_kv)
         stop = tl.minimum(s_kv - s_q + row + TILE_Q, s_kv)
+        limits = tl.minimum(s_kv - s_q + rows + 1, s_kv)
     for key in tl.range(0, stop, TILE_KV):
-        k = load_rows(k_ptr, key, s_kv, k_stride_t, TILE_KV, 128)
-        k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, TILE_KV, REST)
+        k = load_existing_rows(k_ptr, key, s_kv, k_stride_t, TILE_KV, 128)
+        k_rest = load_existing_rest(k_ptr, key, s_kv, k_stride_t, TILE_KV, REST)
         s = products(q, q_rest, k, k_rest, REST)
         if key + TILE_KV > whole:
-            keys = key + tl.arange(0, TILE_KV)
-            sees = keys[None, :] < s_kv
-            if CAUSAL:
-                sees = sees & (keys[None, :] <= (s_kv - s_q + rows)[:, None])
+            sees = (key + tl.arange(0, TILE_KV))[None, :] < limits[:, None]
             s = tl.where(sees, s, float("inf") if NEGATIVE_SCALE else float("-inf"))
-        new_max = tl.maximum(row_max, (tl.min(s, 1) if NEGATIVE_SCALE else tl.max(s, 1)) * scale)
-        reference = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may have seen nothing yet
-        p = tl.math.exp2(s * scale - reference[:, None])
-        shrink = tl.math.exp2(row_max - reference)
-        row_sum = row_sum * shrink + tl.sum(p, 1)
-        row_max = new_max
-        v = load_rows(v_ptr, key, s_kv, v_stride_t, TILE_KV, D_V)
+        p, shrink, row_max, row_sum = _softmax(s, scale, row_max, row_sum, NEGATIVE_SCALE)
+        v = load_existing_rows(v_ptr, key, s_kv, v_stride_t, TILE_KV, D_V)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
 
+    row_sum = tl.sum(row_sum, 1)
     sees_any = row_sum > 0.0
     row_sum = tl.where(sees_any, row_sum, 1.0)
     acc = acc * (1.0 / row_sum)[:, None]

@@ -44,6 +44,23 @@ def load_rest(ptr, row, num_rows, row_stride, ROWS: tl.constexpr, REST: tl.const
 
 
 @triton.jit
+def load_existing_rows(ptr, row, num_rows, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows `row` to row + ROWS of a matrix, its last row instead of those from num_rows on: without a mask, which costs
+    more than the load itself where each row needs its own."""
+    rows = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1)
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :])
+
+
+@triton.jit
+def load_existing_rest(ptr, row, num_rows, row_stride, ROWS: tl.constexpr, REST: tl.constexpr):
+    """The rest of the columns of `load_existing_rows`, or a stand-in."""
+    if REST > 0:
+        return load_existing_rows(ptr + FIRST, row, num_rows, row_stride, ROWS, REST)
+    else:  # noqa: RET505 - or Triton would compile what follows the return
+        return 0.0
+
+
+@triton.jit
 def store_rows(ptr, row, num_rows, row_stride, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Write value [ROWS, COLUMNS] to the rows from `row` on that are under num_rows."""
     ptrs = tile_at(ptr, row, row_stride, ROWS, COLUMNS)

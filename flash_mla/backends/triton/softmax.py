@@ -34,45 +34,57 @@ def load_q(q_ptr, offsets, exists, COLUMNS: tl.constexpr, D_ROPE: tl.constexpr):
 def start(ROWS: tl.constexpr, D_V_ROPE: tl.constexpr):
     """The result of query rows that have seen nothing: `top`, `total`, `acc` and `acc_rope` of `attend`."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    total = _parts_of_sums(tl.zeros([ROWS, 16], tl.float32))
     return top, total, tl.zeros([ROWS, NOPE], tl.float32), tl.zeros([ROWS, D_V_ROPE if D_V_ROPE > 0 else 1], tl.float32)
 
 
 @triton.jit
-def attend(
-    q,
-    q_rope,
-    nope,
-    rope,
-    seen,
-    all_seen,
-    scale_log2,
-    top,
-    total,
-    acc,
-    acc_rope,
-    D_ROPE: tl.constexpr,
-    D_V_ROPE: tl.constexpr,
-):
-    """Take a tile of KV into the result of some query rows.
+def _parts_of_sums(x):
+    """The sums of the rows of x [rows, n] so far as they cost no exchange between threads.
 
-    q [rows, 512] and nope [n, 512], with q_rope [rows, D_ROPE] and rope [n, D_ROPE] beside them; V is nope, and rope if
-    D_V_ROPE. `seen` [rows or 1, n] says which scores count, unless all do. Returns the rows' new maxima `top` and sums
-    `total` [rows], and unnormalised outputs `acc` [rows, 512] and `acc_rope` [rows, D_V_ROPE], all fp32.
+    Where 64 rows are multiplied at a time two warpgroups have half of the columns each, and a thread of theirs those
+    that are equal modulo 8: the sums are [rows, 2, 8]. Elsewhere they are [rows].
+    """
+    return tl.sum(tl.reshape(x, [64, 2, x.shape[1] // 16, 8]), 2) if x.shape[0] == 64 else tl.sum(x, 1)
+
+
+@triton.jit
+def whole(total, ROWS: tl.constexpr):
+    """The sums [ROWS] of which `attend` returns parts."""
+    if ROWS == 64:
+        total = tl.sum(tl.sum(total, 2), 1)
+    return total
+
+
+@triton.jit
+def score(q, q_rope, nope, rope, scale_log2, D_ROPE: tl.constexpr):
+    """q times a tile of KV, scaled: [rows, n] fp32, of q [rows, 512] and nope [n, 512] with the rope parts beside them.
+
+    What comes of it has to pass through a branch before it is multiplied again, or the compiler sees the chain of
+    products and has every warpgroup compute all scores.
     """
     scores = tl.dot(q, tl.trans(nope)) * scale_log2
     if D_ROPE > 0:
         scores += tl.dot(q_rope, tl.trans(rope)) * scale_log2
-    # The branch saves little by itself. But through it the compiler does not see that scores go into another product;
-    # seeing that, it would have every warpgroup compute all of them.
-    if not all_seen:
-        scores = tl.where(seen, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def attend(scores, nope, rope, top, total, acc, acc_rope, D_V_ROPE: tl.constexpr):
+    """Take a tile of KV into the result of some query rows, given their scores [rows, n], -inf where there is none.
+
+    V is nope [n, 512], and rope [n, D_V_ROPE] if any. Returns the rows' new maxima `top` [rows], `total`, of which
+    `whole` makes their sums, and unnormalised outputs `acc` [rows, 512] and `acc_rope` [rows, D_V_ROPE], all fp32.
+    """
     new_top = tl.maximum(top, tl.max(scores, 1))
     # A row that has seen no token yet has the maximum -inf, and -inf - -inf would be NaN.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     probs = tl.exp2(scores - base[:, None])
     rescale = tl.exp2(top - base)
-    total = total * rescale + tl.sum(probs, 1)
+    if scores.shape[0] == 64:
+        total = total * rescale[:, None, None] + _parts_of_sums(probs)
+    else:
+        total = total * rescale + _parts_of_sums(probs)
     probs = probs.to(nope.dtype)
     acc = tl.dot(probs, nope, acc * rescale[:, None])
     if D_V_ROPE > 0:
