@@ -198,6 +198,14 @@ def test_nothing_to_attend_to():
     assert (lse == math.inf).all()
 
 
+@pytest.mark.parametrize(
+    ("b", "s_q", "h_q", "topk"), [(132, 2, 64, 300), (64, 2, 128, 260), (2, 2, 128, 2048), (4, 1, 64, 640)]
+)
+def test_equal_units_whole_or_cut_alike(b, s_q, h_q, topk):
+    check(case(b, s_q, h_q, topk))
+    check(case(b, s_q, h_q, topk, kv_format=KVCacheFormat.FP8_V4, extra_topk=100))
+
+
 def test_long_and_short_requests():
     check(case(5, 1, 128, 16384, lengths=[16384, 1, 0, 5000, 129]))
     check(case(1, 1, 16, 20_000))

@@ -17,6 +17,7 @@ from flash_mla.backends.hopper.schedule import end_of_work, first_piece
 from flash_mla.backends.hopper.sparse_decode import (
     D_V,
     K_CHUNKS,
+    REGISTERS,
     ROW_BYTES,
     V_CHUNKS,
     SparseDecode,
@@ -47,6 +48,7 @@ class PlainSparseDecode(SparseDecode):
         self.cluster = 1
         self.extra_loader = None
         self.has_rope = d > D_V
+        self.registers = REGISTERS
         self.scales_apart = False
         self.converts_plain = False
         self.raw_bytes = 0

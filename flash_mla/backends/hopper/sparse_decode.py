@@ -59,8 +59,8 @@ OCTET = 32 // THREADS_PER_ROW  # rows that a warp converts at a time
 ROW_BYTES = CHUNK * 2  # of a chunk
 PRODUCER_WARP = 8
 
-# Registers of a thread: what ptxas fits without spilling.
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 208, 88
+# Registers of a consumer and of a producer thread, of one format and of two: what ptxas fits without spilling.
+REGISTERS, TWO_FORMAT_REGISTERS = (208, 88), (216, 72)
 
 LEFT, RIGHT = 0, 1
 
@@ -97,14 +97,13 @@ class Arguments:
     run: Int32
     causal: Int32
     batch_invariant: Int32
-    passes: cute.FastDivmodDivisorV2  # units that the heads of a query token make
-    tokens: cute.FastDivmodDivisorV2  # query tokens of a request
 
     def place(self, unit: Int32) -> tuple[Int32, Int32, Int32]:
         """(request, query token, pass over its heads) of a unit."""
-        query, turn = divmod(unit, self.passes)
-        request, token = divmod(query, self.tokens)
-        return Int32(request), Int32(token), Int32(turn)
+        tile = cute.arch.grid_dim()[0] * ROWS
+        passes = (self.q.shape[2] + tile - 1) // tile
+        query, tokens = unit // passes, self.q.shape[1]
+        return query // tokens, query % tokens, unit % passes
 
     def rows(self, piece) -> "Rows":
         """The query rows of this CTA in the piece's unit."""
@@ -253,6 +252,7 @@ class SparseDecode:
         # Of the extra cache, if it is of another format; its raw bytes take no other places than the main one's.
         self.extra_loader: Any = None if extra_format is None else getattr(dequant, extra_format)(dtype)
         self.has_rope = self.loader.d > D_V
+        self.registers = REGISTERS if extra_format is None else TWO_FORMAT_REGISTERS
         self.scales_apart = self.loader.scales_apart
         # Whether the chunk that rows hold in bf16 has to become fp16, in its place.
         self.converts_plain = self.loader.plain_chunk is not None and dtype is Float16
@@ -320,8 +320,6 @@ class SparseDecode:
         self.kernel(
             tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
             partial_o, partial_lse, out, lse, scale_log2, page_size, extra_page_size, run, causal, batch_invariant,
-            cute.fast_divmod_create_divisor_v2((q.shape[2] + unit_rows - 1) // unit_rows),
-            cute.fast_divmod_create_divisor_v2(q.shape[1]),
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -388,8 +386,6 @@ class SparseDecode:
         run: Int32,
         causal: Int32,
         batch_invariant: Int32,
-        passes: cute.FastDivmodDivisorV2,
-        tokens: cute.FastDivmodDivisorV2,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -405,7 +401,6 @@ class SparseDecode:
             q, Source(k_cache, page_size, self.token_bytes(k_cache, False), indices, lengths),
             Source(extra_cache, extra_page_size, self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
             sink, work, splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant,
-            passes, tokens,
         )  # fmt: skip
         if warp == PRODUCER_WARP:
             cpasync.prefetch_descriptor(tma_q)
@@ -416,13 +411,13 @@ class SparseDecode:
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp >= PRODUCER_WARP:
-            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            cute.arch.setmaxregister_decrease(self.registers[1])
             self.produce(args, shared, barriers, tma_q, q_tma, thread - PRODUCER_WARP * 32)
         elif warp < 4:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(self.registers[0])
             self.consume(LEFT, args, shared, barriers, thread)
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(self.registers[0])
             self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
