@@ -1,0 +1,593 @@
+"""Dense multi-head attention over packed sequences, BF16 or FP16, forward: persistent CTAs take tiles of 128 queries.
+
+A warp brings Q, K and V by TMA and finds the tiles. Two consumer warpgroups, 64 rows each, take turns on the tensor
+cores: one issues its P V and the next Q K^T while the other is in its softmax. Keys are visited from the last one that
+a tile sees to the first, so the tiles of keys that need masks come first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils as utils
+from cutlass import Float32, Int32, Int64, range_constexpr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource
+
+from flash_mla.backends.hopper import aot
+from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
+from flash_mla.backends.hopper.mha_schedule import L2_BYTES, TILE_KV, TILE_Q, Sequences, Window, WorkTile, find
+from flash_mla.backends.hopper.mha_softmax import exact_softmax, mask, optimistic_softmax
+from flash_mla.backends.hopper.schedule import uniform
+from flash_mla.backends.hopper.softmax import LN2, NO_SCORE, quad_sum, rescale
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, qk_op
+
+D_V = 128
+STAGES = 2  # of K and of V
+SIDES = TILE_Q // ROWS  # consumer warpgroups
+WARPGROUP = 128
+CONSUMERS = SIDES * WARPGROUP
+PRODUCER_WARP = SIDES * 4  # the producer warpgroup's first; its others have nothing to do
+CONSUMER_REGISTERS = 240
+PRODUCER_REGISTERS = 24
+Q_CHUNK_ELEMENTS = ROWS * CHUNK
+KV_CHUNK_ELEMENTS = TILE_KV * CHUNK
+V_CHUNKS = D_V // CHUNK
+WORDS = 8  # of a work tile as the producer hands it to a consumer
+
+# Named barriers: the turns of consumer 0 and 1 at the tensor cores, and "V's rows beyond the sequence are zero".
+TURN, V_CLEARED = 1, 3
+
+
+@dataclass(frozen=True)
+class Barriers:
+    """Shared-memory barriers: of Q one for each consumer, of K and V one for each stage."""
+
+    q_full: cute.Pointer
+    q_empty: cute.Pointer
+    k_full: cute.Pointer
+    k_empty: cute.Pointer
+    v_full: cute.Pointer
+    v_empty: cute.Pointer
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Operands and accumulators of a consumer warpgroup."""
+
+    q: cute.Tensor  # descriptors of its 64 rows
+    k: cute.Tensor  # descriptors of all stages
+    v: cute.Tensor
+    p: cute.Tensor  # probabilities as an A operand
+    p_scores: cute.Tensor  # the same registers, in the scores' order
+    s: cute.Tensor
+    o: cute.Tensor
+    stage_out: tuple  # how to store 64 columns of the output: (tiled copy, registers, retiled registers, shared memory)
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A consumer warpgroup: what its steps share."""
+
+    side: Int32
+    thread: Int32  # of the warpgroup
+    barriers: Barriers
+    shared: Any
+    f: Fragments
+    reference: cute.Tensor  # of the output accumulator and the sums, in unscaled scores, for each of a thread's rows
+    row_sum: cute.Tensor  # this thread's part
+    scale: Float32  # of scores, to base 2
+    causal: Int32
+
+    @property
+    def row(self):
+        """The first of this thread's two rows, `row` and `row + 8`."""
+        return self.thread // 32 * 16 + self.thread % 32 // 4
+
+
+class Rows:
+    """A consumer's 64 query rows of a work tile; lives in registers, across loops."""
+
+    def __init__(self, tiles: Int32, head: Int32, first: Int32, count: Int32, seqlen_kv: Int32, seen: Int32):
+        self.tiles = tiles  # of keys to visit; < 0 if there is no work left
+        self.head = head
+        self.first = first  # row of q
+        self.count = count  # of rows that exist, may be <= 0
+        self.seqlen_kv = seqlen_kv
+        self.seen = seen  # keys that the first row sees, may be < 0; each next row sees one more if causal
+
+    def __extract_mlir_values__(self):
+        values = self.tiles, self.head, self.first, self.count, self.seqlen_kv, self.seen
+        return [value.ir_value() for value in values]
+
+    def __new_from_mlir_values__(self, values):
+        return Rows(*(Int32(value) for value in values))
+
+
+def chunks_layout(dtype: type[cutlass.Numeric], rows: int, chunks: int):
+    """Swizzled layout of `chunks` chunks of rows x 64 columns, as TMA writes them one by one."""
+    atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+    return cute.tile_to_shape(atom, (rows, CHUNK, chunks), (0, 1, 2))
+
+
+def operand(pointer: cute.Pointer, layout) -> cute.Tensor:
+    """The tensor of a swizzled layout that begins at `pointer`, which begins a swizzle atom."""
+    return cute.make_tensor(cute.recast_ptr(pointer.align(1024), layout.inner), layout.outer)
+
+
+class MHAForward:
+    def __init__(self, dtype: type[cutlass.Numeric], d: int):
+        self.dtype = dtype
+        self.d = d
+        self.chunks = d // CHUNK
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # [total_q, h_q, d]
+        k: cute.Tensor,  # [total_kv, h_kv, d]
+        v: cute.Tensor,  # [total_kv, h_kv, d_v]
+        cu_seqlens_qo: cute.Tensor,  # [b + 1] int32
+        cu_seqlens_kv: cute.Tensor,  # [b + 1] int32
+        out: cute.Tensor,  # [total_q, h_q, d_v]
+        lse: cute.Tensor,  # [h_q, total_q] fp32, natural log
+        next_tile: cute.Tensor,  # [1] int32, any contents
+        scale_log2: Float32,
+        causal: Int32,
+        workers: Int32,
+        stream,
+    ):
+        tma_q, q_tma = self.tma(q, ROWS)
+        tma_k, k_tma = self.tma(k, TILE_KV)
+        tma_v, v_tma = self.tma(v, TILE_KV)
+
+        @cute.struct
+        class Shared:
+            q_full: cute.struct.MemRange[Int64, SIDES]
+            q_empty: cute.struct.MemRange[Int64, SIDES]
+            k_full: cute.struct.MemRange[Int64, STAGES]
+            k_empty: cute.struct.MemRange[Int64, STAGES]
+            v_full: cute.struct.MemRange[Int64, STAGES]
+            v_empty: cute.struct.MemRange[Int64, STAGES]
+            work: cute.struct.MemRange[Int32, SIDES * WORDS]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, SIDES * self.chunks * Q_CHUNK_ELEMENTS], 1024]
+            k: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * self.chunks * KV_CHUNK_ELEMENTS], 1024]
+            v: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * V_CHUNKS * KV_CHUNK_ELEMENTS], 1024]
+            out: cute.struct.Align[cute.struct.MemRange[self.dtype, SIDES * Q_CHUNK_ELEMENTS], 1024]
+
+        self.Shared = Shared
+        self.begin(next_tile).launch(grid=(1, 1, 1), block=(32, 1, 1), stream=stream)
+        self.kernel(
+            tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, cu_seqlens_qo, cu_seqlens_kv, out, lse, next_tile, k.shape[1],
+            scale_log2, causal,
+        ).launch(
+            grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
+        )  # fmt: skip
+
+    def tma(self, x: cute.Tensor, rows: int):
+        """How to load chunks of rows x 64 columns of x, seen as [tokens, columns, heads]."""
+        tokens = cute.make_tensor(x.iterator, cute.select(x.layout, mode=[0, 2, 1]))
+        layout = cute.select(chunks_layout(self.dtype, rows, 1), mode=[0, 1])
+        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tokens, layout, (rows, CHUNK))
+
+    @cute.kernel
+    def begin(self, next_tile: cute.Tensor):
+        """Nothing but the first tiles, which CTAs take by their own numbers, has been taken."""
+        cute.arch.griddepcontrol_launch_dependents()
+        if cute.arch.thread_idx()[0] == 0:
+            next_tile[0] = 0
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        q_tma: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        k_tma: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        v_tma: cute.Tensor,
+        cu_seqlens_qo: cute.Tensor,
+        cu_seqlens_kv: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        next_tile: cute.Tensor,
+        h_kv: Int32,
+        scale_log2: Float32,
+        causal: Int32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        shared = utils.SmemAllocator().allocate(self.Shared)
+        barriers = Barriers(
+            shared.q_full.data_ptr(),
+            shared.q_empty.data_ptr(),
+            shared.k_full.data_ptr(),
+            shared.k_empty.data_ptr(),
+            shared.v_full.data_ptr(),
+            shared.v_empty.data_ptr(),
+        )
+        self.init_barriers(barriers, warp)
+
+        if warp >= PRODUCER_WARP:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp == PRODUCER_WARP:
+                kv_in_l2 = L2_BYTES // ((self.d + D_V) * 2)
+                sequences = Sequences(cu_seqlens_qo, cu_seqlens_kv, out.shape[1], h_kv, causal, kv_in_l2)
+                self.produce(sequences, shared, barriers, tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, next_tile)
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            self.consume(shared, barriers, out, lse, scale_log2, causal, warp // 4, thread % WARPGROUP)
+
+    @cute.jit
+    def init_barriers(self, barriers: Barriers, warp: Int32):
+        if warp == 0:
+            with cute.arch.elect_one():
+                for i in range_constexpr(SIDES):
+                    cute.arch.mbarrier_init(barriers.q_full + i, 1)
+                    cute.arch.mbarrier_init(barriers.q_empty + i, 4)
+                for i in range_constexpr(STAGES):
+                    for full, empty in ((barriers.k_full, barriers.k_empty), (barriers.v_full, barriers.v_empty)):
+                        cute.arch.mbarrier_init(full + i, 1)
+                        cute.arch.mbarrier_init(empty + i, CONSUMERS // 32)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+    # ---------------------------------------------------------------------------------------------- producer
+
+    @cute.jit
+    def produce(
+        self,
+        sequences,
+        shared,
+        barriers,
+        tma_q: cute.CopyAtom,
+        q_tma: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        k_tma: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        v_tma: cute.Tensor,
+        next_tile: cute.Tensor,
+    ):
+        """Bring K, Q and V of one tile after the other, in the order in which the consumers need them."""
+        for descriptor in (tma_q, tma_k, tma_v):
+            cpasync.prefetch_descriptor(descriptor)
+        loaded = Int32(0)  # tiles of keys
+        works = Int32(0)
+        work, window = find(sequences, Window(Int32(0), Int32(0)), cute.arch.block_idx()[0])
+        while work.tiles >= 0:
+            kv_head = work.head // (sequences.h_q // sequences.h_kv)
+            k_to, k_from = self.partition(tma_k, k_tma, shared.k, TILE_KV, STAGES * self.chunks, work.kv_row)
+            v_to, v_from = self.partition(tma_v, v_tma, shared.v, TILE_KV, STAGES * V_CHUNKS, work.kv_row)
+            if work.tiles == 0:  # its rows are written all the same
+                self.load_q(work, sequences.causal, shared, barriers, tma_q, q_tma, works)
+            for i in cutlass.range(work.tiles, unroll=1):
+                block = work.tiles - 1 - i
+                stage = loaded % STAGES
+                parity = (loaded // STAGES & 1) ^ 1
+                cute.arch.mbarrier_wait(barriers.k_empty + stage, parity)
+                self.expect(barriers.k_full + stage, self.chunks * KV_CHUNK_ELEMENTS)
+                for c in range_constexpr(self.chunks):
+                    source, to = k_from[None, block, c, kv_head], k_to[None, stage * self.chunks + c]
+                    cute.copy(tma_k, source, to, tma_bar_ptr=barriers.k_full + stage)
+                if i == 0:
+                    self.load_q(work, sequences.causal, shared, barriers, tma_q, q_tma, works)
+                cute.arch.mbarrier_wait(barriers.v_empty + stage, parity)
+                self.expect(barriers.v_full + stage, V_CHUNKS * KV_CHUNK_ELEMENTS)
+                for c in range_constexpr(V_CHUNKS):
+                    source, to = v_from[None, block, c, kv_head], v_to[None, stage * V_CHUNKS + c]
+                    cute.copy(tma_v, source, to, tma_bar_ptr=barriers.v_full + stage)
+                loaded += 1
+            works += 1
+            work, window = find(sequences, window, self.take_number(next_tile))
+        for side in range_constexpr(SIDES):
+            cute.arch.mbarrier_wait(barriers.q_empty + side, (works & 1) ^ 1)
+            with cute.arch.elect_one():
+                self.words(shared, side)[0] = work.tiles
+                cute.arch.mbarrier_arrive(barriers.q_full + side)
+
+    def partition(self, tma, x_tma, smem, rows: int, chunks: int, row) -> tuple:
+        """Chunks in shared memory [., chunk] and those of x from `row` on [., block of rows, chunk, head]."""
+        layout = chunks_layout(self.dtype, rows, chunks)
+        source = cute.local_tile(cute.domain_offset((row, 0, 0), x_tma), (rows, CHUNK), (None, None, None))
+        return cpasync.tma_partition(
+            tma,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(smem.get_tensor(layout.outer, swizzle=layout.inner), 0, 2),
+            cute.group_modes(source, 0, 2),
+        )
+
+    def expect(self, full, elements: int):
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full, elements * 2)
+
+    def words(self, shared, side) -> cute.Tensor:
+        """Where a consumer reads its work: tiles, head, its first row of q, its rows, seqlen_kv, seen by its first."""
+        return cute.make_tensor(shared.work.data_ptr() + side * WORDS, cute.make_layout(WORDS))
+
+    @cute.jit
+    def load_q(
+        self,
+        work: WorkTile,
+        causal: Int32,
+        shared,
+        barriers,
+        tma_q: cute.CopyAtom,
+        q_tma: cute.Tensor,
+        works: Int32,
+    ):
+        """Bring each consumer its rows of Q and tell it what they are."""
+        to, source = self.partition(tma_q, q_tma, shared.q, ROWS, SIDES * self.chunks, work.q_row)
+        for side in range_constexpr(SIDES):
+            full = barriers.q_full + side
+            cute.arch.mbarrier_wait(barriers.q_empty + side, (works & 1) ^ 1)
+            first = side * ROWS
+            with cute.arch.elect_one():
+                words = self.words(shared, side)
+                words[0], words[1] = work.tiles, work.head
+                words[2], words[3] = work.q_row + first, work.rows - first
+                words[4], words[5] = work.seqlen_kv, work.seen + causal * first
+                cute.arch.mbarrier_arrive_and_expect_tx(full, self.chunks * Q_CHUNK_ELEMENTS * 2)
+            for c in range_constexpr(self.chunks):
+                cute.copy(tma_q, source[None, side, c, work.head], to[None, side * self.chunks + c], tma_bar_ptr=full)
+
+    @cute.jit
+    def take_number(self, next_tile: cute.Tensor) -> Int32:
+        """The number of the next tile that no CTA has taken."""
+        cute.arch.griddepcontrol_wait()  # until `begin` has reset it
+        number = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            number = cute.arch.atomic_add(next_tile.iterator, Int32(1))
+        return cute.arch.shuffle_sync(number, 0) + cute.arch.grid_dim()[0]
+
+    # ---------------------------------------------------------------------------------------------- consumers
+
+    @cute.jit
+    def consume(
+        self,
+        shared,
+        barriers,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        scale: Float32,
+        causal: Int32,
+        side: Int32,
+        thread: Int32,
+    ):
+        """One consumer warpgroup: rows 64 side ... + 63 of every tile."""
+        reference, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+        f = self.fragments(shared, side, thread)
+        c = Consumer(side, thread, barriers, shared, f, reference, row_sum, scale, causal)
+        if side == 1:
+            self.give_turn(c)  # the first is the other's
+        visited = Int32(0)  # tiles of keys
+        works = Int32(0)
+        rows = self.next_rows(c, works)
+        while rows.tiles >= 0:
+            f.o.fill(0.0)
+            reference.fill(NO_SCORE)
+            row_sum.fill(0.0)
+            if rows.tiles > 0:
+                last = rows.tiles - 1
+                self.first_scores(c, rows, last, visited)
+                # Keys before this one are seen by all rows.
+                plain = cutlass.min(cutlass.max(rows.seen, 0) // TILE_KV, last)
+                for i in cutlass.range(last - plain, unroll=1):
+                    self.step(c, rows, last - 1 - i, visited, True)
+                    visited += 1
+                for i in cutlass.range(plain, unroll=1):
+                    self.step(c, rows, plain - 1 - i, visited, False)
+                    visited += 1
+                self.last_values(c, visited)
+                visited += 1
+            else:
+                self.release(barriers.q_empty + side)
+            self.write(c, rows, out, lse)
+            works += 1
+            rows = self.next_rows(c, works)
+
+    def next_rows(self, c: Consumer, works) -> Rows:
+        """Wait for the next work's Q."""
+        cute.arch.mbarrier_wait(c.barriers.q_full + c.side, works & 1)
+        words = self.words(c.shared, c.side)
+        return Rows(*(uniform(words[i]) for i in range(6)))
+
+    def fragments(self, shared, side, thread) -> Fragments:
+        dtype = self.dtype
+        qk, pv = cute.make_tiled_mma(self.qk_op()), cute.make_tiled_mma(self.pv_op())
+        qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
+        k_atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+        v_atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.MN_SW128, dtype)
+        q = operand(
+            shared.q.data_ptr() + side * (self.chunks * Q_CHUNK_ELEMENTS),
+            cute.tile_to_shape(k_atom, (ROWS, self.d), (0, 1)),
+        )
+        k = operand(shared.k.data_ptr(), cute.tile_to_shape(k_atom, (TILE_KV, self.d, STAGES), (0, 1, 2)))
+        v = operand(shared.v.data_ptr(), cute.tile_to_shape(v_atom, (D_V, TILE_KV, STAGES), (1, 0, 2)))
+
+        s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, TILE_KV)))
+        p_scores = cute.make_rmem_tensor(s.layout, dtype)
+        # An A operand takes its registers in the order of the accumulator.
+        p_layout = cute.make_layout(((2, 2, 2), 1, TILE_KV // 16), stride=((1, 2, 4), 0, 8))
+
+        chunk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))  # 64 columns
+        chunk_slice = chunk.get_slice(thread)
+        values = cute.make_rmem_tensor(chunk_slice.partition_shape_C((ROWS, CHUNK)), dtype)
+        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), chunk)
+        store_slice = store.get_slice(thread)
+        staging = operand(shared.out.data_ptr() + side * Q_CHUNK_ELEMENTS, k_major_layout(dtype))
+        return Fragments(
+            q=qk_slice.make_fragment_A(qk_slice.partition_A(q)),
+            k=qk_slice.make_fragment_B(qk_slice.partition_B(k)),
+            v=pv_slice.make_fragment_B(pv_slice.partition_B(v)),
+            p=cute.make_tensor(p_scores.iterator, p_layout),
+            p_scores=p_scores,
+            s=s,
+            o=pv_slice.make_fragment_C(pv_slice.partition_shape_C((ROWS, D_V))),
+            stage_out=(store, values, store_slice.retile(values), store_slice.partition_D(staging)),
+        )
+
+    def qk_op(self) -> warpgroup.MmaF16BF16Op:
+        """S[64, 128] += Q[64, 16] K[128, 16]^T."""
+        shape, k = (ROWS, TILE_KV, 16), OperandMajorMode.K
+        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.SMEM, k, k)
+
+    def pv_op(self) -> warpgroup.MmaF16BF16Op:
+        """O[64, 128] += P[64, 16] V[16, 128], P in registers."""
+        shape, k, mn = (ROWS, D_V, 16), OperandMajorMode.K, OperandMajorMode.MN
+        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.RMEM, k, mn)
+
+    def issue_scores(self, c: Consumer, number):
+        """Issue S = Q K^T for the tile of keys `number`, counted over all work."""
+        gemm(self.qk_op(), c.f.s, c.f.q, c.f.k[None, None, None, number % STAGES], overwrite=True)
+        warpgroup.commit_group()
+
+    def issue_values(self, c: Consumer, number):
+        """Issue O += P V for the tile of keys `number`."""
+        gemm(self.pv_op(), c.f.o, c.f.p, c.f.v[None, None, None, number % STAGES])
+        warpgroup.commit_group()
+
+    def wait(self, full, number):
+        cute.arch.mbarrier_wait(full + number % STAGES, number // STAGES & 1)
+
+    def release(self, empty):
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(empty)
+
+    def take_turn(self, c: Consumer):
+        cute.arch.barrier(barrier_id=TURN + c.side, number_of_threads=CONSUMERS)
+
+    def give_turn(self, c: Consumer):
+        cute.arch.barrier_arrive(barrier_id=TURN + 1 - c.side, number_of_threads=CONSUMERS)
+
+    def first_scores(self, c: Consumer, rows: Rows, block, number):
+        """Probabilities of the first tile of keys visited, which is the last that a row sees."""
+        b, sums = c.barriers, cute.make_rmem_tensor(2, Float32)
+        self.wait(b.k_full, number)
+        self.take_turn(c)
+        warpgroup.fence()
+        self.issue_scores(c, number)
+        self.give_turn(c)
+        warpgroup.wait_group(0)
+        self.release(b.k_empty + number % STAGES)
+        self.release_q(c, block)
+        self.mask_block(c, rows, block)
+        exact_softmax(c.f.s, c.f.p_scores, sums, c.reference, c.scale)
+        c.row_sum[0], c.row_sum[1] = sums[0], sums[1]
+        self.clear_values(c, rows, block, number)
+
+    def step(self, c: Consumer, rows: Rows, block, number, masked: bool):
+        """Add the values of the tile of keys `number`, whose probabilities are there, and take those of the next."""
+        b, m = c.barriers, c.reference
+        n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+        self.wait(b.v_full, number)
+        self.wait(b.k_full, number + 1)
+        self.take_turn(c)
+        warpgroup.fence()
+        self.issue_values(c, number)
+        self.issue_scores(c, number + 1)
+        self.give_turn(c)
+        warpgroup.wait_group(1)
+        self.release(b.v_empty + number % STAGES)
+        warpgroup.wait_group(0)
+        self.release(b.k_empty + (number + 1) % STAGES)
+        self.release_q(c, block)
+
+        n[0], n[1] = m[0], m[1]
+        if masked:
+            self.mask_block(c, rows, block)
+            exact_softmax(c.f.s, c.f.p_scores, sums, n, c.scale)
+        else:
+            optimistic_softmax(c.f.s, c.f.p_scores, sums, n, c.scale)
+        rescale(c.f.o, c.row_sum, m, n[0], n[1], c.scale)
+        c.row_sum[0], c.row_sum[1] = c.row_sum[0] + sums[0], c.row_sum[1] + sums[1]
+
+    def last_values(self, c: Consumer, number):
+        """Add the values of the last tile of keys visited."""
+        self.wait(c.barriers.v_full, number)
+        self.take_turn(c)
+        warpgroup.fence()
+        self.issue_values(c, number)
+        self.give_turn(c)
+        warpgroup.wait_group(0)
+        self.release(c.barriers.v_empty + number % STAGES)
+
+    @cute.jit
+    def release_q(self, c, block: Int32):
+        """Behind the scores of the sequence's first keys, Q has been read."""
+        if block == 0:
+            self.release(c.barriers.q_empty + c.side)
+
+    @cute.jit
+    def mask_block(self, c, rows, block: Int32):
+        """Hide the keys that rows must not see, if there are any."""
+        key = block * TILE_KV
+        if key + TILE_KV > cutlass.min(rows.seen, rows.seqlen_kv):
+            limits = [cutlass.min(rows.seen + c.causal * (c.row + 8 * r), rows.seqlen_kv) for r in range(2)]
+            mask(c.f.s, key, limits[0], limits[1], c.thread % 32)
+
+    @cute.jit
+    def clear_values(self, c, rows, block: Int32, number: Int32):
+        """Zero V beyond the sequence, in the tile of keys where it ends: 0 * NaN must not reach the output."""
+        valid = rows.seqlen_kv - block * TILE_KV
+        if valid < TILE_KV:
+            self.wait(c.barriers.v_full, number)
+            thread = c.side * WARPGROUP + c.thread
+            row, chunk = thread // V_CHUNKS, thread % V_CHUNKS
+            if row >= valid:
+                start = (number % STAGES * V_CHUNKS + chunk) * KV_CHUNK_ELEMENTS + row * CHUNK
+                zeros = cute.make_rmem_tensor(CHUNK, self.dtype)
+                zeros.fill(0.0)
+                to = cute.make_tensor((c.shared.v.data_ptr() + start).align(16), cute.make_layout(CHUNK))
+                cute.autovec_copy(zeros, to)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cute.arch.barrier(barrier_id=V_CLEARED, number_of_threads=CONSUMERS)
+
+    @cute.jit
+    def write(self, c, rows, out: cute.Tensor, lse: cute.Tensor):
+        """Normalise and write the rows that exist."""
+        lane, first_row = c.thread % 32, c.thread // 32 * 16
+        inv = cute.make_rmem_tensor(2, Float32)
+        for r in range_constexpr(2):
+            total = quad_sum(c.row_sum[r])
+            inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
+            if (lane % 4 == 0) & (c.row + 8 * r < rows.count):
+                # -inf, as log2(0) is, for a row that sees no key.
+                row_lse = (cute.math.log2(total) + c.reference[r] * c.scale) * LN2
+                lse[rows.head, rows.first + c.row + 8 * r] = row_lse
+
+        destinations = []
+        for i in range_constexpr(4):
+            row = first_row + lane // 8 + 4 * i
+            exists = row < rows.count
+            token = rows.first + cutlass.select_(exists, row, Int32(0))
+            destinations.append((exists, out[token, rows.head, None].iterator))
+        # Each warp stages its own rows, so warps need not wait for each other.
+        store, values, retiled, staged = c.f.stage_out
+        for chunk in range_constexpr(V_CHUNKS):
+            chunk_of(c.f.o, chunk, inv, values)
+            cute.copy(store, retiled, staged)
+            cute.arch.sync_warp()
+            at = [(exists, to + chunk * CHUNK) for exists, to in destinations]
+            copy_rows_of_warp(c.shared.out.data_ptr() + c.side * Q_CHUNK_ELEMENTS, first_row, at, lane)
+            cute.arch.sync_warp()
+
+
+def compile_variant(dtype: str, d: int) -> aot.Compiled:
+    """Compile for tensors of any extents whose rows are 16-byte aligned."""
+    element = getattr(cutlass, dtype)
+    total_q, total_kv, h_q, h_kv, offsets = (cute.sym_int() for _ in range(5))
+    q = aot.strided(element, (total_q, h_q, d), dense_last=True, align=16)
+    k = aot.strided(element, (total_kv, h_kv, d), dense_last=True, align=16)
+    v = aot.strided(element, (total_kv, h_kv, D_V), dense_last=True, align=16)
+    cu_seqlens_qo, cu_seqlens_kv = (aot.strided(Int32, (offsets,)) for _ in range(2))
+    out = aot.strided(element, (total_q, h_q, D_V), dense_last=True, align=16)
+    lse = aot.strided(Float32, (h_q, total_q), dense_last=True)
+    next_tile = aot.compact(Int32, (1,))
+    return aot.compile_kernel(
+        MHAForward(element, d), q, k, v, cu_seqlens_qo, cu_seqlens_kv, out, lse, next_tile,
+        Float32(1.0), Int32(0), Int32(1),
+    )  # fmt: skip
