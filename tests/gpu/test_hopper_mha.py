@@ -1,4 +1,4 @@
-"""Dense multi-head attention on Hopper, forward, against the fp32 reference: a seeded sweep, and the ugly corners."""
+"""Dense multi-head attention on Hopper, both ways, against the fp32 reference: a seeded sweep, and the ugly corners."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import assert_close, assert_close_lse, spread
 
-from flash_mla import backends, flash_attn_varlen_func, reference
+from flash_mla import backends, flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func, reference
+from flash_mla.backends import hopper
 from flash_mla.problem import MHAProblem
 
 pytestmark = pytest.mark.gpu
@@ -106,6 +107,32 @@ def check(case: Case, slack: int = 0) -> None:
     assert torch.equal(lse, again[1]), "deterministic"
 
 
+def check_gradients(case: Case, *, of_lse: bool = True) -> None:
+    """dq, dk, dv of random dout and dlse; whatever queries that see no key have there must not matter."""
+    leaves = [x.detach().requires_grad_() for x in case[:3]]
+    results = Case(*leaves, *case[3:]).run()
+    given = [torch.randn_like(results[0]) / 10, torch.randn_like(results[1]) / 100][: 1 + of_lse]
+    blind = case.blind()
+    got = torch.autograd.grad(results[: 1 + of_lse], leaves, [poisoned(x, blind) for x in given], retain_graph=True)
+    again = torch.autograd.grad(results[: 1 + of_lse], leaves, given)
+    wide = [x.detach().float().requires_grad_() for x in case[:3]]
+    want = reference.mha_forward(*wide, *case.offsets, case.scale, case.causal)[: 1 + of_lse]
+    want = torch.autograd.grad(want, wide, [x.float() for x in given])
+    for name, x, a, b in zip(("dq", "dk", "dv"), leaves, got, want, strict=True):
+        assert a.dtype == x.dtype
+        assert a.is_contiguous()
+        assert_close(name, a, b, atol=1e-3, rtol=8 / 128, cos=2e-5)
+    assert (got[0][blind] == 0).all()
+    assert torch.equal(got[1], again[1]), "deterministic"
+    assert torch.equal(got[2], again[2]), "deterministic"
+
+
+def poisoned(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    x[rows] = NAN
+    return x
+
+
 LENGTHS = [0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 255, 256, 257, 300, 385, 640, 1000, 2049]
 
 
@@ -127,11 +154,31 @@ def test_random_shapes(seed):
             check(case, slack=rng.choice([0, 0, 500]))
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_gradients_of_random_shapes(seed):
+    rng = random.Random(1000 + seed)
+    torch.manual_seed(seed)
+    for _ in range(4):
+        b = rng.choice([1, 1, 2, 3, 5, 33, 70])
+        lengths = LENGTHS if b < 10 else LENGTHS[:10]
+        h_kv = rng.choice([1, 1, 2, 3, 8])
+        case = make(
+            [rng.choice(lengths) for _ in range(b)], [rng.choice(lengths) for _ in range(b)],
+            h_q=h_kv * rng.choice([1, 1, 2, 7]), h_kv=h_kv, d=rng.choice([192, 128]),
+            dtype=rng.choice([torch.bfloat16, torch.bfloat16, torch.float16]), causal=rng.random() < 0.6,
+            scale=rng.choice([None, None, 0.0, -0.05, 0.2]),
+        )  # fmt: skip
+        if sum(case.lengths_q):
+            check_gradients(case, of_lse=rng.random() < 0.7)
+
+
 @pytest.mark.parametrize("d", [192, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_more_tiles_than_workers(d, causal):
     """Each CTA takes several tiles; heads come in groups, the last of which is smaller."""
-    check(make([700, 1100, 5, 900], [900, 1100, 700, 400], h_q=36, h_kv=36, d=d, causal=causal))
+    case = make([700, 1100, 5, 900], [900, 1100, 700, 400], h_q=36, h_kv=36, d=d, causal=causal)
+    check(case)
+    check_gradients(case)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -151,6 +198,29 @@ def test_nan_beyond_a_sequence_stays_there(causal):
         check(alone)
         assert torch.equal(out[200 : 200 + s_q], want_out)
         assert torch.equal(lse[200 : 200 + s_q], want_lse)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", [192, 128])
+def test_gradients_of_a_sequence_among_nan(d, causal):
+    for s_q, s_kv in ((1, 1), (100, 77), (200, 128), (129, 130), (70, 1000), (300, 17)):
+        case = make([200, s_q, 200], [200, s_kv, 200], causal=causal, h_q=4, h_kv=2, d=d)
+        dout = normal(400 + s_q, 4, D_V, torch.bfloat16, 0.1)
+        for x, length in ((case.q, s_q), (case.k, s_kv), (case.v, s_kv), (dout, s_q)):
+            x[:200] = NAN
+            x[200 + length :] = NAN
+        queries, keys = slice(200, 200 + s_q), slice(200, 200 + s_kv)
+        leaves = [x.requires_grad_() for x in case[:3]]
+        got = torch.autograd.grad(case.run()[0], leaves, dout)
+        alone = Case(
+            *(x.detach()[rows].requires_grad_() for x, rows in zip(leaves, (queries, keys, keys), strict=True)),
+            [s_q], [s_kv], case.scale, causal,
+        )  # fmt: skip
+        want = torch.autograd.grad(alone.run()[0], alone[:3], dout[queries])
+        check_gradients(alone)
+        assert torch.equal(got[1][keys], want[1])
+        assert torch.equal(got[2][keys], want[2])
+        assert_close("dq", got[0][queries], want[0], atol=1e-6, rtol=1 / 64, cos=1e-6)
 
 
 @pytest.mark.parametrize("d", [192, 128])
@@ -174,14 +244,48 @@ def test_inputs_of_any_strides():
     assert torch.equal(Case(*views, *case[3:]).run()[0], case.run()[0])
     expanded = case._replace(k=case.k[:, :1].expand(-1, 2, -1))
     check(expanded)
+    check_gradients(strided)
+    check_gradients(Case(*views, *case[3:]))
+
+
+@pytest.mark.parametrize("d", [192, 128])
+def test_deterministic_gradients(d):
+    case = make([700, 300], [900, 300], h_q=8, h_kv=4, d=d)
+    leaves = [x.requires_grad_() for x in case[:3]]
+    out, _ = flash_attn_varlen_func(
+        *leaves, *case.offsets, 700, 900, softmax_scale=case.scale, causal=True, deterministic=True
+    )
+    dout = torch.randn_like(out) / 10
+    first = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    for _ in range(5):
+        again = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_gradients_through_the_packed_forms():
+    qkv = normal(300, 4, 2 * 192 + D_V, torch.bfloat16, 0.1).requires_grad_()
+    offsets = torch.tensor([0, 130, 300], dtype=torch.int32, device="cuda")
+    out, _ = flash_attn_varlen_qkvpacked_func(qkv, offsets, 170, 192, causal=True)
+    dout = torch.randn_like(out) / 10
+    (got,) = torch.autograd.grad(out, qkv, dout)
+    wide = qkv.detach().float().requires_grad_()
+    want_out, _ = reference.mha_forward(*wide.split([192, 192, D_V], -1), offsets, offsets, None, causal=True)
+    (want,) = torch.autograd.grad(want_out, wide, dout.float())
+    assert_close("dqkv", got, want, atol=1e-3, rtol=8 / 128, cos=2e-5)
 
 
 def test_a_captured_call_reads_the_offsets_of_its_replay():
     case = make([100, 100, 100], [100, 100, 100])
     cu_seqlens = case.offsets[0]
 
+    dout = torch.randn(300, 2, D_V, dtype=torch.bfloat16, device="cuda") / 10
+    problem = MHAProblem(case.q.device, case.q.dtype, 2, 1, 192, D_V, causal=True)
+
     def call():
-        return flash_attn_varlen_func(case.q, case.k, case.v, cu_seqlens, cu_seqlens, 300, 300, causal=True)
+        arguments = (*case[:3], cu_seqlens, cu_seqlens, 300, 300, case.scale)
+        out, lse = hopper.mha_forward(problem, *arguments)
+        _, dk, dv = hopper.mha_backward(problem, dout, None, *case[:3], out, lse, *arguments[3:])
+        return out, lse, dk, dv
 
     call()
     torch.cuda.synchronize()
@@ -218,24 +322,18 @@ def test_elements_beyond_2_to_the_31():
     """The last of many tokens, each as wide as 128 heads, has the results that it has alone."""
     heads, tokens, tail, d = 128, 100_000, 200, 192
     assert (tokens - tail) * heads * d > 2**31
-    q, k, v = (torch.randn(tokens, heads, x, dtype=torch.bfloat16, device="cuda") for x in (d, d, D_V))
+    leaves = [
+        torch.randn(tokens, heads, x, dtype=torch.bfloat16, device="cuda", requires_grad=True) for x in (d, d, D_V)
+    ]
     cu_seqlens = torch.arange(0, tokens + 1, tail, dtype=torch.int32, device="cuda")
-    out, lse = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, tail, tail, causal=True)
-    alone = (x[-tail:].contiguous() for x in (q, k, v))
+    out, lse = flash_attn_varlen_func(*leaves, cu_seqlens, cu_seqlens, tail, tail, causal=True)
+    alone = [x.detach()[-tail:].clone().requires_grad_() for x in leaves]
     want_out, want_lse = flash_attn_varlen_func(*alone, cu_seqlens[:2], cu_seqlens[:2], tail, tail, causal=True)
     assert torch.equal(out[-tail:], want_out)
     assert torch.equal(lse[-tail:], want_lse)
-
-
-def test_gradients_flow_through_the_forward():
-    pytest.importorskip("triton")
-    case = make([300, 200], [300, 400], h_q=4, h_kv=2)
-    leaves = [x.detach().requires_grad_() for x in case[:3]]
-    out, lse = Case(*leaves, *case[3:]).run()
-    dout, dlse = torch.randn_like(out) / 10, torch.randn_like(lse) / 100
-    got = torch.autograd.grad([out, lse], leaves, [dout, dlse])
-    wide = [x.detach().float().requires_grad_() for x in case[:3]]
-    want_out, want_lse = reference.mha_forward(*wide, *case.offsets, case.scale, case.causal)
-    want = torch.autograd.grad([want_out, want_lse], wide, [dout.float(), dlse])
-    for name, a, b in zip(("dq", "dk", "dv"), got, want, strict=True):
-        assert_close(name, a, b, atol=1e-3, rtol=8 / 128, cos=1e-5)
+    dout = torch.randn_like(out)
+    got = torch.autograd.grad(out, leaves, dout)
+    want = torch.autograd.grad(want_out, alone, dout[-tail:])
+    assert_close("dq", got[0][-tail:], want[0], atol=1e-6, rtol=1 / 64, cos=1e-6)
+    assert torch.equal(got[1][-tail:], want[1])
+    assert torch.equal(got[2][-tail:], want[2])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from flash_mla import kernels
-from flash_mla.backends import triton
 from flash_mla.backends.hopper import dense_decode_launch, mha_launch, sparse_decode_launch
-from flash_mla.backends.hopper.mha_launch import mha_forward
+from flash_mla.backends.hopper.mha_launch import mha_backward, mha_forward
 from flash_mla.backends.hopper.sparse_prefill_launch import sparse_prefill, sparse_prefill_kernel
 from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem, MHAProblem, Problem, SparsePrefillProblem
@@ -46,18 +44,6 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [b, s_q, h_q, d_v], lse [b, h_q, s_q] fp32) of a planned call."""
     return _of_its_mode(problem).decode(problem, inputs, work, splits)
-
-
-def mha_backward(problem: MHAProblem, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv by Triton's kernels, which take the forward's results whoever made them; arguments as there.
-
-    Raises:
-        RuntimeError: Triton is not installed.
-    """
-    reason = triton.why_not(problem)
-    if reason is not None:
-        raise RuntimeError(f"no backend serves the backward of {problem.mode} on {problem.device}: triton: {reason}")
-    return triton.mha_backward(problem, *arguments)  # type: ignore[attr-defined]
 
 
 def _of_its_mode(problem: DecodeProblem) -> ModuleType:

@@ -19,8 +19,19 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
-from flash_mla.backends.hopper.mha_schedule import L2_BYTES, TILE_KV, TILE_Q, Sequences, Window, WorkTile, find
+from flash_mla.backends.hopper.mha_schedule import (
+    L2_BYTES,
+    TILE_KV,
+    TILE_Q,
+    InRegisters,
+    QueryTile,
+    QueryTiles,
+    Window,
+    find,
+    take_number,
+)
 from flash_mla.backends.hopper.mha_softmax import exact_softmax, mask, optimistic_softmax
+from flash_mla.backends.hopper.mha_tiles import expect, operand, partition, release, tma
 from flash_mla.backends.hopper.schedule import uniform
 from flash_mla.backends.hopper.softmax import LN2, NO_SCORE, quad_sum, rescale
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, qk_op
@@ -88,8 +99,8 @@ class Consumer:
         return self.thread // 32 * 16 + self.thread % 32 // 4
 
 
-class Rows:
-    """A consumer's 64 query rows of a work tile; lives in registers, across loops."""
+class Rows(InRegisters):
+    """A consumer's 64 query rows of a work tile."""
 
     def __init__(self, tiles: Int32, head: Int32, first: Int32, count: Int32, seqlen_kv: Int32, seen: Int32):
         self.tiles = tiles  # of keys to visit; < 0 if there is no work left
@@ -98,24 +109,6 @@ class Rows:
         self.count = count  # of rows that exist, may be <= 0
         self.seqlen_kv = seqlen_kv
         self.seen = seen  # keys that the first row sees, may be < 0; each next row sees one more if causal
-
-    def __extract_mlir_values__(self):
-        values = self.tiles, self.head, self.first, self.count, self.seqlen_kv, self.seen
-        return [value.ir_value() for value in values]
-
-    def __new_from_mlir_values__(self, values):
-        return Rows(*(Int32(value) for value in values))
-
-
-def chunks_layout(dtype: type[cutlass.Numeric], rows: int, chunks: int):
-    """Swizzled layout of `chunks` chunks of rows x 64 columns, as TMA writes them one by one."""
-    atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
-    return cute.tile_to_shape(atom, (rows, CHUNK, chunks), (0, 1, 2))
-
-
-def operand(pointer: cute.Pointer, layout) -> cute.Tensor:
-    """The tensor of a swizzled layout that begins at `pointer`, which begins a swizzle atom."""
-    return cute.make_tensor(cute.recast_ptr(pointer.align(1024), layout.inner), layout.outer)
 
 
 class MHAForward:
@@ -140,9 +133,9 @@ class MHAForward:
         workers: Int32,
         stream,
     ):
-        tma_q, q_tma = self.tma(q, ROWS)
-        tma_k, k_tma = self.tma(k, TILE_KV)
-        tma_v, v_tma = self.tma(v, TILE_KV)
+        tma_q, q_tma = tma(q, ROWS)
+        tma_k, k_tma = tma(k, TILE_KV)
+        tma_v, v_tma = tma(v, TILE_KV)
 
         @cute.struct
         class Shared:
@@ -166,12 +159,6 @@ class MHAForward:
         ).launch(
             grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
         )  # fmt: skip
-
-    def tma(self, x: cute.Tensor, rows: int):
-        """How to load chunks of rows x 64 columns of x, seen as [tokens, columns, heads]."""
-        tokens = cute.make_tensor(x.iterator, cute.select(x.layout, mode=[0, 2, 1]))
-        layout = cute.select(chunks_layout(self.dtype, rows, 1), mode=[0, 1])
-        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tokens, layout, (rows, CHUNK))
 
     @cute.kernel
     def begin(self, next_tile: cute.Tensor):
@@ -215,7 +202,7 @@ class MHAForward:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == PRODUCER_WARP:
                 kv_in_l2 = L2_BYTES // ((self.d + D_V) * 2)
-                sequences = Sequences(cu_seqlens_qo, cu_seqlens_kv, out.shape[1], h_kv, causal, kv_in_l2)
+                sequences = QueryTiles(cu_seqlens_qo, cu_seqlens_kv, out.shape[1], h_kv, causal, kv_in_l2)
                 self.produce(sequences, shared, barriers, tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, next_tile)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
@@ -258,9 +245,9 @@ class MHAForward:
         works = Int32(0)
         work, window = find(sequences, Window(Int32(0), Int32(0)), cute.arch.block_idx()[0])
         while work.tiles >= 0:
-            kv_head = work.head // (sequences.h_q // sequences.h_kv)
-            k_to, k_from = self.partition(tma_k, k_tma, shared.k, TILE_KV, STAGES * self.chunks, work.kv_row)
-            v_to, v_from = self.partition(tma_v, v_tma, shared.v, TILE_KV, STAGES * V_CHUNKS, work.kv_row)
+            kv_head = work.head // sequences.group
+            k_to, k_from = partition(self.dtype, tma_k, k_tma, shared.k, TILE_KV, STAGES * self.chunks, work.kv_row)
+            v_to, v_from = partition(self.dtype, tma_v, v_tma, shared.v, TILE_KV, STAGES * V_CHUNKS, work.kv_row)
             if work.tiles == 0:  # its rows are written all the same
                 self.load_q(work, sequences.causal, shared, barriers, tma_q, q_tma, works)
             for i in cutlass.range(work.tiles, unroll=1):
@@ -268,41 +255,26 @@ class MHAForward:
                 stage = loaded % STAGES
                 parity = (loaded // STAGES & 1) ^ 1
                 cute.arch.mbarrier_wait(barriers.k_empty + stage, parity)
-                self.expect(barriers.k_full + stage, self.chunks * KV_CHUNK_ELEMENTS)
+                expect(barriers.k_full + stage, self.chunks * KV_CHUNK_ELEMENTS)
                 for c in range_constexpr(self.chunks):
                     source, to = k_from[None, block, c, kv_head], k_to[None, stage * self.chunks + c]
                     cute.copy(tma_k, source, to, tma_bar_ptr=barriers.k_full + stage)
                 if i == 0:
                     self.load_q(work, sequences.causal, shared, barriers, tma_q, q_tma, works)
                 cute.arch.mbarrier_wait(barriers.v_empty + stage, parity)
-                self.expect(barriers.v_full + stage, V_CHUNKS * KV_CHUNK_ELEMENTS)
+                expect(barriers.v_full + stage, V_CHUNKS * KV_CHUNK_ELEMENTS)
                 for c in range_constexpr(V_CHUNKS):
                     source, to = v_from[None, block, c, kv_head], v_to[None, stage * V_CHUNKS + c]
                     cute.copy(tma_v, source, to, tma_bar_ptr=barriers.v_full + stage)
                 loaded += 1
             works += 1
-            work, window = find(sequences, window, self.take_number(next_tile))
+            cute.arch.griddepcontrol_wait()  # until `begin` has reset the counter
+            work, window = find(sequences, window, take_number(next_tile))
         for side in range_constexpr(SIDES):
             cute.arch.mbarrier_wait(barriers.q_empty + side, (works & 1) ^ 1)
             with cute.arch.elect_one():
                 self.words(shared, side)[0] = work.tiles
                 cute.arch.mbarrier_arrive(barriers.q_full + side)
-
-    def partition(self, tma, x_tma, smem, rows: int, chunks: int, row) -> tuple:
-        """Chunks in shared memory [., chunk] and those of x from `row` on [., block of rows, chunk, head]."""
-        layout = chunks_layout(self.dtype, rows, chunks)
-        source = cute.local_tile(cute.domain_offset((row, 0, 0), x_tma), (rows, CHUNK), (None, None, None))
-        return cpasync.tma_partition(
-            tma,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(smem.get_tensor(layout.outer, swizzle=layout.inner), 0, 2),
-            cute.group_modes(source, 0, 2),
-        )
-
-    def expect(self, full, elements: int):
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full, elements * 2)
 
     def words(self, shared, side) -> cute.Tensor:
         """Where a consumer reads its work: tiles, head, its first row of q, its rows, seqlen_kv, seen by its first."""
@@ -311,7 +283,7 @@ class MHAForward:
     @cute.jit
     def load_q(
         self,
-        work: WorkTile,
+        work: QueryTile,
         causal: Int32,
         shared,
         barriers,
@@ -320,7 +292,7 @@ class MHAForward:
         works: Int32,
     ):
         """Bring each consumer its rows of Q and tell it what they are."""
-        to, source = self.partition(tma_q, q_tma, shared.q, ROWS, SIDES * self.chunks, work.q_row)
+        to, source = partition(self.dtype, tma_q, q_tma, shared.q, ROWS, SIDES * self.chunks, work.q_row)
         for side in range_constexpr(SIDES):
             full = barriers.q_full + side
             cute.arch.mbarrier_wait(barriers.q_empty + side, (works & 1) ^ 1)
@@ -333,15 +305,6 @@ class MHAForward:
                 cute.arch.mbarrier_arrive_and_expect_tx(full, self.chunks * Q_CHUNK_ELEMENTS * 2)
             for c in range_constexpr(self.chunks):
                 cute.copy(tma_q, source[None, side, c, work.head], to[None, side * self.chunks + c], tma_bar_ptr=full)
-
-    @cute.jit
-    def take_number(self, next_tile: cute.Tensor) -> Int32:
-        """The number of the next tile that no CTA has taken."""
-        cute.arch.griddepcontrol_wait()  # until `begin` has reset it
-        number = Int32(0)
-        if cute.arch.lane_idx() == 0:
-            number = cute.arch.atomic_add(next_tile.iterator, Int32(1))
-        return cute.arch.shuffle_sync(number, 0) + cute.arch.grid_dim()[0]
 
     # ---------------------------------------------------------------------------------------------- consumers
 
@@ -384,7 +347,7 @@ class MHAForward:
                 self.last_values(c, visited)
                 visited += 1
             else:
-                self.release(barriers.q_empty + side)
+                release(barriers.q_empty + side)
             self.write(c, rows, out, lse)
             works += 1
             rows = self.next_rows(c, works)
@@ -453,10 +416,6 @@ class MHAForward:
     def wait(self, full, number):
         cute.arch.mbarrier_wait(full + number % STAGES, number // STAGES & 1)
 
-    def release(self, empty):
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(empty)
-
     def take_turn(self, c: Consumer):
         cute.arch.barrier(barrier_id=TURN + c.side, number_of_threads=CONSUMERS)
 
@@ -472,7 +431,7 @@ class MHAForward:
         self.issue_scores(c, number)
         self.give_turn(c)
         warpgroup.wait_group(0)
-        self.release(b.k_empty + number % STAGES)
+        release(b.k_empty + number % STAGES)
         self.release_q(c, block)
         self.mask_block(c, rows, block)
         exact_softmax(c.f.s, c.f.p_scores, sums, c.reference, c.scale)
@@ -491,9 +450,9 @@ class MHAForward:
         self.issue_scores(c, number + 1)
         self.give_turn(c)
         warpgroup.wait_group(1)
-        self.release(b.v_empty + number % STAGES)
+        release(b.v_empty + number % STAGES)
         warpgroup.wait_group(0)
-        self.release(b.k_empty + (number + 1) % STAGES)
+        release(b.k_empty + (number + 1) % STAGES)
         self.release_q(c, block)
 
         n[0], n[1] = m[0], m[1]
@@ -513,13 +472,13 @@ class MHAForward:
         self.issue_values(c, number)
         self.give_turn(c)
         warpgroup.wait_group(0)
-        self.release(c.barriers.v_empty + number % STAGES)
+        release(c.barriers.v_empty + number % STAGES)
 
     @cute.jit
     def release_q(self, c, block: Int32):
         """Behind the scores of the sequence's first keys, Q has been read."""
         if block == 0:
-            self.release(c.barriers.q_empty + c.side)
+            release(c.barriers.q_empty + c.side)
 
     @cute.jit
     def mask_block(self, c, rows, block: Int32):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from flash_mla import kernels
+from flash_mla.backends import triton
 from flash_mla.backends.hopper.launch import (
     LOG2_E,
     SHORT_NAME,
+    constant,
     num_sms,
     on_its_device,
     positive_scale,
@@ -17,14 +20,14 @@ from flash_mla.backends.hopper.launch import (
 )
 from flash_mla.problem import MHAProblem
 
-__all__ = ["mha_forward", "why_not"]
+__all__ = ["mha_backward", "mha_forward", "why_not"]
 
-TILE_Q = 128  # query rows that a CTA takes at a time
+TILE = 128  # query rows of a CTA forward, keys of one backward
 
 
 def why_not(problem: MHAProblem) -> str | None:
     """The reason these kernels cannot serve `problem`, or None."""
-    return kernels.unavailable(_kernel("forward", problem))
+    return kernels.unavailable(_kernel("forward", problem)) or kernels.unavailable(_kernel("backward", problem))
 
 
 def _kernel(direction: str, problem: MHAProblem) -> str:
@@ -55,7 +58,7 @@ def mha_forward(
     out = q.new_empty(q.shape[0], problem.h_q, problem.d_v)
     lse = q.new_empty(problem.h_q, q.shape[0], dtype=torch.float32)
     # More than there are, if the lengths differ.
-    tiles = problem.h_q * (len(cu_seqlens_qo) - 1) * -(-max_seqlen_qo // TILE_Q)
+    tiles = problem.h_q * (len(cu_seqlens_qo) - 1) * -(-max_seqlen_qo // TILE)
     if tiles == 0 or k.shape[0] == 0:
         return out.zero_(), lse.fill_(-math.inf).T
     q, scale = positive_scale(q, softmax_scale)
@@ -73,3 +76,66 @@ def mha_forward(
         min(tiles, num_sms(q.device)),
     )
     return out, lse.T
+
+
+def mha_backward(problem: MHAProblem, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of a loss by q, k and v: dq, dk, dv shaped and typed like them, contiguous.
+
+    The arguments are those of `_backward`. The sums of dq are taken in any order, so its last bits may differ between
+    runs; Triton's kernels, which compute the scores once more for it, serve `deterministic`.
+
+    Raises:
+        RuntimeError: deterministic gradients need Triton, which is not installed.
+    """
+    if not problem.deterministic:
+        return _backward(problem, *arguments)
+    reason = triton.why_not(problem)
+    if reason is not None:
+        raise RuntimeError(f"no backend serves deterministic gradients on {problem.device}: triton: {reason}")
+    return triton.mha_backward(problem, *arguments)  # type: ignore[attr-defined]
+
+
+@on_its_device
+def _backward(
+    problem: MHAProblem,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_qo: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients by q, k and v, given those by `out` and `lse` (None: the loss does not read lse)."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    tiles = problem.h_kv * (len(cu_seqlens_kv) - 1) * -(-max_seqlen_kv // TILE)
+    if tiles == 0 or q.shape[0] == 0 or k.shape[0] == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    row_values = torch.empty(2, *lse.T.shape, dtype=torch.float32, device=q.device)
+    kernels.load(_kernel("backward", problem))(
+        with_aligned_rows(dout),
+        constant(0.0, torch.float32, q.device).expand(lse.shape) if dlse is None else dlse,
+        with_aligned_rows(q),
+        with_aligned_rows(k),
+        with_aligned_rows(v),
+        with_aligned_rows(out),
+        lse,
+        cu_seqlens_qo,
+        cu_seqlens_kv,
+        dq,
+        dk,
+        dv,
+        row_values,
+        torch.empty(*lse.T.shape, problem.d_qk, dtype=torch.float32, device=q.device),
+        torch.empty(1, dtype=torch.int32, device=q.device),
+        softmax_scale,
+        softmax_scale * LOG2_E,
+        int(problem.causal),
+        min(tiles, num_sms(q.device)),
+    )
+    return dq, dk, dv

@@ -59,10 +59,11 @@ SPARSE_DECODE = {
     for cluster in (1, 2)
 }
 
-MHA_FORWARD = {
-    f"mha_forward_{short}_{d}": Variant("flash_mla.backends.hopper.mha_forward", 168, {"dtype": dtype, "d": d})
+MHA = {
+    f"mha_{direction}_{short}_{d}": Variant(f"flash_mla.backends.hopper.mha_{direction}", 168, {"dtype": dtype, "d": d})
+    for direction in ("forward", "backward")
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
     for d in (192, 128)
 }
 
-VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER, **DENSE_DECODE, **SPARSE_DECODE, **SPARSE_PREFILL, **MHA_FORWARD}
+VARIANTS: dict[str, Variant] = {**COMBINE, **PLANNER, **DENSE_DECODE, **SPARSE_DECODE, **SPARSE_PREFILL, **MHA}

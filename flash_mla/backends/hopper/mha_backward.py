@@ -1,0 +1,710 @@
+"""Dense multi-head attention over packed sequences, backward: persistent CTAs take tiles of 128 keys of a KV head.
+
+With P = exp(S - lse) and dP = dO V^T, dS = P (dP - delta): dV = P^T dO, dK = dS^T Q, dQ = dS K (FlashAttention-2,
+arXiv 2307.08691, algorithm 2). A CTA keeps dK and dV in registers while it visits, 64 rows at a time, the queries that
+see its keys, of all heads that share them; dQ is added up in global memory in fp32.
+
+A warp brings K and V, then Q and dO by TMA. Two consumer warpgroups, 64 keys each, hold S and dP transposed, which
+makes P^T and dS^T the left operands of dV and dK as they are. dS also goes to shared memory, where each warpgroup takes
+half of dQ's columns from all keys, one visit late, so that neither waits for the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils as utils
+from cutlass import Float32, Int32, Int64, range_constexpr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLayoutAtomKind
+
+from flash_mla.backends.hopper import aot
+from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
+from flash_mla.backends.hopper.mha_gradient_rows import GradientRows, add_to_sums
+from flash_mla.backends.hopper.mha_schedule import (
+    L2_BYTES,
+    TILE_KV,
+    VISIT_Q,
+    InRegisters,
+    KeyTile,
+    KeyTiles,
+    Window,
+    find,
+    take_number,
+)
+from flash_mla.backends.hopper.mha_tiles import expect, operand, partition, release, tma
+from flash_mla.backends.hopper.schedule import uniform
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, qk_op
+
+D_V = 128
+STAGES = 2  # of Q, dO and dS
+SIDES = TILE_KV // ROWS  # consumer warpgroups
+WARPGROUP = 128
+CONSUMERS = SIDES * WARPGROUP
+PRODUCER_WARP = SIDES * 4  # the producer warpgroup's first; its others have nothing to do
+CONSUMER_REGISTERS = 240
+PRODUCER_REGISTERS = 24
+K_COLUMNS = 32  # of a chunk of K: half of dQ's columns are a multiple of it
+Q_CHUNK_ELEMENTS = VISIT_Q * CHUNK
+V_CHUNK_ELEMENTS = TILE_KV * CHUNK
+V_CHUNKS = D_V // CHUNK
+WORDS = 16  # of a work tile as the producer hands it to the consumers
+CLEARED = 1  # named barrier: rows beyond a sequence are zero in shared memory
+
+
+@dataclass(frozen=True)
+class Barriers:
+    """Shared-memory barriers, of Q, dO and dS one for each stage."""
+
+    k_full: cute.Pointer
+    v_full: cute.Pointer
+    kv_empty: cute.Pointer
+    q_full: cute.Pointer
+    q_empty: cute.Pointer
+    dout_full: cute.Pointer
+    dout_empty: cute.Pointer
+    ds_full: cute.Pointer
+    ds_empty: cute.Pointer
+
+
+@dataclass(frozen=True)
+class Loads:
+    """What TMA brings: (atom, tensor) of each."""
+
+    q: tuple
+    k: tuple
+    v: tuple
+    dout: tuple
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What is written."""
+
+    dq_sums: cute.Tensor
+    dk: cute.Tensor
+    dv: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Operands, as descriptors of all stages unless said otherwise, and accumulators of a consumer warpgroup."""
+
+    k: cute.Tensor  # its 64 keys, no stages
+    v: cute.Tensor
+    q: cute.Tensor
+    dout: cute.Tensor
+    q_by_columns: cute.Tensor
+    dout_by_columns: cute.Tensor
+    ds_by_queries: cute.Tensor
+    k_by_columns: cute.Tensor  # its half of the columns, no stages
+    s: cute.Tensor
+    dp: cute.Tensor
+    dq: cute.Tensor
+    dk: cute.Tensor
+    dv: cute.Tensor
+    p: cute.Tensor  # P^T as an A operand
+    p_scores: cute.Tensor  # the same registers, in the scores' order
+    ds: cute.Tensor
+    ds_scores: cute.Tensor
+    store: tuple  # how to store 64 x 64: (tiled copy, registers of an output chunk, retiled, those of dS retiled)
+    ds_staged: cute.Tensor
+    out_staged: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A consumer warpgroup: what its steps share."""
+
+    side: Int32
+    thread: Int32  # of the warpgroup
+    barriers: Barriers
+    shared: Any
+    f: Fragments
+    gradients: Gradients
+    scale: Float32
+    scale_log2: Float32
+
+    @property
+    def row(self):
+        """The first of this thread's two rows of an accumulator, `row` and `row + 8`."""
+        return self.thread // 32 * 16 + self.thread % 32 // 4
+
+
+class Visit(InRegisters):
+    """64 query rows of a head."""
+
+    def __init__(self, head: Int32, tile: Int32):
+        self.head = head
+        self.tile = tile  # of the sequence
+
+
+class MHABackward:
+    def __init__(self, dtype: type[cutlass.Numeric], d: int):
+        self.dtype = dtype
+        self.d = d
+        self.chunks = d // CHUNK
+        self.k_chunks = d // K_COLUMNS
+        self.dq_columns = d // SIDES  # of a consumer
+
+    @cute.jit
+    def __call__(
+        self,
+        dout: cute.Tensor,  # [total_q, h_q, d_v]
+        dlse: cute.Tensor,  # [total_q, h_q] fp32
+        q: cute.Tensor,  # [total_q, h_q, d]
+        k: cute.Tensor,  # [total_kv, h_kv, d]
+        v: cute.Tensor,  # [total_kv, h_kv, d_v]
+        out: cute.Tensor,  # [total_q, h_q, d_v]
+        lse: cute.Tensor,  # [total_q, h_q] fp32, natural log
+        cu_seqlens_qo: cute.Tensor,  # [b + 1] int32
+        cu_seqlens_kv: cute.Tensor,  # [b + 1] int32
+        dq: cute.Tensor,  # [total_q, h_q, d]
+        dk: cute.Tensor,  # [total_kv, h_kv, d]
+        dv: cute.Tensor,  # [total_kv, h_kv, d_v]
+        row_values: cute.Tensor,  # [2, h_q, total_q] fp32, any contents
+        dq_sums: cute.Tensor,  # [h_q, total_q, d] fp32, any contents
+        next_tile: cute.Tensor,  # [1] int32, any contents
+        scale: Float32,
+        scale_log2: Float32,
+        causal: Int32,
+        workers: Int32,
+        stream,
+    ):
+        tma_q, q_tma = tma(q, VISIT_Q)
+        tma_k, k_tma = tma(k, TILE_KV, K_COLUMNS)
+        tma_v, v_tma = tma(v, TILE_KV)
+        tma_dout, dout_tma = tma(dout, VISIT_Q)
+
+        @cute.struct
+        class Shared:
+            k_full: cute.struct.MemRange[Int64, 1]
+            v_full: cute.struct.MemRange[Int64, 1]
+            kv_empty: cute.struct.MemRange[Int64, 1]
+            q_full: cute.struct.MemRange[Int64, STAGES]
+            q_empty: cute.struct.MemRange[Int64, STAGES]
+            dout_full: cute.struct.MemRange[Int64, STAGES]
+            dout_empty: cute.struct.MemRange[Int64, STAGES]
+            ds_full: cute.struct.MemRange[Int64, STAGES]
+            ds_empty: cute.struct.MemRange[Int64, STAGES]
+            work: cute.struct.MemRange[Int32, WORDS]
+            row_values: cute.struct.Align[cute.struct.MemRange[Float32, STAGES * 2 * VISIT_Q], 16]
+            k: cute.struct.Align[cute.struct.MemRange[self.dtype, TILE_KV * self.d], 1024]
+            v: cute.struct.Align[cute.struct.MemRange[self.dtype, TILE_KV * D_V], 1024]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * self.d], 1024]
+            dout: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * D_V], 1024]
+            ds: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * TILE_KV], 1024]
+            out: cute.struct.Align[cute.struct.MemRange[self.dtype, SIDES * ROWS * CHUNK], 1024]
+
+        self.Shared = Shared
+        rows = GradientRows(self.dtype, self.d)
+        rows.before(dout, out, lse, dlse, row_values, dq_sums, next_tile, stream)
+        self.kernel(
+            tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, tma_dout, dout_tma, cu_seqlens_qo, cu_seqlens_kv,
+            row_values, dq_sums, dk, dv, next_tile, scale, scale_log2, causal,
+        ).launch(
+            grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1
+        )  # fmt: skip
+        rows.after(dq_sums, dq, scale, stream)
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        q_tma: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        k_tma: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        v_tma: cute.Tensor,
+        tma_dout: cute.CopyAtom,
+        dout_tma: cute.Tensor,
+        cu_seqlens_qo: cute.Tensor,
+        cu_seqlens_kv: cute.Tensor,
+        row_values: cute.Tensor,
+        dq_sums: cute.Tensor,
+        dk: cute.Tensor,
+        dv: cute.Tensor,
+        next_tile: cute.Tensor,
+        scale: Float32,
+        scale_log2: Float32,
+        causal: Int32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        shared = utils.SmemAllocator().allocate(self.Shared)
+        barriers = Barriers(
+            shared.k_full.data_ptr(),
+            shared.v_full.data_ptr(),
+            shared.kv_empty.data_ptr(),
+            shared.q_full.data_ptr(),
+            shared.q_empty.data_ptr(),
+            shared.dout_full.data_ptr(),
+            shared.dout_empty.data_ptr(),
+            shared.ds_full.data_ptr(),
+            shared.ds_empty.data_ptr(),
+        )
+        self.init_barriers(barriers, warp)
+
+        if warp >= PRODUCER_WARP:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp == PRODUCER_WARP:
+                # A query row is read, of Q and dO, and added to, in fp32.
+                in_l2 = L2_BYTES // ((self.d + D_V) * 2 + self.d * 4)
+                sequences = KeyTiles(cu_seqlens_qo, cu_seqlens_kv, dq_sums.shape[0], dk.shape[1], causal, in_l2)
+                self.produce(
+                    sequences, shared, barriers, tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, tma_dout, dout_tma,
+                    row_values, next_tile,
+                )  # fmt: skip
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            group = dq_sums.shape[0] // dk.shape[1]
+            gradients = Gradients(dq_sums, dk, dv)
+            self.consume(shared, barriers, gradients, group, scale, scale_log2, warp // 4, thread % WARPGROUP)
+
+    @cute.jit
+    def init_barriers(self, barriers: Barriers, warp: Int32):
+        if warp == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_init(barriers.k_full, 1)
+                cute.arch.mbarrier_init(barriers.v_full, 1)
+                cute.arch.mbarrier_init(barriers.kv_empty, CONSUMERS // 32)
+                for i in range_constexpr(STAGES):
+                    cute.arch.mbarrier_init(barriers.q_full + i, 2)  # Q, and the values of its rows
+                    cute.arch.mbarrier_init(barriers.dout_full + i, 1)
+                    cute.arch.mbarrier_init(barriers.ds_full + i, CONSUMERS // 32)
+                    for empty in (barriers.q_empty, barriers.dout_empty, barriers.ds_empty):
+                        cute.arch.mbarrier_init(empty + i, CONSUMERS // 32)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+    # ---------------------------------------------------------------------------------------------- producer
+
+    @cute.jit
+    def produce(
+        self,
+        sequences,
+        shared,
+        barriers,
+        tma_q: cute.CopyAtom,
+        q_tma: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        k_tma: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        v_tma: cute.Tensor,
+        tma_dout: cute.CopyAtom,
+        dout_tma: cute.Tensor,
+        row_values: cute.Tensor,
+        next_tile: cute.Tensor,
+    ):
+        """Bring the operands of one work tile after the other, in the order in which the consumers need them."""
+        for descriptor in (tma_q, tma_k, tma_v, tma_dout):
+            cpasync.prefetch_descriptor(descriptor)
+        visits = Int32(0)
+        works = Int32(0)
+        work, window = find(sequences, Window(Int32(0), Int32(0)), cute.arch.block_idx()[0])
+        while work.tiles >= 0:
+            cute.arch.mbarrier_wait(barriers.kv_empty, (works & 1) ^ 1)
+            self.hand_over(work, shared)
+            self.load_k(work, shared, barriers, tma_k, k_tma)
+            q_to, q_from = partition(self.dtype, tma_q, q_tma, shared.q, VISIT_Q, STAGES * self.chunks, work.q_row)
+            dout_to, dout_from = partition(
+                self.dtype, tma_dout, dout_tma, shared.dout, VISIT_Q, STAGES * V_CHUNKS, work.q_row
+            )
+            visit = Visit(work.kv_head * sequences.group, work.first)
+            for i in cutlass.range(work.tiles, unroll=1):
+                stage = visits % STAGES
+                parity = (visits // STAGES & 1) ^ 1
+                values = self.load_row_values(work, visit, row_values)
+                cute.arch.mbarrier_wait(barriers.q_empty + stage, parity)
+                expect(barriers.q_full + stage, VISIT_Q * self.d)
+                for c in range_constexpr(self.chunks):
+                    source, to = q_from[None, visit.tile, c, visit.head], q_to[None, stage * self.chunks + c]
+                    cute.copy(tma_q, source, to, tma_bar_ptr=barriers.q_full + stage)
+                self.store_row_values(values, shared, stage)
+                release(barriers.q_full + stage)
+                if i == 0:
+                    self.load_v(work, shared, barriers, tma_v, v_tma)
+                cute.arch.mbarrier_wait(barriers.dout_empty + stage, parity)
+                expect(barriers.dout_full + stage, VISIT_Q * D_V)
+                for c in range_constexpr(V_CHUNKS):
+                    source, to = dout_from[None, visit.tile, c, visit.head], dout_to[None, stage * V_CHUNKS + c]
+                    cute.copy(tma_dout, source, to, tma_bar_ptr=barriers.dout_full + stage)
+                visits += 1
+                visit = self.next_visit(work, visit)
+            if work.tiles == 0:
+                self.load_v(work, shared, barriers, tma_v, v_tma)
+            works += 1
+            work, window = find(sequences, window, take_number(next_tile))
+        cute.arch.mbarrier_wait(barriers.kv_empty, (works & 1) ^ 1)
+        self.hand_over(work, shared)
+        release(barriers.k_full)
+
+    @cute.jit
+    def hand_over(self, work, shared):
+        """Tell the consumers what their work is."""
+        with cute.arch.elect_one():
+            words = self.words(shared)
+            for i, value in enumerate(vars(work).values()):
+                words[i] = value
+
+    def words(self, shared) -> cute.Tensor:
+        """Where the consumers read their work, in the order of a KeyTile."""
+        return cute.make_tensor(shared.work.data_ptr(), cute.make_layout(WORDS))
+
+    @cute.jit
+    def load_k(self, work, shared, barriers, tma_k: cute.CopyAtom, k_tma: cute.Tensor):
+        expect(barriers.k_full, TILE_KV * self.d)
+        to, source = partition(self.dtype, tma_k, k_tma, shared.k, TILE_KV, self.k_chunks, work.kv_row, K_COLUMNS)
+        for c in range_constexpr(self.k_chunks):
+            cute.copy(tma_k, source[None, 0, c, work.kv_head], to[None, c], tma_bar_ptr=barriers.k_full)
+
+    @cute.jit
+    def load_v(self, work, shared, barriers, tma_v: cute.CopyAtom, v_tma: cute.Tensor):
+        expect(barriers.v_full, TILE_KV * D_V)
+        to, source = partition(self.dtype, tma_v, v_tma, shared.v, TILE_KV, V_CHUNKS, work.kv_row)
+        for c in range_constexpr(V_CHUNKS):
+            cute.copy(tma_v, source[None, 0, c, work.kv_head], to[None, c], tma_bar_ptr=barriers.v_full)
+
+    def next_visit(self, work: KeyTile, visit: Visit) -> Visit:
+        """The next rows of the head, or the first of the next head."""
+        tile = visit.tile + 1
+        last = tile * VISIT_Q >= work.seqlen_qo
+        return Visit(
+            cutlass.select_(last, visit.head + 1, visit.head),
+            cutlass.select_(last, work.first, tile),
+        )
+
+    @cute.jit
+    def load_row_values(self, work, visit, row_values: cute.Tensor):
+        """lse and delta of this lane's rows, two of each; a row that does not exist has P = exp2(0 - inf) = 0."""
+        values = cute.make_rmem_tensor(4, Float32)
+        for half in range_constexpr(2):
+            row = visit.tile * VISIT_Q + 32 * half + cute.arch.lane_idx()
+            values[2 * half], values[2 * half + 1] = Float32.inf, Float32(0.0)
+            if row < work.seqlen_qo:
+                values[2 * half] = row_values[0, visit.head, work.q_row + row]
+                values[2 * half + 1] = row_values[1, visit.head, work.q_row + row]
+        return values
+
+    def store_row_values(self, values, shared, stage):
+        to = self.row_values(shared, stage)
+        for half in range(2):
+            for kind in range(2):
+                to[32 * half + cute.arch.lane_idx(), kind] = values[2 * half + kind]
+        cute.arch.sync_warp()
+
+    def row_values(self, shared, stage) -> cute.Tensor:
+        """[64 rows, lse or delta] of a stage."""
+        start = shared.row_values.data_ptr() + stage * (2 * VISIT_Q)
+        return cute.make_tensor(start.align(16), cute.make_layout((VISIT_Q, 2)))
+
+    # ---------------------------------------------------------------------------------------------- consumers
+
+    @cute.jit
+    def consume(
+        self,
+        shared,
+        barriers,
+        gradients,
+        group: Int32,
+        scale: Float32,
+        scale_log2: Float32,
+        side: Int32,
+        thread: Int32,
+    ):
+        """One consumer warpgroup: keys 64 side ... + 63 of every tile."""
+        f = self.fragments(shared, side, thread)
+        c = Consumer(side, thread, barriers, shared, f, gradients, scale, scale_log2)
+        visits = Int32(0)
+        works = Int32(0)
+        work = self.next_work(c, works)
+        while work.tiles >= 0:
+            f.dk.fill(0.0)
+            f.dv.fill(0.0)
+            cute.arch.mbarrier_wait(barriers.v_full, works & 1)
+            self.clear_keys(c, work)
+            if work.tiles > 0:
+                visit = Visit(work.kv_head * group, work.first)
+                self.visit(c, work, visit, visits)
+                for _ in cutlass.range(work.tiles - 1, unroll=1):
+                    following = self.next_visit(work, visit)
+                    visits += 1
+                    self.visit(c, work, following, visits)
+                    self.add_dq(c, work, visit, visits - 1)
+                    visit = following
+                self.add_dq(c, work, visit, visits)
+                visits += 1
+            release(barriers.kv_empty)
+            self.write(c, work)
+            works += 1
+            work = self.next_work(c, works)
+
+    def next_work(self, c: Consumer, works) -> KeyTile:
+        """Wait for the next work's K."""
+        cute.arch.mbarrier_wait(c.barriers.k_full, works & 1)
+        words = self.words(c.shared)
+        return KeyTile(*(uniform(words[i]) for i in range(9)))
+
+    def fragments(self, shared, side, thread) -> Fragments:
+        dtype = self.dtype
+        score, to_dv, to_dk, to_dq = (
+            cute.make_tiled_mma(op).get_slice(thread)
+            for op in (self.score_op(), self.dkv_op(D_V), self.dkv_op(self.d), self.dq_op())
+        )
+
+        def smem(kind, data, shape, order):
+            atom = warpgroup.make_smem_layout_atom(kind, dtype)
+            return operand(data.data_ptr(), cute.tile_to_shape(atom, shape, order))
+
+        k_atom, by_columns = SmemLayoutAtomKind.K_SW128, SmemLayoutAtomKind.MN_SW128
+        k = smem(SmemLayoutAtomKind.K_SW64, shared.k, (TILE_KV, self.d), (0, 1))
+        v = smem(k_atom, shared.v, (TILE_KV, D_V), (0, 1))
+        q = smem(k_atom, shared.q, (VISIT_Q, self.d, STAGES), (0, 1, 2))
+        dout = smem(k_atom, shared.dout, (VISIT_Q, D_V, STAGES), (0, 1, 2))
+        q_by_columns = smem(by_columns, shared.q, (self.d, VISIT_Q, STAGES), (1, 0, 2))
+        dout_by_columns = smem(by_columns, shared.dout, (D_V, VISIT_Q, STAGES), (1, 0, 2))
+        ds_by_queries = smem(by_columns, shared.ds, (VISIT_Q, TILE_KV, STAGES), (0, 1, 2))
+        k_by_columns = smem(SmemLayoutAtomKind.MN_SW64, shared.k, (self.d, TILE_KV), (1, 0))
+
+        scores = score.partition_shape_C((ROWS, VISIT_Q))
+        s = score.make_fragment_C(scores)
+        p_scores, ds_scores = (cute.make_rmem_tensor(s.layout, dtype) for _ in range(2))
+        # An A operand takes its registers in the order of the accumulator.
+        a_layout = cute.make_layout(((2, 2, 2), 1, VISIT_Q // 16), stride=((1, 2, 4), 0, 8))
+
+        chunk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))  # 64 columns
+        values = cute.make_rmem_tensor(chunk.get_slice(thread).partition_shape_C((ROWS, CHUNK)), dtype)
+        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), chunk)
+        store_slice = store.get_slice(thread)
+        ds_rows = smem(k_atom, shared.ds, (ROWS, CHUNK, STAGES * SIDES), (0, 1, 2))
+        out_rows = operand(shared.out.data_ptr() + side * (ROWS * CHUNK), k_major_layout(dtype))
+        return Fragments(
+            k=score.make_fragment_A(score.partition_A(cute.local_tile(k, (ROWS, self.d), (side, 0)))),
+            v=score.make_fragment_A(score.partition_A(cute.local_tile(v, (ROWS, D_V), (side, 0)))),
+            q=score.make_fragment_B(score.partition_B(q)),
+            dout=score.make_fragment_B(score.partition_B(dout)),
+            q_by_columns=to_dk.make_fragment_B(to_dk.partition_B(q_by_columns)),
+            dout_by_columns=to_dv.make_fragment_B(to_dv.partition_B(dout_by_columns)),
+            ds_by_queries=to_dq.make_fragment_A(to_dq.partition_A(ds_by_queries)),
+            k_by_columns=to_dq.make_fragment_B(
+                to_dq.partition_B(cute.local_tile(k_by_columns, (self.dq_columns, TILE_KV), (side, 0)))
+            ),
+            s=s,
+            dp=score.make_fragment_C(scores),
+            dq=to_dq.make_fragment_C(to_dq.partition_shape_C((VISIT_Q, self.dq_columns))),
+            dk=to_dk.make_fragment_C(to_dk.partition_shape_C((ROWS, self.d))),
+            dv=to_dv.make_fragment_C(to_dv.partition_shape_C((ROWS, D_V))),
+            p=cute.make_tensor(p_scores.iterator, a_layout),
+            p_scores=p_scores,
+            ds=cute.make_tensor(ds_scores.iterator, a_layout),
+            ds_scores=ds_scores,
+            store=(store, values, store_slice.retile(values), store_slice.retile(ds_scores)),
+            ds_staged=store_slice.partition_D(ds_rows),
+            out_staged=store_slice.partition_D(out_rows),
+        )
+
+    def score_op(self) -> warpgroup.MmaF16BF16Op:
+        """S^T[64, 64] += K[64, 16] Q[64, 16]^T, and dP^T of V and dO."""
+        shape, k = (ROWS, VISIT_Q, 16), OperandMajorMode.K
+        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.SMEM, k, k)
+
+    def dkv_op(self, columns: int) -> warpgroup.MmaF16BF16Op:
+        """dK[64, d] += dS^T[64, 16] Q[16, d], dS^T in registers, and dV of P^T and dO."""
+        shape, k, mn = (ROWS, columns, 16), OperandMajorMode.K, OperandMajorMode.MN
+        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.RMEM, k, mn)
+
+    def dq_op(self) -> warpgroup.MmaF16BF16Op:
+        """dQ[64, half of d] += dS[64, 16] K[16, half of d]."""
+        shape, mn = (ROWS, self.dq_columns, 16), OperandMajorMode.MN
+        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.SMEM, mn, mn)
+
+    def visit(self, c: Consumer, work: KeyTile, visit: Visit, number):
+        """Add to dK and dV what 64 query rows contribute, and hand over their dS."""
+        b, f = c.barriers, c.f
+        stage, parity = number % STAGES, number // STAGES & 1
+        cute.arch.mbarrier_wait(b.q_full + stage, parity)
+        cute.arch.mbarrier_wait(b.dout_full + stage, parity)
+        self.clear_queries(c, work, visit, stage)
+        values = self.row_values(c.shared, stage)
+        warpgroup.fence()
+        gemm(self.score_op(), f.s, f.k, f.q[None, None, None, stage], overwrite=True)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+        self.probabilities(c, values)
+        self.mask(c, work, visit)
+        warpgroup.fence()
+        gemm(self.score_op(), f.dp, f.v, f.dout[None, None, None, stage], overwrite=True)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+        self.score_gradients(c, values)
+
+        cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
+        store, _, _, retiled = f.store
+        cute.copy(store, retiled, f.ds_staged[None, None, None, stage * SIDES + c.side])
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        release(b.ds_full + stage)
+        warpgroup.fence()
+        gemm(self.dkv_op(D_V), f.dv, f.p, f.dout_by_columns[None, None, None, stage])
+        warpgroup.commit_group()
+        gemm(self.dkv_op(self.d), f.dk, f.ds, f.q_by_columns[None, None, None, stage])
+        warpgroup.commit_group()
+        warpgroup.wait_group(1)
+        release(b.dout_empty + stage)
+        warpgroup.wait_group(0)
+        release(b.q_empty + stage)
+
+    def probabilities(self, c: Consumer, values):
+        """P^T = 2^(S^T scale - lse), rounded."""
+        for j in range(VISIT_Q // 8):
+            lse = self.of_columns(c, values, j, 0)
+            for e in range(4):
+                score = c.f.s[4 * j + e] * c.scale_log2 - lse[e % 2]
+                c.f.p_scores[4 * j + e] = cute.math.exp2(score, fastmath=True).to(self.dtype)
+
+    def score_gradients(self, c: Consumer, values):
+        """dS^T = P^T (dP^T - delta), rounded."""
+        for j in range(VISIT_Q // 8):
+            delta = self.of_columns(c, values, j, 1)
+            for e in range(4):
+                p = c.f.p_scores[4 * j + e].to(Float32)
+                c.f.ds_scores[4 * j + e] = (p * (c.f.dp[4 * j + e] - delta[e % 2])).to(self.dtype)
+
+    def of_columns(self, c: Consumer, values, j: int, kind: int) -> cute.Tensor:
+        """The value of query rows 8 j + 2 (lane % 4) + {0, 1}."""
+        pair = cute.make_rmem_tensor(2, Float32)
+        start = values.iterator + kind * VISIT_Q + 8 * j + c.thread % 4 * 2
+        cute.autovec_copy(cute.make_tensor(start.align(8), cute.make_layout(2)), pair)
+        return pair
+
+    @cute.jit
+    def mask(self, c, work, visit):
+        """P = 0 where a query does not see a key, or the key does not exist."""
+        first_key = c.side * ROWS
+        # Of the visit's queries, the first that sees the warpgroup's first key.
+        first = work.sees_first + first_key - visit.tile * VISIT_Q
+        if (first + (ROWS - 1) > 0) | (work.keys < first_key + ROWS):
+            for r in range_constexpr(2):
+                key = c.row + 8 * r
+                limit = cutlass.select_(first_key + key < work.keys, first + key, Int32(VISIT_Q))
+                for j in range_constexpr(VISIT_Q // 8):
+                    for i in range_constexpr(2):
+                        e = 4 * j + 2 * r + i
+                        hidden = 8 * j + c.thread % 4 * 2 + i < limit
+                        p = c.f.p_scores[e]
+                        c.f.p_scores[e] = cutlass.select_(hidden, self.dtype(0.0), p)
+
+    def add_dq(self, c: Consumer, work: KeyTile, visit: Visit, number):
+        """Add to this consumer's columns of dQ what the tile's keys contribute."""
+        b, f = c.barriers, c.f
+        stage, parity = number % STAGES, number // STAGES & 1
+        cute.arch.mbarrier_wait(b.ds_full + stage, parity)
+        warpgroup.fence()
+        gemm(self.dq_op(), f.dq, f.ds_by_queries[None, None, None, stage], f.k_by_columns, overwrite=True)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+        release(b.ds_empty + stage)
+        first = visit.tile * VISIT_Q + c.row
+        for r in range(2):
+            row = first + 8 * r
+            exists = (row >= work.blind) & (row < work.seqlen_qo)
+            token = work.q_row + cutlass.select_(exists, row, Int32(0))
+            sums = c.gradients.dq_sums[visit.head, token, None].iterator + c.side * self.dq_columns
+            add_to_sums(f.dq, r, sums, exists, c.thread % 4)
+
+    @cute.jit
+    def clear_keys(self, c, work):
+        """Zero K and V beyond the sequence: 0 * NaN must not reach dQ."""
+        if work.keys < TILE_KV:
+            thread = c.side * WARPGROUP + c.thread
+            row, half = thread // 2, thread % 2
+            if row >= work.keys:
+                for i in range_constexpr(self.k_chunks // 2):
+                    chunk = half * (self.k_chunks // 2) + i
+                    self.zero(c.shared.k.data_ptr() + (chunk * TILE_KV + row) * K_COLUMNS, K_COLUMNS)
+                self.zero(c.shared.v.data_ptr() + half * V_CHUNK_ELEMENTS + row * CHUNK, CHUNK)
+            self.cleared()
+
+    @cute.jit
+    def clear_queries(self, c, work, visit, stage: Int32):
+        """Zero Q and dO before the first query that sees a key and beyond the last one: neighbours may hold NaN."""
+        first = visit.tile * VISIT_Q
+        if (first < work.blind) | (first + VISIT_Q > work.seqlen_qo):
+            thread = c.side * WARPGROUP + c.thread
+            row, quarter = thread // 4, thread % 4
+            if (first + row < work.blind) | (first + row >= work.seqlen_qo):
+                if quarter < self.chunks:
+                    q = c.shared.q.data_ptr() + (stage * self.chunks + quarter) * Q_CHUNK_ELEMENTS
+                    self.zero(q + row * CHUNK, CHUNK)
+                if quarter < V_CHUNKS:
+                    dout = c.shared.dout.data_ptr() + (stage * V_CHUNKS + quarter) * Q_CHUNK_ELEMENTS
+                    self.zero(dout + row * CHUNK, CHUNK)
+            self.cleared()
+
+    def zero(self, start, columns: int):
+        zeros = cute.make_rmem_tensor(columns, self.dtype)
+        zeros.fill(0.0)
+        cute.autovec_copy(zeros, cute.make_tensor(start.align(16), cute.make_layout(columns)))
+
+    def cleared(self):
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=CLEARED, number_of_threads=CONSUMERS)
+
+    @cute.jit
+    def write(self, c, work):
+        """Write dK and dV of the keys that exist."""
+        self.write_rows(c, work, c.f.dk, c.gradients.dk, self.chunks, c.scale)
+        self.write_rows(c, work, c.f.dv, c.gradients.dv, V_CHUNKS, Float32(1.0))
+
+    @cute.jit
+    def write_rows(self, c, work, gradient: cute.Tensor, to: cute.Tensor, chunks: cutlass.Constexpr, scale: Float32):
+        lane, first_row = c.thread % 32, c.thread // 32 * 16
+        destinations = []
+        for i in range_constexpr(4):
+            row = c.side * ROWS + first_row + lane // 8 + 4 * i
+            exists = row < work.keys
+            token = work.kv_row + cutlass.select_(exists, row, Int32(0))
+            destinations.append((exists, to[token, work.kv_head, None].iterator))
+        factors = cute.make_rmem_tensor(2, Float32)
+        factors.fill(scale)
+        # Each warp stages its own rows, so warps need not wait for each other.
+        store, values, retiled, _ = c.f.store
+        for chunk in range_constexpr(chunks):
+            chunk_of(gradient, chunk, factors, values)
+            cute.copy(store, retiled, c.f.out_staged)
+            cute.arch.sync_warp()
+            at = [(exists, pointer + chunk * CHUNK) for exists, pointer in destinations]
+            copy_rows_of_warp(c.shared.out.data_ptr() + c.side * (ROWS * CHUNK), first_row, at, lane)
+            cute.arch.sync_warp()
+
+
+def compile_variant(dtype: str, d: int) -> aot.Compiled:
+    """Compile for tensors of any extents whose rows are 16-byte aligned."""
+    element = getattr(cutlass, dtype)
+    total_q, total_kv, h_q, h_kv, offsets = (cute.sym_int() for _ in range(5))
+
+    def rows(tokens, heads, columns):
+        return aot.strided(element, (tokens, heads, columns), dense_last=True, align=16)
+
+    return aot.compile_kernel(
+        MHABackward(element, d),
+        rows(total_q, h_q, D_V),
+        aot.strided(Float32, (total_q, h_q)),
+        rows(total_q, h_q, d),
+        rows(total_kv, h_kv, d),
+        rows(total_kv, h_kv, D_V),
+        rows(total_q, h_q, D_V),
+        aot.strided(Float32, (total_q, h_q)),
+        aot.strided(Int32, (offsets,)),
+        aot.strided(Int32, (offsets,)),
+        rows(total_q, h_q, d),
+        rows(total_kv, h_kv, d),
+        rows(total_kv, h_kv, D_V),
+        aot.strided(Float32, (2, h_q, total_q), dense_last=True),
+        aot.strided(Float32, (h_q, total_q, d), dense_last=True, align=16),
+        aot.compact(Int32, (1,)),
+        Float32(1.0), Float32(1.0), Int32(0), Int32(1),
+    )  # fmt: skip
