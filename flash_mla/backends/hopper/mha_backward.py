@@ -52,7 +52,8 @@ Q_CHUNK_ELEMENTS = VISIT_Q * CHUNK
 V_CHUNK_ELEMENTS = TILE_KV * CHUNK
 V_CHUNKS = D_V // CHUNK
 WORDS = 16  # of a work tile as the producer hands it to the consumers
-CLEARED = 1  # named barrier: rows beyond a sequence are zero in shared memory
+# Named barriers: rows beyond a sequence are zero in shared memory; consumer 0 or 1 has stored its dS.
+CLEARED, DS_STORED = 1, 2
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,9 @@ class Fragments:
     dv: cute.Tensor
     p: cute.Tensor  # P^T as an A operand
     p_scores: cute.Tensor  # the same registers, in the scores' order
-    ds: cute.Tensor
-    ds_scores: cute.Tensor
-    store: tuple  # how to store 64 x 64: (tiled copy, registers of an output chunk, retiled, those of dS retiled)
-    ds_staged: cute.Tensor
-    out_staged: cute.Tensor
+    ds_scores: cute.Tensor  # dS^T
+    ds_by_keys: cute.Tensor
+    store: tuple  # how to store 64 x 64: (tiled copy, registers of dS retiled, where to)
 
 
 @dataclass(frozen=True)
@@ -428,13 +427,14 @@ class MHABackward:
             self.clear_keys(c, work)
             if work.tiles > 0:
                 visit = Visit(work.kv_head * group, work.first)
-                self.visit(c, work, visit, visits)
+                self.visit(c, work, visit, visits, first=True)
                 for _ in cutlass.range(work.tiles - 1, unroll=1):
                     following = self.next_visit(work, visit)
                     visits += 1
-                    self.visit(c, work, following, visits)
+                    self.visit(c, work, following, visits, first=False)
                     self.add_dq(c, work, visit, visits - 1)
                     visit = following
+                self.last_dk(c, visits)
                 self.add_dq(c, work, visit, visits)
                 visits += 1
             release(barriers.kv_empty)
@@ -452,7 +452,7 @@ class MHABackward:
         dtype = self.dtype
         score, to_dv, to_dk, to_dq = (
             cute.make_tiled_mma(op).get_slice(thread)
-            for op in (self.score_op(), self.dkv_op(D_V), self.dkv_op(self.d), self.dq_op())
+            for op in (self.score_op(), self.dv_op(), self.dk_op(), self.dq_op())
         )
 
         def smem(kind, data, shape, order):
@@ -475,12 +475,9 @@ class MHABackward:
         # An A operand takes its registers in the order of the accumulator.
         a_layout = cute.make_layout(((2, 2, 2), 1, VISIT_Q // 16), stride=((1, 2, 4), 0, 8))
 
-        chunk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))  # 64 columns
-        values = cute.make_rmem_tensor(chunk.get_slice(thread).partition_shape_C((ROWS, CHUNK)), dtype)
-        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), chunk)
+        ds_rows = smem(k_atom, shared.ds, (ROWS, VISIT_Q, STAGES * SIDES), (0, 1, 2))
+        store = self.store()
         store_slice = store.get_slice(thread)
-        ds_rows = smem(k_atom, shared.ds, (ROWS, CHUNK, STAGES * SIDES), (0, 1, 2))
-        out_rows = operand(shared.out.data_ptr() + side * (ROWS * CHUNK), k_major_layout(dtype))
         return Fragments(
             k=score.make_fragment_A(score.partition_A(cute.local_tile(k, (ROWS, self.d), (side, 0)))),
             v=score.make_fragment_A(score.partition_A(cute.local_tile(v, (ROWS, D_V), (side, 0)))),
@@ -499,30 +496,38 @@ class MHABackward:
             dv=to_dv.make_fragment_C(to_dv.partition_shape_C((ROWS, D_V))),
             p=cute.make_tensor(p_scores.iterator, a_layout),
             p_scores=p_scores,
-            ds=cute.make_tensor(ds_scores.iterator, a_layout),
             ds_scores=ds_scores,
-            store=(store, values, store_slice.retile(values), store_slice.retile(ds_scores)),
-            ds_staged=store_slice.partition_D(ds_rows),
-            out_staged=store_slice.partition_D(out_rows),
+            ds_by_keys=to_dk.make_fragment_A(to_dk.partition_A(ds_rows)),
+            store=(store, store_slice.retile(ds_scores), store_slice.partition_D(ds_rows)),
         )
+
+    def store(self) -> cute.TiledCopy:
+        """How to store a 64 x 64 accumulator, rounded."""
+        atom = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), self.dtype)
+        return cute.make_tiled_copy_C(atom, cute.make_tiled_mma(qk_op(self.dtype, OperandSource.SMEM)))
 
     def score_op(self) -> warpgroup.MmaF16BF16Op:
         """S^T[64, 64] += K[64, 16] Q[64, 16]^T, and dP^T of V and dO."""
         shape, k = (ROWS, VISIT_Q, 16), OperandMajorMode.K
         return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.SMEM, k, k)
 
-    def dkv_op(self, columns: int) -> warpgroup.MmaF16BF16Op:
-        """dK[64, d] += dS^T[64, 16] Q[16, d], dS^T in registers, and dV of P^T and dO."""
-        shape, k, mn = (ROWS, columns, 16), OperandMajorMode.K, OperandMajorMode.MN
+    def dv_op(self) -> warpgroup.MmaF16BF16Op:
+        """dV[64, d_v] += P^T[64, 16] dO[16, d_v], P^T in registers."""
+        shape, k, mn = (ROWS, D_V, 16), OperandMajorMode.K, OperandMajorMode.MN
         return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.RMEM, k, mn)
+
+    def dk_op(self) -> warpgroup.MmaF16BF16Op:
+        """dK[64, d] += dS^T[64, 16] Q[16, d]."""
+        shape, k, mn = (ROWS, self.d, 16), OperandMajorMode.K, OperandMajorMode.MN
+        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.SMEM, k, mn)
 
     def dq_op(self) -> warpgroup.MmaF16BF16Op:
         """dQ[64, half of d] += dS[64, 16] K[16, half of d]."""
         shape, mn = (ROWS, self.dq_columns, 16), OperandMajorMode.MN
         return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.SMEM, mn, mn)
 
-    def visit(self, c: Consumer, work: KeyTile, visit: Visit, number):
-        """Add to dK and dV what 64 query rows contribute, and hand over their dS."""
+    def visit(self, c: Consumer, work: KeyTile, visit: Visit, number, first: bool):
+        """Take P and dS of 64 query rows, hand over dS, and add to dV; what dS adds to dK comes a visit later."""
         b, f = c.barriers, c.f
         stage, parity = number % STAGES, number // STAGES & 1
         cute.arch.mbarrier_wait(b.q_full + stage, parity)
@@ -532,30 +537,45 @@ class MHABackward:
         warpgroup.fence()
         gemm(self.score_op(), f.s, f.k, f.q[None, None, None, stage], overwrite=True)
         warpgroup.commit_group()
-        warpgroup.wait_group(0)
+        if not first:
+            self.issue_dk(c, number - 1)
+            warpgroup.wait_group(1)
+        else:
+            warpgroup.wait_group(0)
         self.probabilities(c, values)
         self.mask(c, work, visit)
         warpgroup.fence()
         gemm(self.score_op(), f.dp, f.v, f.dout[None, None, None, stage], overwrite=True)
         warpgroup.commit_group()
-        warpgroup.wait_group(0)
+        gemm(self.dv_op(), f.dv, f.p, f.dout_by_columns[None, None, None, stage])
+        warpgroup.commit_group()
+        warpgroup.wait_group(1)
+        if not first:
+            release(b.q_empty + (number - 1) % STAGES)
         self.score_gradients(c, values)
-
         cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
-        store, _, _, retiled = f.store
-        cute.copy(store, retiled, f.ds_staged[None, None, None, stage * SIDES + c.side])
+        store, ds, to = f.store
+        cute.copy(store, ds, to[None, None, None, stage * SIDES + c.side])
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         release(b.ds_full + stage)
-        warpgroup.fence()
-        gemm(self.dkv_op(D_V), f.dv, f.p, f.dout_by_columns[None, None, None, stage])
-        warpgroup.commit_group()
-        gemm(self.dkv_op(self.d), f.dk, f.ds, f.q_by_columns[None, None, None, stage])
-        warpgroup.commit_group()
-        warpgroup.wait_group(1)
-        release(b.dout_empty + stage)
+        cute.arch.barrier(barrier_id=DS_STORED + c.side, number_of_threads=WARPGROUP)
         warpgroup.wait_group(0)
-        release(b.q_empty + stage)
+        release(b.dout_empty + stage)
+
+    def issue_dk(self, c: Consumer, number):
+        """Issue dK += dS^T Q for the visit `number`."""
+        stage = number % STAGES
+        ds = c.f.ds_by_keys[None, None, None, stage * SIDES + c.side]
+        gemm(self.dk_op(), c.f.dk, ds, c.f.q_by_columns[None, None, None, stage])
+        warpgroup.commit_group()
+
+    def last_dk(self, c: Consumer, number):
+        """Add to dK what the last visit contributes."""
+        warpgroup.fence()
+        self.issue_dk(c, number)
+        warpgroup.wait_group(0)
+        release(c.barriers.q_empty + number % STAGES)
 
     def probabilities(self, c: Consumer, values):
         """P^T = 2^(S^T scale - lse), rounded."""
@@ -619,7 +639,7 @@ class MHABackward:
     def clear_keys(self, c, work):
         """Zero K and V beyond the sequence: 0 * NaN must not reach dQ."""
         if work.keys < TILE_KV:
-            thread = c.side * WARPGROUP + c.thread
+            thread = c.side * WARPGROUP + anew(c.thread)
             row, half = thread // 2, thread % 2
             if row >= work.keys:
                 for i in range_constexpr(self.k_chunks // 2):
@@ -633,7 +653,7 @@ class MHABackward:
         """Zero Q and dO before the first query that sees a key and beyond the last one: neighbours may hold NaN."""
         first = visit.tile * VISIT_Q
         if (first < work.blind) | (first + VISIT_Q > work.seqlen_qo):
-            thread = c.side * WARPGROUP + c.thread
+            thread = c.side * WARPGROUP + anew(c.thread)
             row, quarter = thread // 4, thread % 4
             if (first + row < work.blind) | (first + row >= work.seqlen_qo):
                 if quarter < self.chunks:
@@ -656,12 +676,15 @@ class MHABackward:
     @cute.jit
     def write(self, c, work):
         """Write dK and dV of the keys that exist."""
-        self.write_rows(c, work, c.f.dk, c.gradients.dk, self.chunks, c.scale)
-        self.write_rows(c, work, c.f.dv, c.gradients.dv, V_CHUNKS, Float32(1.0))
+        thread = anew(c.thread)
+        self.write_rows(c, work, thread, c.f.dk, c.gradients.dk, self.chunks, c.scale)
+        self.write_rows(c, work, thread, c.f.dv, c.gradients.dv, V_CHUNKS, Float32(1.0))
 
     @cute.jit
-    def write_rows(self, c, work, gradient: cute.Tensor, to: cute.Tensor, chunks: cutlass.Constexpr, scale: Float32):
-        lane, first_row = c.thread % 32, c.thread // 32 * 16
+    def write_rows(
+        self, c, work, thread: Int32, gradient: cute.Tensor, to: cute.Tensor, chunks: cutlass.Constexpr, scale: Float32
+    ):
+        lane, first_row = thread % 32, thread // 32 * 16
         destinations = []
         for i in range_constexpr(4):
             row = c.side * ROWS + first_row + lane // 8 + 4 * i
@@ -671,14 +694,23 @@ class MHABackward:
         factors = cute.make_rmem_tensor(2, Float32)
         factors.fill(scale)
         # Each warp stages its own rows, so warps need not wait for each other.
-        store, values, retiled, _ = c.f.store
+        start = c.shared.out.data_ptr() + c.side * (ROWS * CHUNK)
+        store = self.store()
+        slice_ = store.get_slice(thread)
+        staged = slice_.partition_D(operand(start, k_major_layout(self.dtype)))
+        values = cute.make_rmem_tensor(c.f.ds_scores.layout, self.dtype)
         for chunk in range_constexpr(chunks):
             chunk_of(gradient, chunk, factors, values)
-            cute.copy(store, retiled, c.f.out_staged)
+            cute.copy(store, slice_.retile(values), staged)
             cute.arch.sync_warp()
             at = [(exists, pointer + chunk * CHUNK) for exists, pointer in destinations]
-            copy_rows_of_warp(c.shared.out.data_ptr() + c.side * (ROWS * CHUNK), first_row, at, lane)
+            copy_rows_of_warp(start, first_row, at, lane)
             cute.arch.sync_warp()
+
+
+def anew(value: Int32) -> Int32:
+    """The same value, opaque: what follows from it is not kept in registers across loops for code that runs rarely."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value])
 
 
 def compile_variant(dtype: str, d: int) -> aot.Compiled:
