@@ -61,8 +61,9 @@ class Barriers:
     """Shared-memory barriers, of Q, dO and dS one for each stage."""
 
     k_full: cute.Pointer
+    k_empty: cute.Pointer
     v_full: cute.Pointer
-    kv_empty: cute.Pointer
+    v_empty: cute.Pointer
     q_full: cute.Pointer
     q_empty: cute.Pointer
     dout_full: cute.Pointer
@@ -148,6 +149,7 @@ class MHABackward:
         self.chunks = d // CHUNK
         self.k_chunks = d // K_COLUMNS
         self.dq_columns = d // SIDES  # of a consumer
+        self.dq_under_scores = d == 128  # registers hold dQ beside the scores
 
     @cute.jit
     def __call__(
@@ -181,8 +183,9 @@ class MHABackward:
         @cute.struct
         class Shared:
             k_full: cute.struct.MemRange[Int64, 1]
+            k_empty: cute.struct.MemRange[Int64, 1]
             v_full: cute.struct.MemRange[Int64, 1]
-            kv_empty: cute.struct.MemRange[Int64, 1]
+            v_empty: cute.struct.MemRange[Int64, 1]
             q_full: cute.struct.MemRange[Int64, STAGES]
             q_empty: cute.struct.MemRange[Int64, STAGES]
             dout_full: cute.struct.MemRange[Int64, STAGES]
@@ -236,8 +239,9 @@ class MHABackward:
         shared = utils.SmemAllocator().allocate(self.Shared)
         barriers = Barriers(
             shared.k_full.data_ptr(),
+            shared.k_empty.data_ptr(),
             shared.v_full.data_ptr(),
-            shared.kv_empty.data_ptr(),
+            shared.v_empty.data_ptr(),
             shared.q_full.data_ptr(),
             shared.q_empty.data_ptr(),
             shared.dout_full.data_ptr(),
@@ -267,9 +271,9 @@ class MHABackward:
     def init_barriers(self, barriers: Barriers, warp: Int32):
         if warp == 0:
             with cute.arch.elect_one():
-                cute.arch.mbarrier_init(barriers.k_full, 1)
-                cute.arch.mbarrier_init(barriers.v_full, 1)
-                cute.arch.mbarrier_init(barriers.kv_empty, CONSUMERS // 32)
+                for full, empty in ((barriers.k_full, barriers.k_empty), (barriers.v_full, barriers.v_empty)):
+                    cute.arch.mbarrier_init(full, 1)
+                    cute.arch.mbarrier_init(empty, CONSUMERS // 32)
                 for i in range_constexpr(STAGES):
                     cute.arch.mbarrier_init(barriers.q_full + i, 2)  # Q, and the values of its rows
                     cute.arch.mbarrier_init(barriers.dout_full + i, 1)
@@ -298,16 +302,17 @@ class MHABackward:
         row_values: cute.Tensor,
         next_tile: cute.Tensor,
     ):
-        """Bring the operands of one work tile after the other, in the order in which the consumers need them."""
+        """Bring the operands of one work tile after the other, each as soon as there is room for it.
+
+        K comes after the first Q and dO, since it is the last that the tile before has read.
+        """
         for descriptor in (tma_q, tma_k, tma_v, tma_dout):
             cpasync.prefetch_descriptor(descriptor)
         visits = Int32(0)
         works = Int32(0)
         work, window = find(sequences, Window(Int32(0), Int32(0)), cute.arch.block_idx()[0])
         while work.tiles >= 0:
-            cute.arch.mbarrier_wait(barriers.kv_empty, (works & 1) ^ 1)
-            self.hand_over(work, shared)
-            self.load_k(work, shared, barriers, tma_k, k_tma)
+            self.load_v(work, works, shared, barriers, tma_v, v_tma)
             q_to, q_from = partition(self.dtype, tma_q, q_tma, shared.q, VISIT_Q, STAGES * self.chunks, work.q_row)
             dout_to, dout_from = partition(
                 self.dtype, tma_dout, dout_tma, shared.dout, VISIT_Q, STAGES * V_CHUNKS, work.q_row
@@ -324,20 +329,20 @@ class MHABackward:
                     cute.copy(tma_q, source, to, tma_bar_ptr=barriers.q_full + stage)
                 self.store_row_values(values, shared, stage)
                 release(barriers.q_full + stage)
-                if i == 0:
-                    self.load_v(work, shared, barriers, tma_v, v_tma)
                 cute.arch.mbarrier_wait(barriers.dout_empty + stage, parity)
                 expect(barriers.dout_full + stage, VISIT_Q * D_V)
                 for c in range_constexpr(V_CHUNKS):
                     source, to = dout_from[None, visit.tile, c, visit.head], dout_to[None, stage * V_CHUNKS + c]
                     cute.copy(tma_dout, source, to, tma_bar_ptr=barriers.dout_full + stage)
+                if i == 0:
+                    self.load_k(work, works, shared, barriers, tma_k, k_tma)
                 visits += 1
                 visit = self.next_visit(work, visit)
             if work.tiles == 0:
-                self.load_v(work, shared, barriers, tma_v, v_tma)
+                self.load_k(work, works, shared, barriers, tma_k, k_tma)
             works += 1
             work, window = find(sequences, window, take_number(next_tile))
-        cute.arch.mbarrier_wait(barriers.kv_empty, (works & 1) ^ 1)
+        cute.arch.mbarrier_wait(barriers.k_empty, (works & 1) ^ 1)
         self.hand_over(work, shared)
         release(barriers.k_full)
 
@@ -354,14 +359,18 @@ class MHABackward:
         return cute.make_tensor(shared.work.data_ptr(), cute.make_layout(WORDS))
 
     @cute.jit
-    def load_k(self, work, shared, barriers, tma_k: cute.CopyAtom, k_tma: cute.Tensor):
+    def load_k(self, work, works: Int32, shared, barriers, tma_k: cute.CopyAtom, k_tma: cute.Tensor):
+        """Bring K, and with it what the work is."""
+        cute.arch.mbarrier_wait(barriers.k_empty, (works & 1) ^ 1)
+        self.hand_over(work, shared)
         expect(barriers.k_full, TILE_KV * self.d)
         to, source = partition(self.dtype, tma_k, k_tma, shared.k, TILE_KV, self.k_chunks, work.kv_row, K_COLUMNS)
         for c in range_constexpr(self.k_chunks):
             cute.copy(tma_k, source[None, 0, c, work.kv_head], to[None, c], tma_bar_ptr=barriers.k_full)
 
     @cute.jit
-    def load_v(self, work, shared, barriers, tma_v: cute.CopyAtom, v_tma: cute.Tensor):
+    def load_v(self, work, works: Int32, shared, barriers, tma_v: cute.CopyAtom, v_tma: cute.Tensor):
+        cute.arch.mbarrier_wait(barriers.v_empty, (works & 1) ^ 1)
         expect(barriers.v_full, TILE_KV * D_V)
         to, source = partition(self.dtype, tma_v, v_tma, shared.v, TILE_KV, V_CHUNKS, work.kv_row)
         for c in range_constexpr(V_CHUNKS):
@@ -427,17 +436,16 @@ class MHABackward:
             self.clear_keys(c, work)
             if work.tiles > 0:
                 visit = Visit(work.kv_head * group, work.first)
-                self.visit(c, work, visit, visits, first=True)
+                self.visit(c, work, visit, visit, visits, first=True)
                 for _ in cutlass.range(work.tiles - 1, unroll=1):
                     following = self.next_visit(work, visit)
                     visits += 1
-                    self.visit(c, work, following, visits, first=False)
-                    self.add_dq(c, work, visit, visits - 1)
+                    self.visit(c, work, following, visit, visits, first=False)
                     visit = following
-                self.last_dk(c, visits)
-                self.add_dq(c, work, visit, visits)
+                self.finish(c, work, visit, visits)
                 visits += 1
-            release(barriers.kv_empty)
+            release(barriers.v_empty)
+            release(barriers.k_empty)
             self.write(c, work)
             works += 1
             work = self.next_work(c, works)
@@ -526,32 +534,42 @@ class MHABackward:
         shape, mn = (ROWS, self.dq_columns, 16), OperandMajorMode.MN
         return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.SMEM, mn, mn)
 
-    def visit(self, c: Consumer, work: KeyTile, visit: Visit, number, first: bool):
-        """Take P and dS of 64 query rows, hand over dS, and add to dV; what dS adds to dK comes a visit later."""
+    def visit(self, c: Consumer, work: KeyTile, visit: Visit, previous: Visit, number, first: bool):
+        """Take P and dS of 64 query rows, hand over dS, and add to dV.
+
+        What the `previous` rows' dS adds to dK and dQ comes here, too, so that tensor cores have work under the softmax
+        and no consumer waits for the other's dS.
+        """
         b, f = c.barriers, c.f
         stage, parity = number % STAGES, number // STAGES & 1
         cute.arch.mbarrier_wait(b.q_full + stage, parity)
         cute.arch.mbarrier_wait(b.dout_full + stage, parity)
         self.clear_queries(c, work, visit, stage)
+        if not first and self.dq_under_scores:
+            self.wait_ds(c, number - 1)
         values = self.row_values(c.shared, stage)
         warpgroup.fence()
         gemm(self.score_op(), f.s, f.k, f.q[None, None, None, stage], overwrite=True)
         warpgroup.commit_group()
         if not first:
             self.issue_dk(c, number - 1)
-            warpgroup.wait_group(1)
-        else:
-            warpgroup.wait_group(0)
+            if self.dq_under_scores:
+                self.issue_dq(c, number - 1)
+        warpgroup.wait_group(0 if first else 1 + self.dq_under_scores)
         self.probabilities(c, values)
         self.mask(c, work, visit)
+
         warpgroup.fence()
         gemm(self.score_op(), f.dp, f.v, f.dout[None, None, None, stage], overwrite=True)
         warpgroup.commit_group()
         gemm(self.dv_op(), f.dv, f.p, f.dout_by_columns[None, None, None, stage])
         warpgroup.commit_group()
-        warpgroup.wait_group(1)
         if not first:
+            warpgroup.wait_group(2)
             release(b.q_empty + (number - 1) % STAGES)
+            if self.dq_under_scores:
+                self.add_dq(c, work, previous, number - 1)
+        warpgroup.wait_group(1)
         self.score_gradients(c, values)
         cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
         store, ds, to = f.store
@@ -562,6 +580,25 @@ class MHABackward:
         cute.arch.barrier(barrier_id=DS_STORED + c.side, number_of_threads=WARPGROUP)
         warpgroup.wait_group(0)
         release(b.dout_empty + stage)
+        if not first and not self.dq_under_scores:
+            self.wait_ds(c, number - 1)
+            warpgroup.fence()
+            self.issue_dq(c, number - 1)
+            warpgroup.wait_group(0)
+            self.add_dq(c, work, previous, number - 1)
+
+    def finish(self, c: Consumer, work: KeyTile, visit: Visit, number):
+        """Add to dK and dQ what the last visit contributes."""
+        self.wait_ds(c, number)
+        warpgroup.fence()
+        self.issue_dk(c, number)
+        self.issue_dq(c, number)
+        warpgroup.wait_group(0)
+        release(c.barriers.q_empty + number % STAGES)
+        self.add_dq(c, work, visit, number)
+
+    def wait_ds(self, c: Consumer, number):
+        cute.arch.mbarrier_wait(c.barriers.ds_full + number % STAGES, number // STAGES & 1)
 
     def issue_dk(self, c: Consumer, number):
         """Issue dK += dS^T Q for the visit `number`."""
@@ -570,12 +607,11 @@ class MHABackward:
         gemm(self.dk_op(), c.f.dk, ds, c.f.q_by_columns[None, None, None, stage])
         warpgroup.commit_group()
 
-    def last_dk(self, c: Consumer, number):
-        """Add to dK what the last visit contributes."""
-        warpgroup.fence()
-        self.issue_dk(c, number)
-        warpgroup.wait_group(0)
-        release(c.barriers.q_empty + number % STAGES)
+    def issue_dq(self, c: Consumer, number):
+        """Issue this consumer's columns of dQ = dS K for the visit `number`."""
+        stage = number % STAGES
+        gemm(self.dq_op(), c.f.dq, c.f.ds_by_queries[None, None, None, stage], c.f.k_by_columns, overwrite=True)
+        warpgroup.commit_group()
 
     def probabilities(self, c: Consumer, values):
         """P^T = 2^(S^T scale - lse), rounded."""
@@ -618,22 +654,15 @@ class MHABackward:
                         c.f.p_scores[e] = cutlass.select_(hidden, self.dtype(0.0), p)
 
     def add_dq(self, c: Consumer, work: KeyTile, visit: Visit, number):
-        """Add to this consumer's columns of dQ what the tile's keys contribute."""
-        b, f = c.barriers, c.f
-        stage, parity = number % STAGES, number // STAGES & 1
-        cute.arch.mbarrier_wait(b.ds_full + stage, parity)
-        warpgroup.fence()
-        gemm(self.dq_op(), f.dq, f.ds_by_queries[None, None, None, stage], f.k_by_columns, overwrite=True)
-        warpgroup.commit_group()
-        warpgroup.wait_group(0)
-        release(b.ds_empty + stage)
+        """Add dQ, which is there, to the sums."""
+        release(c.barriers.ds_empty + number % STAGES)
         first = visit.tile * VISIT_Q + c.row
         for r in range(2):
             row = first + 8 * r
             exists = (row >= work.blind) & (row < work.seqlen_qo)
             token = work.q_row + cutlass.select_(exists, row, Int32(0))
             sums = c.gradients.dq_sums[visit.head, token, None].iterator + c.side * self.dq_columns
-            add_to_sums(f.dq, r, sums, exists, c.thread % 4)
+            add_to_sums(c.f.dq, r, sums, exists, c.thread % 4)
 
     @cute.jit
     def clear_keys(self, c, work):
