@@ -23,7 +23,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLa
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
-from flash_mla.backends.hopper.mha_gradient_rows import GradientRows, add_to_sums
+from flash_mla.backends.hopper.mha_gradient_rows import GradientRows, add_to_sums, wait_for_staged
 from flash_mla.backends.hopper.mha_schedule import (
     L2_BYTES,
     TILE_KV,
@@ -51,6 +51,7 @@ K_COLUMNS = 32  # of a chunk of K: half of dQ's columns are a multiple of it
 Q_CHUNK_ELEMENTS = VISIT_Q * CHUNK
 V_CHUNK_ELEMENTS = TILE_KV * CHUNK
 V_CHUNKS = D_V // CHUNK
+STAGED = 1024  # fp32 values that a warp stages at a time on their way to global memory
 WORDS = 16  # of a work tile as the producer hands it to the consumers
 # Named barriers: rows beyond a sequence are zero in shared memory; consumer 0 or 1 has stored its dS.
 CLEARED, DS_STORED = 1, 2
@@ -129,6 +130,12 @@ class Consumer:
     scale_log2: Float32
 
     @property
+    def staged(self) -> cute.Pointer:
+        """Where this thread's warp stages what goes to global memory."""
+        warp = self.side * 4 + self.thread // 32
+        return self.shared.staged.data_ptr() + cute.arch.make_warp_uniform(warp) * STAGED
+
+    @property
     def row(self):
         """The first of this thread's two rows of an accumulator, `row` and `row + 8`."""
         return self.thread // 32 * 16 + self.thread % 32 // 4
@@ -167,7 +174,7 @@ class MHABackward:
         dk: cute.Tensor,  # [total_kv, h_kv, d]
         dv: cute.Tensor,  # [total_kv, h_kv, d_v]
         row_values: cute.Tensor,  # [2, h_q, total_q] fp32, any contents
-        dq_sums: cute.Tensor,  # [h_q, total_q, d] fp32, any contents
+        dq_sums: cute.Tensor,  # [h_q, tiles, 64 * d] fp32, any contents: see mha_gradient_rows
         next_tile: cute.Tensor,  # [1] int32, any contents
         scale: Float32,
         scale_log2: Float32,
@@ -199,7 +206,7 @@ class MHABackward:
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * self.d], 1024]
             dout: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * D_V], 1024]
             ds: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * TILE_KV], 1024]
-            out: cute.struct.Align[cute.struct.MemRange[self.dtype, SIDES * ROWS * CHUNK], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[Float32, CONSUMERS // 32 * STAGED], 1024]
 
         self.Shared = Shared
         rows = GradientRows(self.dtype, self.d)
@@ -210,7 +217,7 @@ class MHABackward:
         ).launch(
             grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1
         )  # fmt: skip
-        rows.after(dq_sums, dq, scale, stream)
+        rows.after(dq_sums, cu_seqlens_qo, dq, scale, stream)
 
     @cute.kernel
     def kernel(
@@ -449,12 +456,13 @@ class MHABackward:
             self.write(c, work)
             works += 1
             work = self.next_work(c, works)
+        wait_for_staged()  # shared memory must outlive the copies
 
     def next_work(self, c: Consumer, works) -> KeyTile:
         """Wait for the next work's K."""
         cute.arch.mbarrier_wait(c.barriers.k_full, works & 1)
         words = self.words(c.shared)
-        return KeyTile(*(uniform(words[i]) for i in range(9)))
+        return KeyTile(*(uniform(words[i]) for i in range(10)))
 
     def fragments(self, shared, side, thread) -> Fragments:
         dtype = self.dtype
@@ -656,13 +664,8 @@ class MHABackward:
     def add_dq(self, c: Consumer, work: KeyTile, visit: Visit, number):
         """Add dQ, which is there, to the sums."""
         release(c.barriers.ds_empty + number % STAGES)
-        first = visit.tile * VISIT_Q + c.row
-        for r in range(2):
-            row = first + 8 * r
-            exists = (row >= work.blind) & (row < work.seqlen_qo)
-            token = work.q_row + cutlass.select_(exists, row, Int32(0))
-            sums = c.gradients.dq_sums[visit.head, token, None].iterator + c.side * self.dq_columns
-            add_to_sums(c.f.dq, r, sums, exists, c.thread % 4)
+        tile = c.gradients.dq_sums[visit.head, work.q_tile + visit.tile, None].iterator
+        add_to_sums(c.f.dq, tile, c.staged, c.side * 4 + uniform(c.thread // 32), c.thread % 32)
 
     @cute.jit
     def clear_keys(self, c, work):
@@ -706,6 +709,7 @@ class MHABackward:
     def write(self, c, work):
         """Write dK and dV of the keys that exist."""
         thread = anew(c.thread)
+        wait_for_staged()
         self.write_rows(c, work, thread, c.f.dk, c.gradients.dk, self.chunks, c.scale)
         self.write_rows(c, work, thread, c.f.dv, c.gradients.dv, V_CHUNKS, Float32(1.0))
 
@@ -723,17 +727,20 @@ class MHABackward:
         factors = cute.make_rmem_tensor(2, Float32)
         factors.fill(scale)
         # Each warp stages its own rows, so warps need not wait for each other.
-        start = c.shared.out.data_ptr() + c.side * (ROWS * CHUNK)
+        room = STAGED * 2  # of a warp, in 16-bit elements; its 16 rows take half of it
+        start = cute.recast_ptr(c.shared.staged.data_ptr(), dtype=self.dtype) + c.side * (4 * room)
+        layout = cute.make_layout(((8, 2, 4), CHUNK), stride=((CHUNK, 8 * CHUNK, room), 1))
+        layout = cute.make_composed_layout(k_major_layout(self.dtype).inner, 0, layout)
         store = self.store()
         slice_ = store.get_slice(thread)
-        staged = slice_.partition_D(operand(start, k_major_layout(self.dtype)))
+        staged = slice_.partition_D(operand(start, layout))
         values = cute.make_rmem_tensor(c.f.ds_scores.layout, self.dtype)
         for chunk in range_constexpr(chunks):
             chunk_of(gradient, chunk, factors, values)
             cute.copy(store, slice_.retile(values), staged)
             cute.arch.sync_warp()
             at = [(exists, pointer + chunk * CHUNK) for exists, pointer in destinations]
-            copy_rows_of_warp(start, first_row, at, lane)
+            copy_rows_of_warp(start + thread // 32 * (room - 16 * CHUNK), first_row, at, lane)
             cute.arch.sync_warp()
 
 
@@ -765,7 +772,7 @@ def compile_variant(dtype: str, d: int) -> aot.Compiled:
         rows(total_kv, h_kv, d),
         rows(total_kv, h_kv, D_V),
         aot.strided(Float32, (2, h_q, total_q), dense_last=True),
-        aot.strided(Float32, (h_q, total_q, d), dense_last=True, align=16),
+        aot.strided(Float32, (h_q, cute.sym_int(), VISIT_Q * d), dense_last=True, align=16),
         aot.compact(Int32, (1,)),
         Float32(1.0), Float32(1.0), Int32(0), Int32(1),
     )  # fmt: skip
