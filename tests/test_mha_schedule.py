@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -84,6 +85,17 @@ def test_every_key_of_every_kv_head_once_with_the_queries_that_see_it(seed):
             seen = s_kv - s_q + query + 1 if causal else s_kv
             assert (first_key < seen) == (query >= tile.sees_first)
             assert first_key >= seen or query in visited
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_tiles_of_one_sequence_each_do_not_overlap(seed):
+    rng = random.Random(seed)
+    lengths = [rng.choice([0, 0, 1, 63, 64, 65, rng.randrange(500)]) for _ in range(rng.randrange(1, 20))]
+    offsets = [0, *itertools.accumulate(lengths)]
+    begins = [mha_schedule.first_tile(offset, i) for i, offset in enumerate(offsets)]
+    for begin, end, length in zip(begins, begins[1:], lengths, strict=False):
+        assert begin + -(-length // VISIT_Q) <= end
+    assert begins[-1] == offsets[-1] // VISIT_Q + len(lengths), "as many as are allocated"
 
 
 @pytest.mark.usefixtures("on_integers")

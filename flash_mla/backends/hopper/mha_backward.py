@@ -23,7 +23,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLa
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
-from flash_mla.backends.hopper.mha_gradient_rows import GradientRows, add_to_sums
+from flash_mla.backends.hopper.mha_gradient_rows import GradientRows, add_to_sums, wait_for_staged
 from flash_mla.backends.hopper.mha_schedule import (
     L2_BYTES,
     TILE_KV,
@@ -51,6 +51,7 @@ K_COLUMNS = 32  # of a chunk of K: half of dQ's columns are a multiple of it
 Q_CHUNK_ELEMENTS = VISIT_Q * CHUNK
 V_CHUNK_ELEMENTS = TILE_KV * CHUNK
 V_CHUNKS = D_V // CHUNK
+STAGED = 1024  # fp32 values that a warp stages at a time on their way to global memory
 WORDS = 16  # of a work tile as the producer hands it to the consumers
 # Named barriers: rows beyond a sequence are zero in shared memory; consumer 0 or 1 has stored its dS.
 CLEARED, DS_STORED = 1, 2
@@ -61,8 +62,9 @@ class Barriers:
     """Shared-memory barriers, of Q, dO and dS one for each stage."""
 
     k_full: cute.Pointer
+    k_empty: cute.Pointer
     v_full: cute.Pointer
-    kv_empty: cute.Pointer
+    v_empty: cute.Pointer
     q_full: cute.Pointer
     q_empty: cute.Pointer
     dout_full: cute.Pointer
@@ -128,6 +130,12 @@ class Consumer:
     scale_log2: Float32
 
     @property
+    def staged(self) -> cute.Pointer:
+        """Where this thread's warp stages what goes to global memory."""
+        warp = self.side * 4 + self.thread // 32
+        return self.shared.staged.data_ptr() + cute.arch.make_warp_uniform(warp) * STAGED
+
+    @property
     def row(self):
         """The first of this thread's two rows of an accumulator, `row` and `row + 8`."""
         return self.thread // 32 * 16 + self.thread % 32 // 4
@@ -148,6 +156,7 @@ class MHABackward:
         self.chunks = d // CHUNK
         self.k_chunks = d // K_COLUMNS
         self.dq_columns = d // SIDES  # of a consumer
+        self.dq_under_scores = d == 128  # registers hold dQ beside the scores
 
     @cute.jit
     def __call__(
@@ -165,7 +174,7 @@ class MHABackward:
         dk: cute.Tensor,  # [total_kv, h_kv, d]
         dv: cute.Tensor,  # [total_kv, h_kv, d_v]
         row_values: cute.Tensor,  # [2, h_q, total_q] fp32, any contents
-        dq_sums: cute.Tensor,  # [h_q, total_q, d] fp32, any contents
+        dq_sums: cute.Tensor,  # [h_q, tiles, 64 * d] fp32, any contents: see mha_gradient_rows
         next_tile: cute.Tensor,  # [1] int32, any contents
         scale: Float32,
         scale_log2: Float32,
@@ -181,8 +190,9 @@ class MHABackward:
         @cute.struct
         class Shared:
             k_full: cute.struct.MemRange[Int64, 1]
+            k_empty: cute.struct.MemRange[Int64, 1]
             v_full: cute.struct.MemRange[Int64, 1]
-            kv_empty: cute.struct.MemRange[Int64, 1]
+            v_empty: cute.struct.MemRange[Int64, 1]
             q_full: cute.struct.MemRange[Int64, STAGES]
             q_empty: cute.struct.MemRange[Int64, STAGES]
             dout_full: cute.struct.MemRange[Int64, STAGES]
@@ -196,7 +206,7 @@ class MHABackward:
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * self.d], 1024]
             dout: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * D_V], 1024]
             ds: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * TILE_KV], 1024]
-            out: cute.struct.Align[cute.struct.MemRange[self.dtype, SIDES * ROWS * CHUNK], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[Float32, CONSUMERS // 32 * STAGED], 1024]
 
         self.Shared = Shared
         rows = GradientRows(self.dtype, self.d)
@@ -207,7 +217,7 @@ class MHABackward:
         ).launch(
             grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1
         )  # fmt: skip
-        rows.after(dq_sums, dq, scale, stream)
+        rows.after(dq_sums, cu_seqlens_qo, dq, scale, stream)
 
     @cute.kernel
     def kernel(
@@ -236,8 +246,9 @@ class MHABackward:
         shared = utils.SmemAllocator().allocate(self.Shared)
         barriers = Barriers(
             shared.k_full.data_ptr(),
+            shared.k_empty.data_ptr(),
             shared.v_full.data_ptr(),
-            shared.kv_empty.data_ptr(),
+            shared.v_empty.data_ptr(),
             shared.q_full.data_ptr(),
             shared.q_empty.data_ptr(),
             shared.dout_full.data_ptr(),
@@ -267,9 +278,9 @@ class MHABackward:
     def init_barriers(self, barriers: Barriers, warp: Int32):
         if warp == 0:
             with cute.arch.elect_one():
-                cute.arch.mbarrier_init(barriers.k_full, 1)
-                cute.arch.mbarrier_init(barriers.v_full, 1)
-                cute.arch.mbarrier_init(barriers.kv_empty, CONSUMERS // 32)
+                for full, empty in ((barriers.k_full, barriers.k_empty), (barriers.v_full, barriers.v_empty)):
+                    cute.arch.mbarrier_init(full, 1)
+                    cute.arch.mbarrier_init(empty, CONSUMERS // 32)
                 for i in range_constexpr(STAGES):
                     cute.arch.mbarrier_init(barriers.q_full + i, 2)  # Q, and the values of its rows
                     cute.arch.mbarrier_init(barriers.dout_full + i, 1)
@@ -298,16 +309,17 @@ class MHABackward:
         row_values: cute.Tensor,
         next_tile: cute.Tensor,
     ):
-        """Bring the operands of one work tile after the other, in the order in which the consumers need them."""
+        """Bring the operands of one work tile after the other, each as soon as there is room for it.
+
+        K comes after the first Q and dO, since it is the last that the tile before has read.
+        """
         for descriptor in (tma_q, tma_k, tma_v, tma_dout):
             cpasync.prefetch_descriptor(descriptor)
         visits = Int32(0)
         works = Int32(0)
         work, window = find(sequences, Window(Int32(0), Int32(0)), cute.arch.block_idx()[0])
         while work.tiles >= 0:
-            cute.arch.mbarrier_wait(barriers.kv_empty, (works & 1) ^ 1)
-            self.hand_over(work, shared)
-            self.load_k(work, shared, barriers, tma_k, k_tma)
+            self.load_v(work, works, shared, barriers, tma_v, v_tma)
             q_to, q_from = partition(self.dtype, tma_q, q_tma, shared.q, VISIT_Q, STAGES * self.chunks, work.q_row)
             dout_to, dout_from = partition(
                 self.dtype, tma_dout, dout_tma, shared.dout, VISIT_Q, STAGES * V_CHUNKS, work.q_row
@@ -324,20 +336,20 @@ class MHABackward:
                     cute.copy(tma_q, source, to, tma_bar_ptr=barriers.q_full + stage)
                 self.store_row_values(values, shared, stage)
                 release(barriers.q_full + stage)
-                if i == 0:
-                    self.load_v(work, shared, barriers, tma_v, v_tma)
                 cute.arch.mbarrier_wait(barriers.dout_empty + stage, parity)
                 expect(barriers.dout_full + stage, VISIT_Q * D_V)
                 for c in range_constexpr(V_CHUNKS):
                     source, to = dout_from[None, visit.tile, c, visit.head], dout_to[None, stage * V_CHUNKS + c]
                     cute.copy(tma_dout, source, to, tma_bar_ptr=barriers.dout_full + stage)
+                if i == 0:
+                    self.load_k(work, works, shared, barriers, tma_k, k_tma)
                 visits += 1
                 visit = self.next_visit(work, visit)
             if work.tiles == 0:
-                self.load_v(work, shared, barriers, tma_v, v_tma)
+                self.load_k(work, works, shared, barriers, tma_k, k_tma)
             works += 1
             work, window = find(sequences, window, take_number(next_tile))
-        cute.arch.mbarrier_wait(barriers.kv_empty, (works & 1) ^ 1)
+        cute.arch.mbarrier_wait(barriers.k_empty, (works & 1) ^ 1)
         self.hand_over(work, shared)
         release(barriers.k_full)
 
@@ -354,14 +366,18 @@ class MHABackward:
         return cute.make_tensor(shared.work.data_ptr(), cute.make_layout(WORDS))
 
     @cute.jit
-    def load_k(self, work, shared, barriers, tma_k: cute.CopyAtom, k_tma: cute.Tensor):
+    def load_k(self, work, works: Int32, shared, barriers, tma_k: cute.CopyAtom, k_tma: cute.Tensor):
+        """Bring K, and with it what the work is."""
+        cute.arch.mbarrier_wait(barriers.k_empty, (works & 1) ^ 1)
+        self.hand_over(work, shared)
         expect(barriers.k_full, TILE_KV * self.d)
         to, source = partition(self.dtype, tma_k, k_tma, shared.k, TILE_KV, self.k_chunks, work.kv_row, K_COLUMNS)
         for c in range_constexpr(self.k_chunks):
             cute.copy(tma_k, source[None, 0, c, work.kv_head], to[None, c], tma_bar_ptr=barriers.k_full)
 
     @cute.jit
-    def load_v(self, work, shared, barriers, tma_v: cute.CopyAtom, v_tma: cute.Tensor):
+    def load_v(self, work, works: Int32, shared, barriers, tma_v: cute.CopyAtom, v_tma: cute.Tensor):
+        cute.arch.mbarrier_wait(barriers.v_empty, (works & 1) ^ 1)
         expect(barriers.v_full, TILE_KV * D_V)
         to, source = partition(self.dtype, tma_v, v_tma, shared.v, TILE_KV, V_CHUNKS, work.kv_row)
         for c in range_constexpr(V_CHUNKS):
@@ -427,26 +443,26 @@ class MHABackward:
             self.clear_keys(c, work)
             if work.tiles > 0:
                 visit = Visit(work.kv_head * group, work.first)
-                self.visit(c, work, visit, visits, first=True)
+                self.visit(c, work, visit, visit, visits, first=True)
                 for _ in cutlass.range(work.tiles - 1, unroll=1):
                     following = self.next_visit(work, visit)
                     visits += 1
-                    self.visit(c, work, following, visits, first=False)
-                    self.add_dq(c, work, visit, visits - 1)
+                    self.visit(c, work, following, visit, visits, first=False)
                     visit = following
-                self.last_dk(c, visits)
-                self.add_dq(c, work, visit, visits)
+                self.finish(c, work, visit, visits)
                 visits += 1
-            release(barriers.kv_empty)
+            release(barriers.v_empty)
+            release(barriers.k_empty)
             self.write(c, work)
             works += 1
             work = self.next_work(c, works)
+        wait_for_staged()  # shared memory must outlive the copies
 
     def next_work(self, c: Consumer, works) -> KeyTile:
         """Wait for the next work's K."""
         cute.arch.mbarrier_wait(c.barriers.k_full, works & 1)
         words = self.words(c.shared)
-        return KeyTile(*(uniform(words[i]) for i in range(9)))
+        return KeyTile(*(uniform(words[i]) for i in range(10)))
 
     def fragments(self, shared, side, thread) -> Fragments:
         dtype = self.dtype
@@ -526,32 +542,42 @@ class MHABackward:
         shape, mn = (ROWS, self.dq_columns, 16), OperandMajorMode.MN
         return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.SMEM, mn, mn)
 
-    def visit(self, c: Consumer, work: KeyTile, visit: Visit, number, first: bool):
-        """Take P and dS of 64 query rows, hand over dS, and add to dV; what dS adds to dK comes a visit later."""
+    def visit(self, c: Consumer, work: KeyTile, visit: Visit, previous: Visit, number, first: bool):
+        """Take P and dS of 64 query rows, hand over dS, and add to dV.
+
+        What the `previous` rows' dS adds to dK and dQ comes here, too, so that tensor cores have work under the softmax
+        and no consumer waits for the other's dS.
+        """
         b, f = c.barriers, c.f
         stage, parity = number % STAGES, number // STAGES & 1
         cute.arch.mbarrier_wait(b.q_full + stage, parity)
         cute.arch.mbarrier_wait(b.dout_full + stage, parity)
         self.clear_queries(c, work, visit, stage)
+        if not first and self.dq_under_scores:
+            self.wait_ds(c, number - 1)
         values = self.row_values(c.shared, stage)
         warpgroup.fence()
         gemm(self.score_op(), f.s, f.k, f.q[None, None, None, stage], overwrite=True)
         warpgroup.commit_group()
         if not first:
             self.issue_dk(c, number - 1)
-            warpgroup.wait_group(1)
-        else:
-            warpgroup.wait_group(0)
+            if self.dq_under_scores:
+                self.issue_dq(c, number - 1)
+        warpgroup.wait_group(0 if first else 1 + self.dq_under_scores)
         self.probabilities(c, values)
         self.mask(c, work, visit)
+
         warpgroup.fence()
         gemm(self.score_op(), f.dp, f.v, f.dout[None, None, None, stage], overwrite=True)
         warpgroup.commit_group()
         gemm(self.dv_op(), f.dv, f.p, f.dout_by_columns[None, None, None, stage])
         warpgroup.commit_group()
-        warpgroup.wait_group(1)
         if not first:
+            warpgroup.wait_group(2)
             release(b.q_empty + (number - 1) % STAGES)
+            if self.dq_under_scores:
+                self.add_dq(c, work, previous, number - 1)
+        warpgroup.wait_group(1)
         self.score_gradients(c, values)
         cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
         store, ds, to = f.store
@@ -562,6 +588,25 @@ class MHABackward:
         cute.arch.barrier(barrier_id=DS_STORED + c.side, number_of_threads=WARPGROUP)
         warpgroup.wait_group(0)
         release(b.dout_empty + stage)
+        if not first and not self.dq_under_scores:
+            self.wait_ds(c, number - 1)
+            warpgroup.fence()
+            self.issue_dq(c, number - 1)
+            warpgroup.wait_group(0)
+            self.add_dq(c, work, previous, number - 1)
+
+    def finish(self, c: Consumer, work: KeyTile, visit: Visit, number):
+        """Add to dK and dQ what the last visit contributes."""
+        self.wait_ds(c, number)
+        warpgroup.fence()
+        self.issue_dk(c, number)
+        self.issue_dq(c, number)
+        warpgroup.wait_group(0)
+        release(c.barriers.q_empty + number % STAGES)
+        self.add_dq(c, work, visit, number)
+
+    def wait_ds(self, c: Consumer, number):
+        cute.arch.mbarrier_wait(c.barriers.ds_full + number % STAGES, number // STAGES & 1)
 
     def issue_dk(self, c: Consumer, number):
         """Issue dK += dS^T Q for the visit `number`."""
@@ -570,12 +615,11 @@ class MHABackward:
         gemm(self.dk_op(), c.f.dk, ds, c.f.q_by_columns[None, None, None, stage])
         warpgroup.commit_group()
 
-    def last_dk(self, c: Consumer, number):
-        """Add to dK what the last visit contributes."""
-        warpgroup.fence()
-        self.issue_dk(c, number)
-        warpgroup.wait_group(0)
-        release(c.barriers.q_empty + number % STAGES)
+    def issue_dq(self, c: Consumer, number):
+        """Issue this consumer's columns of dQ = dS K for the visit `number`."""
+        stage = number % STAGES
+        gemm(self.dq_op(), c.f.dq, c.f.ds_by_queries[None, None, None, stage], c.f.k_by_columns, overwrite=True)
+        warpgroup.commit_group()
 
     def probabilities(self, c: Consumer, values):
         """P^T = 2^(S^T scale - lse), rounded."""
@@ -618,22 +662,10 @@ class MHABackward:
                         c.f.p_scores[e] = cutlass.select_(hidden, self.dtype(0.0), p)
 
     def add_dq(self, c: Consumer, work: KeyTile, visit: Visit, number):
-        """Add to this consumer's columns of dQ what the tile's keys contribute."""
-        b, f = c.barriers, c.f
-        stage, parity = number % STAGES, number // STAGES & 1
-        cute.arch.mbarrier_wait(b.ds_full + stage, parity)
-        warpgroup.fence()
-        gemm(self.dq_op(), f.dq, f.ds_by_queries[None, None, None, stage], f.k_by_columns, overwrite=True)
-        warpgroup.commit_group()
-        warpgroup.wait_group(0)
-        release(b.ds_empty + stage)
-        first = visit.tile * VISIT_Q + c.row
-        for r in range(2):
-            row = first + 8 * r
-            exists = (row >= work.blind) & (row < work.seqlen_qo)
-            token = work.q_row + cutlass.select_(exists, row, Int32(0))
-            sums = c.gradients.dq_sums[visit.head, token, None].iterator + c.side * self.dq_columns
-            add_to_sums(f.dq, r, sums, exists, c.thread % 4)
+        """Add dQ, which is there, to the sums."""
+        release(c.barriers.ds_empty + number % STAGES)
+        tile = c.gradients.dq_sums[visit.head, work.q_tile + visit.tile, None].iterator
+        add_to_sums(c.f.dq, tile, c.staged, c.side * 4 + uniform(c.thread // 32), c.thread % 32)
 
     @cute.jit
     def clear_keys(self, c, work):
@@ -677,6 +709,7 @@ class MHABackward:
     def write(self, c, work):
         """Write dK and dV of the keys that exist."""
         thread = anew(c.thread)
+        wait_for_staged()
         self.write_rows(c, work, thread, c.f.dk, c.gradients.dk, self.chunks, c.scale)
         self.write_rows(c, work, thread, c.f.dv, c.gradients.dv, V_CHUNKS, Float32(1.0))
 
@@ -694,17 +727,20 @@ class MHABackward:
         factors = cute.make_rmem_tensor(2, Float32)
         factors.fill(scale)
         # Each warp stages its own rows, so warps need not wait for each other.
-        start = c.shared.out.data_ptr() + c.side * (ROWS * CHUNK)
+        room = STAGED * 2  # of a warp, in 16-bit elements; its 16 rows take half of it
+        start = cute.recast_ptr(c.shared.staged.data_ptr(), dtype=self.dtype) + c.side * (4 * room)
+        layout = cute.make_layout(((8, 2, 4), CHUNK), stride=((CHUNK, 8 * CHUNK, room), 1))
+        layout = cute.make_composed_layout(k_major_layout(self.dtype).inner, 0, layout)
         store = self.store()
         slice_ = store.get_slice(thread)
-        staged = slice_.partition_D(operand(start, k_major_layout(self.dtype)))
+        staged = slice_.partition_D(operand(start, layout))
         values = cute.make_rmem_tensor(c.f.ds_scores.layout, self.dtype)
         for chunk in range_constexpr(chunks):
             chunk_of(gradient, chunk, factors, values)
             cute.copy(store, slice_.retile(values), staged)
             cute.arch.sync_warp()
             at = [(exists, pointer + chunk * CHUNK) for exists, pointer in destinations]
-            copy_rows_of_warp(start, first_row, at, lane)
+            copy_rows_of_warp(start + thread // 32 * (room - 16 * CHUNK), first_row, at, lane)
             cute.arch.sync_warp()
 
 
@@ -736,7 +772,7 @@ def compile_variant(dtype: str, d: int) -> aot.Compiled:
         rows(total_kv, h_kv, d),
         rows(total_kv, h_kv, D_V),
         aot.strided(Float32, (2, h_q, total_q), dense_last=True),
-        aot.strided(Float32, (h_q, total_q, d), dense_last=True, align=16),
+        aot.strided(Float32, (h_q, cute.sym_int(), VISIT_Q * d), dense_last=True, align=16),
         aot.compact(Int32, (1,)),
         Float32(1.0), Float32(1.0), Int32(0), Int32(1),
     )  # fmt: skip

@@ -47,6 +47,7 @@ PRODUCER_REGISTERS = 24
 Q_CHUNK_ELEMENTS = ROWS * CHUNK
 KV_CHUNK_ELEMENTS = TILE_KV * CHUNK
 V_CHUNKS = D_V // CHUNK
+Q_CHUNKS_IN_REGISTERS = 1  # spares shared memory, nearly as busy as the tensor cores, their reads
 WORDS = 8  # of a work tile as the producer hands it to a consumer
 
 # Named barriers: the turns of consumer 0 and 1 at the tensor cores, and "V's rows beyond the sequence are zero".
@@ -69,7 +70,9 @@ class Barriers:
 class Fragments:
     """Operands and accumulators of a consumer warpgroup."""
 
-    q: cute.Tensor  # descriptors of its 64 rows
+    q: cute.Tensor  # descriptors of its 64 rows, the chunks that are not held in registers
+    q_held: cute.Tensor  # the first chunks in registers, as A operands
+    load_q: tuple  # how to load them: (tiled copy, shared memory, retiled registers)
     k: cute.Tensor  # descriptors of all stages
     v: cute.Tensor
     p: cute.Tensor  # probabilities as an A operand
@@ -355,6 +358,7 @@ class MHAForward:
     def next_rows(self, c: Consumer, works) -> Rows:
         """Wait for the next work's Q."""
         cute.arch.mbarrier_wait(c.barriers.q_full + c.side, works & 1)
+        cute.copy(c.f.load_q[0], c.f.load_q[1], c.f.load_q[2])
         words = self.words(c.shared, c.side)
         return Rows(*(uniform(words[i]) for i in range(6)))
 
@@ -364,10 +368,16 @@ class MHAForward:
         qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
         k_atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
         v_atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.MN_SW128, dtype)
-        q = operand(
-            shared.q.data_ptr() + side * (self.chunks * Q_CHUNK_ELEMENTS),
-            cute.tile_to_shape(k_atom, (ROWS, self.d), (0, 1)),
-        )
+        held = Q_CHUNKS_IN_REGISTERS
+        q_start = shared.q.data_ptr() + side * (self.chunks * Q_CHUNK_ELEMENTS)
+        q_layout = cute.tile_to_shape(k_atom, (ROWS, self.d - held * CHUNK), (0, 1))
+        q = operand(q_start + held * Q_CHUNK_ELEMENTS, q_layout)
+        held_qk = cute.make_tiled_mma(self.qk_op(OperandSource.RMEM))
+        held_slice = held_qk.get_slice(thread)
+        q_held = held_slice.make_fragment_A(held_slice.partition_shape_A((ROWS, held * CHUNK)))
+        load = cute.make_tiled_copy_A(cute.make_copy_atom(cute.nvgpu.warp.LdMatrix8x8x16bOp(False, 4), dtype), held_qk)
+        load_slice = load.get_slice(thread)
+        load_from = load_slice.partition_S(operand(q_start, cute.tile_to_shape(k_atom, (ROWS, held * CHUNK), (0, 1))))
         k = operand(shared.k.data_ptr(), cute.tile_to_shape(k_atom, (TILE_KV, self.d, STAGES), (0, 1, 2)))
         v = operand(shared.v.data_ptr(), cute.tile_to_shape(v_atom, (D_V, TILE_KV, STAGES), (1, 0, 2)))
 
@@ -384,6 +394,8 @@ class MHAForward:
         staging = operand(shared.out.data_ptr() + side * Q_CHUNK_ELEMENTS, k_major_layout(dtype))
         return Fragments(
             q=qk_slice.make_fragment_A(qk_slice.partition_A(q)),
+            q_held=q_held,
+            load_q=(load, load_from, load_slice.retile(q_held)),
             k=qk_slice.make_fragment_B(qk_slice.partition_B(k)),
             v=pv_slice.make_fragment_B(pv_slice.partition_B(v)),
             p=cute.make_tensor(p_scores.iterator, p_layout),
@@ -393,10 +405,10 @@ class MHAForward:
             stage_out=(store, values, store_slice.retile(values), store_slice.partition_D(staging)),
         )
 
-    def qk_op(self) -> warpgroup.MmaF16BF16Op:
+    def qk_op(self, source: OperandSource = OperandSource.SMEM) -> warpgroup.MmaF16BF16Op:
         """S[64, 128] += Q[64, 16] K[128, 16]^T."""
         shape, k = (ROWS, TILE_KV, 16), OperandMajorMode.K
-        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.SMEM, k, k)
+        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, source, k, k)
 
     def pv_op(self) -> warpgroup.MmaF16BF16Op:
         """O[64, 128] += P[64, 16] V[16, 128], P in registers."""
@@ -405,7 +417,16 @@ class MHAForward:
 
     def issue_scores(self, c: Consumer, number):
         """Issue S = Q K^T for the tile of keys `number`, counted over all work."""
-        gemm(self.qk_op(), c.f.s, c.f.q, c.f.k[None, None, None, number % STAGES], overwrite=True)
+        k = c.f.k[None, None, None, number % STAGES]
+        held = 4 * Q_CHUNKS_IN_REGISTERS
+        tiled = cute.make_tiled_mma(self.qk_op(OperandSource.RMEM))
+        for i in range(held):
+            tiled.set(warpgroup.Field.ACCUMULATE, i > 0)
+            cute.gemm(tiled, c.f.s, c.f.q_held[None, None, i], k[None, None, i], c.f.s)
+        tiled = cute.make_tiled_mma(self.qk_op())
+        tiled.set(warpgroup.Field.ACCUMULATE, True)
+        for i in range(cute.size(c.f.q, mode=[2])):
+            cute.gemm(tiled, c.f.s, c.f.q[None, None, i], k[None, None, held + i], c.f.s)
         warpgroup.commit_group()
 
     def issue_values(self, c: Consumer, number):

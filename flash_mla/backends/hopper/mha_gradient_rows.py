@@ -1,7 +1,8 @@
 """What dense MHA's backward does a query row at a time: values of rows before, sums of dQ during it, dQ after it.
 
-dQ is summed in fp32 [h_q, total_q, d]. Within each 16 columns the sums lie in the order in which the threads of a
-warpgroup's accumulator hold them: thread c of the four that share a row has columns 2 c, 2 c + 1, 8 + 2 c, 9 + 2 c.
+dQ is summed in fp32 [h_q, tiles, 64 * d] by bulk copies that add, each of what a warp holds: a tile is 64 rows of one
+sequence, in the order of the accumulators, so that a warp's part of it is contiguous. Of every 16 rows x 16 columns,
+thread c of the four that share a row of an accumulator holds columns 2 c, 2 c + 1, 8 + 2 c and 9 + 2 c: 16 bytes.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, range_constexpr
 
+from flash_mla.backends.hopper.mha_schedule import VISIT_Q, first_tile
 from flash_mla.backends.hopper.softmax import LOG2_E
 
 D_V = 128
 LANES = 16  # of a row, before
-ROWS = 16  # of a CTA
-PERMUTED = 16  # columns
+ROWS = 16  # of a CTA, before
+COLUMNS = 16  # of a thread, after
+SIDES = 2  # halves of dQ's columns
+UNIT = 128  # fp32 values that a warp stores at once, 16 bytes a lane: 8 rows of 16 columns
+PIECE = 4  # units of a copy
 
 
 class GradientRows:
@@ -36,7 +41,7 @@ class GradientRows:
         stream,
     ):
         """lse in base 2 and delta = rowsum(dout out) - dlse of every row; sums and counter set to 0."""
-        grid = ((out.shape[0] + (ROWS - 1)) // ROWS, out.shape[1], 1)
+        grid = (dq_sums.shape[1] * (VISIT_Q // ROWS), out.shape[1], 1)
         self.before_kernel(dout, out, lse, dlse, row_values, dq_sums, next_tile).launch(
             grid=grid, block=(ROWS * LANES, 1, 1), stream=stream
         )
@@ -68,54 +73,95 @@ class GradientRows:
             delta += a[i].to(Float32) * b[i].to(Float32)
         for i in range_constexpr(4):
             delta += cute.arch.shuffle_sync_bfly(delta, 1 << i)
-        if exists:
-            if lane == 0:
-                # A row that sees no key has P = exp2(0 - inf) = 0, whatever its dout.
-                blind = lse[token, head] == -Float32.inf
-                row_values[0, head, token] = cutlass.select_(blind, Float32.inf, lse[token, head] * LOG2_E)
-                row_values[1, head, token] = cutlass.select_(blind, Float32(0.0), delta - dlse[token, head])
-            zeros = cute.make_rmem_tensor(4, Float32)
-            zeros.fill(0.0)
-            sums = dq_sums[head, token, None].iterator + lane * 4
-            for i in range_constexpr(self.d // (4 * LANES)):
-                cute.autovec_copy(zeros, cute.make_tensor((sums + i * 4 * LANES).align(16), zeros.layout))
+        if exists & (lane == 0):
+            # A row that sees no key has P = exp2(0 - inf) = 0, whatever its dout.
+            blind = lse[token, head] == -Float32.inf
+            row_values[0, head, token] = cutlass.select_(blind, Float32.inf, lse[token, head] * LOG2_E)
+            row_values[1, head, token] = cutlass.select_(blind, Float32(0.0), delta - dlse[token, head])
+        zeros = cute.make_rmem_tensor(4, Float32)
+        zeros.fill(0.0)
+        sums = dq_sums[head, row // VISIT_Q, None].iterator + row % VISIT_Q * self.d + lane * 4
+        for i in range_constexpr(self.d // (4 * LANES)):
+            cute.autovec_copy(zeros, cute.make_tensor((sums + i * 4 * LANES).align(16), zeros.layout))
         if (thread == 0) & (block == 0) & (head == 0):
             next_tile[0] = 0
 
     @cute.jit
-    def after(self, dq_sums: cute.Tensor, dq: cute.Tensor, scale: Float32, stream):
+    def after(self, dq_sums: cute.Tensor, cu_seqlens_qo: cute.Tensor, dq: cute.Tensor, scale: Float32, stream):
         """dq = scale times the sums."""
-        grid = ((dq.shape[0] + (ROWS - 1)) // ROWS, dq.shape[1], 1)
-        self.after_kernel(dq_sums, dq, scale).launch(
-            grid=grid, block=(ROWS * (self.d // PERMUTED), 1, 1), stream=stream
+        self.after_kernel(dq_sums, cu_seqlens_qo, dq, scale).launch(
+            grid=(dq_sums.shape[1], dq.shape[1], 1), block=(VISIT_Q * (self.d // COLUMNS), 1, 1), stream=stream
         )
 
     @cute.kernel
-    def after_kernel(self, dq_sums: cute.Tensor, dq: cute.Tensor, scale: Float32):
+    def after_kernel(self, dq_sums: cute.Tensor, cu_seqlens_qo: cute.Tensor, dq: cute.Tensor, scale: Float32):
         thread, _, _ = cute.arch.thread_idx()
-        block, head, _ = cute.arch.block_idx()
-        row = block * ROWS + thread // (self.d // PERMUTED)
-        column = thread % (self.d // PERMUTED) * PERMUTED
-        if row < dq.shape[0]:
-            sums = cute.make_rmem_tensor(PERMUTED, Float32)
-            values = cute.make_rmem_tensor(PERMUTED, self.dtype)
-            source = dq_sums[head, row, None].iterator + column
+        tile, head, _ = cute.arch.block_idx()
+        sequence = sequence_of(cu_seqlens_qo, tile)
+        begin, end = cu_seqlens_qo[sequence], cu_seqlens_qo[sequence + 1]
+        row, group = thread // (self.d // COLUMNS), thread % (self.d // COLUMNS)
+        token = begin + (tile - first_tile(begin, sequence)) * VISIT_Q + row
+        if token < end:
+            half = self.d // COLUMNS // SIDES  # column groups of a side
+            warp = group // half * (VISIT_Q // 16) + row // 16
+            unit = warp * (2 * half) + group % half * 2 + row // 8 % 2
+            sums = cute.make_rmem_tensor(COLUMNS, Float32)
+            values = cute.make_rmem_tensor(COLUMNS, self.dtype)
+            source = dq_sums[head, tile, None].iterator + unit * UNIT + row % 8 * COLUMNS
             cute.autovec_copy(cute.make_tensor(source.align(16), sums.layout), sums)
             for c in range_constexpr(4):
                 for i in range_constexpr(4):
                     values[8 * (i // 2) + 2 * c + i % 2] = (sums[4 * c + i] * scale).to(self.dtype)
-            to = dq[row, head, None].iterator + column
+            to = dq[token, head, None].iterator + group * COLUMNS
             cute.autovec_copy(values, cute.make_tensor(to.align(16), values.layout))
 
 
 @cute.jit
-def add_to_sums(dq: cute.Tensor, r: cutlass.Constexpr, sums: cute.Pointer, exists, c: Int32):
-    """Add row r of this thread, the c-th of four, of an accumulator to the sums of its columns."""
-    address = (sums + c * 4).toint()
-    if exists:
-        for j in range_constexpr(0, cute.size(dq) // 4, 2):
-            values = [dq[4 * (j + half) + 2 * r + i] for half in range(2) for i in range(2)]
-            cute.arch.inline_ptx(
-                f"red.relaxed.gpu.global.add.v4.f32 [{{$r0}}+{j * 32}], {{{{$r1}}, {{$r2}}, {{$r3}}, {{$r4}}}};",
-                read_only_args=[address, *values],
-            )
+def sequence_of(cu_seqlens: cute.Tensor, tile: Int32) -> Int32:
+    """The sequence whose rows a tile of the sums may hold."""
+    low, high = Int32(0), cu_seqlens.shape[0] - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        begins_after = first_tile(cu_seqlens[middle], middle) > tile
+        low = cutlass.select_(begins_after, low, middle)
+        high = cutlass.select_(begins_after, middle, high)
+    return low
+
+
+@cute.jit
+def add_to_sums(dq: cute.Tensor, tile: cute.Pointer, staged: cute.Pointer, warp: Int32, lane: Int32):
+    """Add this warp's part of dQ [64, half of d] to a tile's sums; `staged` has room for 2 pieces."""
+    units = cute.size(dq) // 4
+    to = (tile + warp * (units * UNIT)).toint()
+    wait_for_staged()
+    for first in range_constexpr(0, units, 2 * PIECE):
+        if first > 0:
+            wait_for_staged(1)
+        pieces = min(2, (units - first) // PIECE)
+        for unit in range_constexpr(pieces * PIECE):
+            j, r = (first + unit) // 2 * 2, (first + unit) % 2
+            values = cute.make_rmem_tensor(4, Float32)
+            for i in range_constexpr(4):
+                values[i] = dq[4 * (j + i // 2) + 2 * r + i % 2]
+            start = staged + unit * UNIT + lane * 4
+            cute.autovec_copy(values, cute.make_tensor(start.align(16), values.layout))
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            for piece in range_constexpr(pieces):
+                size = PIECE * UNIT * 4
+                cute.arch.inline_ptx(
+                    f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{{$r0}}], [{{$r1}}], {size};",
+                    read_only_args=[
+                        to + (first // PIECE + piece) * size,
+                        Int32((staged + piece * PIECE * UNIT).toint()),
+                    ],
+                )
+                cute.arch.cp_async_bulk_commit_group()
+
+
+def wait_for_staged(pieces: int = 0):
+    """Wait until all but the last `pieces` pieces that this warp staged have been read."""
+    with cute.arch.elect_one():
+        cute.arch.cp_async_bulk_wait_group(pieces, read=True)
+    cute.arch.sync_warp()

@@ -23,6 +23,7 @@ from flash_mla.problem import MHAProblem
 __all__ = ["mha_backward", "mha_forward", "why_not"]
 
 TILE = 128  # query rows of a CTA forward, keys of one backward
+VISIT_Q = 64  # query rows that the backward visits at a time
 
 
 def why_not(problem: MHAProblem) -> str | None:
@@ -116,6 +117,7 @@ def _backward(
     tiles = problem.h_kv * (len(cu_seqlens_kv) - 1) * -(-max_seqlen_kv // TILE)
     if tiles == 0 or q.shape[0] == 0 or k.shape[0] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
+    sums_tiles = q.shape[0] // VISIT_Q + len(cu_seqlens_qo) - 1  # each holds rows of one sequence
     row_values = torch.empty(2, *lse.T.shape, dtype=torch.float32, device=q.device)
     kernels.load(_kernel("backward", problem))(
         with_aligned_rows(dout),
@@ -131,7 +133,7 @@ def _backward(
         dk,
         dv,
         row_values,
-        torch.empty(*lse.T.shape, problem.d_qk, dtype=torch.float32, device=q.device),
+        torch.empty(problem.h_q, sums_tiles, VISIT_Q * problem.d_qk, dtype=torch.float32, device=q.device),
         torch.empty(1, dtype=torch.int32, device=q.device),
         softmax_scale,
         softmax_scale * LOG2_E,

@@ -58,6 +58,7 @@ class KeyTile(InRegisters):
         kv_row: Int32,
         keys: Int32,
         q_row: Int32,
+        q_tile: Int32,
         seqlen_qo: Int32,
         first: Int32,
         sees_first: Int32,
@@ -68,6 +69,7 @@ class KeyTile(InRegisters):
         self.kv_row = kv_row  # the first key, of k and v
         self.keys = keys  # that exist, from the first on
         self.q_row = q_row  # the sequence's first, of q
+        self.q_tile = q_tile  # the sequence's first, where every sequence begins a tile
         self.seqlen_qo = seqlen_qo
         self.first = first  # query tile to visit, of each head
         self.sees_first = sees_first  # the query from which on the first key is seen; each next key one query later
@@ -172,11 +174,17 @@ class KeyTiles(Sequences):
             kv_row=kv_begin + key,
             keys=cutlass.min(seqlen_kv - key, TILE_KV),
             q_row=q_begin,
+            q_tile=first_tile(q_begin, sequence),
             seqlen_qo=seqlen_qo,
             first=first,
             sees_first=sees_first,
             blind=self.causal * cutlass.max(seqlen_qo - seqlen_kv, 0),
         )
+
+
+def first_tile(q_begin: Int32, sequence: Int32) -> Int32:
+    """Where a sequence begins among tiles of VISIT_Q rows that hold one sequence each; some tiles stay empty."""
+    return q_begin // VISIT_Q + sequence
 
 
 def heads_together(tokens: Int32, tokens_in_l2: int) -> Int32:
