@@ -63,6 +63,22 @@ class Case(NamedTuple):
         ]
         return torch.tensor(blind, dtype=torch.bool, device="cuda")
 
+    def dout(self) -> torch.Tensor:
+        """A gradient of out: the smaller, the more queries a key has, as that of a mean is.
+
+        dv sums up P dout, of which P is rounded to the dtype: with few keys and many queries of like size those errors
+        exceed what is left of sums that cancel.
+        """
+        group = self.q.shape[1] // self.k.shape[1]
+        sizes = [
+            min(1.0, math.sqrt(s_kv / (s_q * group)))
+            for s_q, s_kv in zip(self.lengths_q, self.lengths_kv, strict=True)
+            for _ in range(s_q)
+        ]
+        shape = (*self.q.shape[:2], D_V)
+        sizes = torch.tensor(sizes, device=self.q.device)[:, None, None]
+        return (torch.randn(shape, device=self.q.device) / 10 * sizes).to(self.q.dtype)
+
 
 def normal(tokens: int, heads: int, d: int, dtype: torch.dtype, magnitude: float) -> torch.Tensor:
     """Multiples of a power of two: fp32 scores are exact in any order, so that tolerances of lse hold near 0, too."""
@@ -111,7 +127,7 @@ def check_gradients(case: Case, *, of_lse: bool = True) -> None:
     """dq, dk, dv of random dout and dlse; whatever queries that see no key have there must not matter."""
     leaves = [x.detach().requires_grad_() for x in case[:3]]
     results = Case(*leaves, *case[3:]).run()
-    given = [torch.randn_like(results[0]) / 10, torch.randn_like(results[1]) / 100][: 1 + of_lse]
+    given = [case.dout(), torch.randn_like(results[1]) / 100][: 1 + of_lse]
     blind = case.blind()
     got = torch.autograd.grad(results[: 1 + of_lse], leaves, [poisoned(x, blind) for x in given], retain_graph=True)
     again = torch.autograd.grad(results[: 1 + of_lse], leaves, given)

@@ -469,11 +469,11 @@ class FewRowsDecode:
         for i in range_constexpr(self.rows // 4):
             for distance in (4, 8, 16):
                 sums[i] = sums[i] + cute.arch.shuffle_sync_bfly(sums[i], distance)
+        # The sums and their inverses of the piece before have been read.
+        cute.arch.mbarrier_wait(barriers.sums_empty, (pieces & 1) ^ 1)
         if lane < 4:
             for i in range_constexpr(self.rows // 4):
                 shared_sums[warp, self.column(lane, i)] = sums[i]
-        # The sums and their inverses of the piece before have been read.
-        cute.arch.mbarrier_wait(barriers.sums_empty, (pieces & 1) ^ 1)
         cute.arch.barrier(barrier_id=SCORES_ONLY, number_of_threads=WARPGROUP)
         if warp == 0:
             if lane < 4:
