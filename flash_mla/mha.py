@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from flash_mla import checks, mha_ops
 
@@ -65,7 +66,8 @@ def flash_attn_varlen_func(
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.flash_mla.mha_forward(*args)
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not (backward or forward_ad._current_level >= 0):
         out, lse = mha_ops.mha_forward(*args)  # without what autograd does before it notices
         return out, lse
     return mha_ops.Attention.apply(*args)

@@ -12,6 +12,7 @@ import torch
 from helpers import one_key_leads_
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_mla import reference
@@ -469,3 +470,12 @@ def test_second_derivatives_are_refused() -> None:
     (grad,) = torch.autograd.grad(case._replace(q=q).run()[0].float().square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.float().sum().backward()
+
+
+def test_forward_mode_derivatives_are_refused() -> None:
+    q, k, v = (torch.randn(4, 1, d).bfloat16() for d in (192, 192, 128))
+    offsets = torch.tensor([0, 4], dtype=torch.int32)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            flash_attn_varlen_func(dual, k, v, offsets, offsets, 4, 4)
