@@ -202,6 +202,33 @@ class Pieces:
         return self.partial_lse[self.first + i, self.row]
 
 
+@cute.jit
+def merge_pieces(
+    dtype: cutlass.Constexpr,
+    partial_o: cute.Tensor,
+    partial_lse: cute.Tensor,
+    work: cute.Tensor,
+    splits: cute.Tensor,
+    sink: cute.Tensor | None,
+    out: cute.Tensor,
+    lse: cute.Tensor,
+    by_unit: Int32,
+    warps: Int32,
+    stream,
+):
+    """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done.
+
+    The arguments are those of `Combine.__call__`; one warp takes a whole row, of more each takes a quarter's splits.
+    """
+    candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
+    arguments = (partial_o, partial_lse, work, splits, sink, out, lse, candidates, by_unit, warps, stream)
+    d_v = partial_o.shape[2]
+    if warps == 1:
+        Combine(dtype, d_v, columns=d_v)(*arguments)
+    else:
+        Combine(dtype, d_v, columns=d_v // 4)(*arguments)
+
+
 def compile_variant(dtype: str, d_v: int, columns: int) -> aot.Compiled:
     """Compile for tensors of any extents; the last dimension of `out` is dense, its rows 16-byte aligned."""
     element = getattr(cutlass, dtype)

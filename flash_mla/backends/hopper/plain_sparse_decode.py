@@ -21,10 +21,10 @@ from flash_mla.backends.hopper.sparse_decode import (
     ROW_BYTES,
     V_CHUNKS,
     SparseDecode,
-    Tokens,
     compile_for,
     wait_copies,
 )
+from flash_mla.backends.hopper.sparse_decode_walk import Tokens
 
 LANES_PER_ROW = 8  # that bring the 128 bytes of a row's chunk
 ROWS_PER_COPY = 32 // LANES_PER_ROW

@@ -22,10 +22,10 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot, dequant
-from flash_mla.backends.hopper.combine import Combine
+from flash_mla.backends.hopper.combine import merge_pieces
 from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, THREADS_PER_ROW, UNIT, copy_async
 from flash_mla.backends.hopper.epilogue import write_fp32_row
-from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains, uniform
+from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains
 from flash_mla.backends.hopper.softmax import (
     LN2,
     LOG2_E,
@@ -37,10 +37,18 @@ from flash_mla.backends.hopper.softmax import (
     rescale,
     row_max,
 )
+from flash_mla.backends.hopper.sparse_decode_walk import (
+    TILE,
+    Arguments,
+    Cursor,
+    Source,
+    Tokens,
+    quotient,
+    tiles_of,
+)
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
 
-BLOCK = 64  # tokens in a KV block
-TILE = 2 * BLOCK  # tokens in a tile of the plan: a pair of blocks, one for each consumer warpgroup
+BLOCK = TILE // 2  # tokens in a KV block, of which each consumer warpgroup has one of a tile
 D_V = 512
 V_CHUNKS = D_V // CHUNK
 K_CHUNKS = V_CHUNKS + 1  # the last is RoPE, then P
@@ -68,158 +76,6 @@ class Barriers:
     q_full: cute.Pointer
     q_empty: cute.Pointer
     peer: Int32 | None  # rank of the cluster's other CTA
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What every role reads of the call; shapes at `SparseDecode.__call__`."""
-
-    q: cute.Tensor
-    main: "Source"
-    extra: "Source"
-    sink: cute.Tensor
-    work: cute.Tensor
-    splits: cute.Tensor
-    partial_o: cute.Tensor
-    partial_lse: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor
-    scale_log2: Float32
-    run: Int32
-    causal: Int32
-    batch_invariant: Int32
-
-    def place(self, unit: Int32) -> tuple[Int32, Int32, Int32]:
-        """(request, query token, pass over its heads) of a unit."""
-        tile = cute.arch.grid_dim()[0] * ROWS
-        passes = (self.q.shape[2] + tile - 1) // tile
-        query, tokens = unit // passes, self.q.shape[1]
-        return query // tokens, query % tokens, unit % passes
-
-    def rows(self, piece) -> "Rows":
-        """The query rows of this CTA in the piece's unit."""
-        request, token, turn = self.place(piece.unit)
-        head_tile = turn * cute.arch.grid_dim()[0] + cute.arch.block_idx()[0]
-        return Rows(request, token, head_tile, self.q.shape[2] - head_tile * ROWS)
-
-    def lengths(self, piece) -> tuple[Int32, Int32]:
-        """Entries of the indices into the main and the extra cache that count."""
-        request, _, _ = self.place(piece.unit)
-        return self.main.length(request, self.run), self.extra.length(request, self.run)
-
-    def entries(self, piece) -> tuple[Int32, Int64, Int64]:
-        """(last tokens that the query must not see, addresses of its indices into the main and the extra cache)."""
-        request, token, _ = self.place(piece.unit)
-        hidden = self.causal * (self.q.shape[1] - 1 - token)
-        sources = (self.main, self.extra)
-        return hidden, *(source.indices[request, token, None].iterator.toint() for source in sources)
-
-    def slot(self, piece: Piece) -> Int32:
-        """Where the piece's partial result goes, or -1 if it is a whole unit."""
-        first, after = self.splits[piece.unit], self.splits[piece.unit + 1]
-        return uniform(cutlass.select_(first == after, Int32(-1), first + piece.split))
-
-
-@dataclass(frozen=True)
-class Source:
-    """A cache, and indices into it."""
-
-    cache: cute.Tensor
-    page_size: Int32
-    token_bytes: Int64 | int  # from one token of a page to the next
-    indices: cute.Tensor
-    lengths: cute.Tensor
-
-    def length(self, request: Int32, run: Int32) -> Int32:
-        return uniform(cutlass.max(0, cutlass.min(self.lengths[request], self.indices.shape[2] * run)))
-
-    def prefetch_lengths(self):
-        """Bring lengths (32 a lane) to the L2 before it is known which of them are needed."""
-        first = cutlass.min(cute.arch.lane_idx() * 32, self.lengths.shape[0] - 1)
-        prefetch((self.lengths.iterator + first * self.lengths.stride[0]).toint(), 0)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The heads of one query token that a CTA attends with."""
-
-    request: Int32
-    token: Int32
-    head_tile: Int32
-    count: Int32  # of heads that exist, from the tile's first on; may be <= 0
-
-
-class Cursor:
-    """A tile of a worker's share: in a piece of `unit` that ends before tile `stop`. Lives in registers, across loops.
-
-    Behind the last piece, `exists` is false.
-    """
-
-    def __init__(self, unit, tile, stop, opens, length, extra_length, hidden, entries, extra_entries):
-        self.unit, self.tile, self.stop = unit, tile, stop
-        self.opens = opens  # 1 for the first tile of a piece
-        self.length, self.extra_length = length, extra_length  # tokens of the unit
-        self.hidden = hidden  # how many of the last ones its query must not see
-        self.entries, self.extra_entries = entries, extra_entries  # addresses of the unit's indices
-
-    def advanced(self) -> "Cursor":
-        """The next tile of the piece."""
-        of_unit = (self.length, self.extra_length, self.hidden, self.entries, self.extra_entries)
-        return Cursor(self.unit, self.tile + 1, self.stop, Int32(0), *of_unit)
-
-    @property
-    def exists(self):
-        return self.tile < self.stop
-
-    @property
-    def is_extra(self):
-        """Whether the tile is of the extra cache; its tiles follow those of the main one."""
-        return self.tile >= tiles_of(self.length)
-
-    def position(self, lane: "Lane") -> Int32:
-        """Among the tokens of the tile's cache: of the one that a producer lane looks up."""
-        main_tiles = cutlass.select_(self.is_extra, tiles_of(self.length), Int32(0))
-        return (self.tile - main_tiles) * TILE + lane.token
-
-    def __extract_mlir_values__(self):
-        small = (self.unit, self.tile, self.stop, self.opens, self.length, self.extra_length, self.hidden)
-        return [value.ir_value() for value in (*small, self.entries, self.extra_entries)]
-
-    def __new_from_mlir_values__(self, values):
-        return Cursor(*(Int32(value) for value in values[:7]), *(Int64(value) for value in values[7:]))
-
-
-class Tokens:
-    """The token that a producer lane looks up of a tile. Lives in registers, across loops.
-
-    row: address, or 0 if it is not to be attended to. scales: how much farther its scales begin, if they are apart.
-    extra: whether the tile is of the extra cache, if that is of another format.
-    """
-
-    def __init__(self, row: Int64, scales: Int32 | None, extra: Int32 | None):
-        self.row, self.scales, self.extra = row, scales, extra
-
-    def __extract_mlir_values__(self):
-        return [value.ir_value() for value in (self.row, self.scales, self.extra) if value is not None]
-
-    def __new_from_mlir_values__(self, values):
-        rest = iter(values[1:])
-        scales, extra = (None if value is None else Int32(next(rest)) for value in (self.scales, self.extra))
-        return Tokens(Int64(values[0]), scales, extra)
-
-    def of_lane(self, lane: Int32) -> tuple:
-        """(row, its scales, extra) of the token of another lane."""
-        row = cute.arch.shuffle_sync(self.row, lane)
-        scales = row if self.scales is None else row + Int64(cute.arch.shuffle_sync(self.scales, lane))
-        return row, scales, self.extra
-
-    def unless(self, condition, other: "Tokens") -> "Tokens":
-        """These tokens, or the others if the condition holds."""
-        row, scales, extra = (
-            None if mine is None else cutlass.select_(condition, theirs, mine)
-            for mine, theirs in ((self.row, other.row), (self.scales, other.scales), (self.extra, other.extra))
-        )
-        return Tokens(row, scales, extra)
 
 
 @dataclass(frozen=True)
@@ -333,7 +189,6 @@ class SparseDecode:
         warps: Int32,
         stream,
     ):
-        """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done."""
         (b, s_q, h_q, _), (out_b, out_s, out_h, _) = out.shape, out.stride
         lse_b, lse_h, lse_s = lse.stride
         rows_out = cute.make_tensor(
@@ -341,14 +196,9 @@ class SparseDecode:
         )
         rows_lse = cute.make_tensor(lse.iterator, cute.make_layout((b, s_q, 1, h_q), stride=(lse_b, lse_s, 0, lse_h)))
         rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
-        candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
-        arguments = (
-            partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, candidates, by_unit, warps, stream
-        )  # fmt: skip
-        if warps == 1:
-            Combine(self.dtype, D_V, columns=D_V)(*arguments)
-        else:
-            Combine(self.dtype, D_V, columns=D_V // 4)(*arguments)
+        merge_pieces(
+            self.dtype, partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, by_unit, warps, stream
+        )
 
     @cute.kernel
     def kernel(
@@ -625,7 +475,7 @@ class SparseDecode:
     def fetch_index(self, args, cursor: Cursor, lane: Lane, inverses: tuple):
         """Start to bring the index that this lane looks up: of a run of slots, or less than 0 if there is none."""
         length = cutlass.select_(cursor.is_extra, cursor.extra_length, cursor.length)
-        position = cursor.position(lane)
+        position = cursor.position(lane.token)
         if position < cutlass.select_(cursor.exists, length - cursor.hidden, Int32(0)):
             entry = self.entry(args, position, inverses)
             entries = cutlass.select_(cursor.is_extra, cursor.extra_entries, cursor.entries)
@@ -639,7 +489,7 @@ class SparseDecode:
         index = cute.arch.inline_ptx(
             "ld.shared.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[lane.index]
         )
-        position = cursor.position(lane)
+        position = cursor.position(lane.token)
         slot = (index - self.entry(args, position, inverses)) * args.run + position
         extra = cursor.is_extra
         sources = (args.main, args.extra)
@@ -1065,17 +915,6 @@ def softmax(scores: cute.Tensor, p: cute.Tensor, sums: cute.Tensor, reference: c
     exponentials(scores, p, sums, reference, scale)
 
 
-def tiles_of(length: Int32) -> Int32:
-    return (length + (TILE - 1)) // TILE
-
-
-def quotient(n: Int32, divisor: Int32, inverse: Uint32) -> Int32:
-    """n // divisor of n >= 0, given (2^32 - 1) // divisor."""
-    q = cute.arch.inline_ptx("mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[n, inverse])
-    # The product falls short of the quotient by one at most.
-    return q + cutlass.select_(n - q * divisor >= divisor, Int32(1), Int32(0))
-
-
 def push_octet(source: Int32, there: Int32, full_there: Int32) -> None:
     """Copy eight rows of a chunk, one swizzle atom, to the peer's shared memory, `there` farther."""
     cute.arch.inline_ptx(
@@ -1091,11 +930,6 @@ def remote(address: Int32, peer: Int32) -> Int32:
         "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, peer]
     )
     return cute.arch.make_warp_uniform(there)
-
-
-def prefetch(address: Int64, offset: int) -> None:
-    """Start to bring the line of a global address to the L2."""
-    cute.arch.inline_ptx(f"prefetch.global.L2 [{{$r0}}+{offset}];", read_only_args=[address])
 
 
 def wait_copies(pending: int) -> None:

@@ -50,13 +50,11 @@ from flash_mla.backends.hopper.sparse_decode import (
     PRODUCER_WARP,
     RIGHT,
     WARPGROUP,
-    Arguments,
-    Source,
     SparseDecode,
     compile_for,
-    tiles_of,
     wait_copies,
 )
+from flash_mla.backends.hopper.sparse_decode_walk import Arguments, Source, tiles_of
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS
 
 GROUPS = D_V // GROUP

@@ -1,0 +1,180 @@
+"""How sparse decode's roles walk their worker's share: from a unit to its tiles, and to the tokens that these name."""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint32
+
+from flash_mla.backends.hopper.schedule import Piece, uniform
+from flash_mla.backends.hopper.wgmma import ROWS
+
+TILE = 128  # tokens in a tile of the plan
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What every role reads of the call; shapes at `SparseDecode.__call__`."""
+
+    q: cute.Tensor
+    main: "Source"
+    extra: "Source"
+    sink: cute.Tensor
+    work: cute.Tensor
+    splits: cute.Tensor
+    partial_o: cute.Tensor
+    partial_lse: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    scale_log2: Float32
+    run: Int32
+    causal: Int32
+    batch_invariant: Int32
+
+    def place(self, unit: Int32) -> tuple[Int32, Int32, Int32]:
+        """(request, query token, pass over its heads) of a unit."""
+        tile = cute.arch.grid_dim()[0] * ROWS
+        passes = (self.q.shape[2] + tile - 1) // tile
+        query, tokens = unit // passes, self.q.shape[1]
+        return query // tokens, query % tokens, unit % passes
+
+    def rows(self, piece) -> "Rows":
+        """The query rows of this CTA in the piece's unit."""
+        request, token, turn = self.place(piece.unit)
+        head_tile = turn * cute.arch.grid_dim()[0] + cute.arch.block_idx()[0]
+        return Rows(request, token, head_tile, self.q.shape[2] - head_tile * ROWS)
+
+    def lengths(self, piece) -> tuple[Int32, Int32]:
+        """Entries of the indices into the main and the extra cache that count."""
+        request, _, _ = self.place(piece.unit)
+        return self.main.length(request, self.run), self.extra.length(request, self.run)
+
+    def entries(self, piece) -> tuple[Int32, Int64, Int64]:
+        """(last tokens that the query must not see, addresses of its indices into the main and the extra cache)."""
+        request, token, _ = self.place(piece.unit)
+        hidden = self.causal * (self.q.shape[1] - 1 - token)
+        sources = (self.main, self.extra)
+        return hidden, *(source.indices[request, token, None].iterator.toint() for source in sources)
+
+    def slot(self, piece: Piece) -> Int32:
+        """Where the piece's partial result goes, or -1 if it is a whole unit."""
+        first, after = self.splits[piece.unit], self.splits[piece.unit + 1]
+        return uniform(cutlass.select_(first == after, Int32(-1), first + piece.split))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A cache, and indices into it."""
+
+    cache: cute.Tensor
+    page_size: Int32
+    token_bytes: Int64 | int  # from one token of a page to the next
+    indices: cute.Tensor
+    lengths: cute.Tensor
+
+    def length(self, request: Int32, run: Int32) -> Int32:
+        return uniform(cutlass.max(0, cutlass.min(self.lengths[request], self.indices.shape[2] * run)))
+
+    def prefetch_lengths(self):
+        """Bring lengths (32 a lane) to the L2 before it is known which of them are needed."""
+        first = cutlass.min(cute.arch.lane_idx() * 32, self.lengths.shape[0] - 1)
+        prefetch((self.lengths.iterator + first * self.lengths.stride[0]).toint(), 0)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The heads of one query token that a CTA attends with."""
+
+    request: Int32
+    token: Int32
+    head_tile: Int32
+    count: Int32  # of heads that exist, from the tile's first on; may be <= 0
+
+
+class Cursor:
+    """A tile of a worker's share: in a piece of `unit` that ends before tile `stop`. Lives in registers, across loops.
+
+    Behind the last piece, `exists` is false.
+    """
+
+    def __init__(self, unit, tile, stop, opens, length, extra_length, hidden, entries, extra_entries):
+        self.unit, self.tile, self.stop = unit, tile, stop
+        self.opens = opens  # 1 for the first tile of a piece
+        self.length, self.extra_length = length, extra_length  # tokens of the unit
+        self.hidden = hidden  # how many of the last ones its query must not see
+        self.entries, self.extra_entries = entries, extra_entries  # addresses of the unit's indices
+
+    def advanced(self) -> "Cursor":
+        """The next tile of the piece."""
+        of_unit = (self.length, self.extra_length, self.hidden, self.entries, self.extra_entries)
+        return Cursor(self.unit, self.tile + 1, self.stop, Int32(0), *of_unit)
+
+    @property
+    def exists(self):
+        return self.tile < self.stop
+
+    @property
+    def is_extra(self):
+        """Whether the tile is of the extra cache; its tiles follow those of the main one."""
+        return self.tile >= tiles_of(self.length)
+
+    def position(self, token: Int32) -> Int32:
+        """Of a token of the tile, among those of the tile's cache."""
+        main_tiles = cutlass.select_(self.is_extra, tiles_of(self.length), Int32(0))
+        return (self.tile - main_tiles) * TILE + token
+
+    def __extract_mlir_values__(self):
+        small = (self.unit, self.tile, self.stop, self.opens, self.length, self.extra_length, self.hidden)
+        return [value.ir_value() for value in (*small, self.entries, self.extra_entries)]
+
+    def __new_from_mlir_values__(self, values):
+        return Cursor(*(Int32(value) for value in values[:7]), *(Int64(value) for value in values[7:]))
+
+
+class Tokens:
+    """The token that a producer lane looks up of a tile. Lives in registers, across loops.
+
+    row: address, or 0 if it is not to be attended to. scales: how much farther its scales begin, if they are apart.
+    extra: whether the tile is of the extra cache, if that is of another format.
+    """
+
+    def __init__(self, row: Int64, scales: Int32 | None, extra: Int32 | None):
+        self.row, self.scales, self.extra = row, scales, extra
+
+    def __extract_mlir_values__(self):
+        return [value.ir_value() for value in (self.row, self.scales, self.extra) if value is not None]
+
+    def __new_from_mlir_values__(self, values):
+        rest = iter(values[1:])
+        scales, extra = (None if value is None else Int32(next(rest)) for value in (self.scales, self.extra))
+        return Tokens(Int64(values[0]), scales, extra)
+
+    def of_lane(self, lane: Int32) -> tuple:
+        """(row, its scales, extra) of the token of another lane."""
+        row = cute.arch.shuffle_sync(self.row, lane)
+        scales = row if self.scales is None else row + Int64(cute.arch.shuffle_sync(self.scales, lane))
+        return row, scales, self.extra
+
+    def unless(self, condition, other: "Tokens") -> "Tokens":
+        """These tokens, or the others if the condition holds."""
+        row, scales, extra = (
+            None if mine is None else cutlass.select_(condition, theirs, mine)
+            for mine, theirs in ((self.row, other.row), (self.scales, other.scales), (self.extra, other.extra))
+        )
+        return Tokens(row, scales, extra)
+
+
+def tiles_of(length: Int32) -> Int32:
+    return (length + (TILE - 1)) // TILE
+
+
+def quotient(n: Int32, divisor: Int32, inverse: Uint32) -> Int32:
+    """n // divisor of n >= 0, given (2^32 - 1) // divisor."""
+    q = cute.arch.inline_ptx("mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[n, inverse])
+    # The product falls short of the quotient by one at most.
+    return q + cutlass.select_(n - q * divisor >= divisor, Int32(1), Int32(0))
+
+
+def prefetch(address: Int64, offset: int) -> None:
+    """Start to bring the line of a global address to the L2."""
+    cute.arch.inline_ptx(f"prefetch.global.L2 [{{$r0}}+{offset}];", read_only_args=[address])
