@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from flash_mla import KVCacheFormat, kernels
-from flash_mla.backends import hopper
-from flash_mla.backends.hopper import dense_decode_launch, sparse_decode_launch, sparse_prefill_launch
+from flash_mla.backends import hopper, triton
+from flash_mla.backends.hopper import dense_decode_launch, mha_launch, sparse_decode_launch, sparse_prefill_launch
 from flash_mla.backends.hopper.launch import LOG2_E
+from flash_mla.backends.hopper.mha_launch import FEW_QUERIES
 from flash_mla.backends.hopper.variants import VARIANTS
-from flash_mla.problem import DecodeInputs, DecodeProblem, SparsePrefillInputs, SparsePrefillProblem
+from flash_mla.problem import DecodeInputs, DecodeProblem, MHAProblem, SparsePrefillInputs, SparsePrefillProblem
 
 CPU = torch.device("cpu")
 
@@ -231,3 +232,37 @@ def test_rows_of_a_plain_cache_that_copies_cannot_read_are_refused(launched, nam
     plan = sparse_decode_launch.plan_decode(problem, inputs)
     with pytest.raises(ValueError, match=rf"^{name}: got strides \[36928, 577, 577, 1\] .* multiples of 16 bytes"):
         sparse_decode_launch.decode(problem, inputs, plan.work, plan.splits)
+
+
+@pytest.mark.parametrize(
+    ("queries", "deterministic", "triton_reason", "taken"),
+    [
+        (FEW_QUERIES, False, None, "hopper"),
+        (FEW_QUERIES, True, None, "triton"),
+        (FEW_QUERIES - 1, False, None, "triton"),
+        (FEW_QUERIES - 1, False, "not installed", "hopper"),
+    ],
+)
+def test_gradients_go_to_triton_where_sums_of_dq_would_not_do(
+    launched, monkeypatch, queries, deterministic, triton_reason, taken
+):
+    monkeypatch.setattr(triton, "why_not", lambda problem: triton_reason)
+
+    def triton_takes(*arguments):
+        launched.append(("triton", arguments))
+
+    monkeypatch.setattr(triton, "mha_backward", triton_takes, raising=False)  # an attribute that is made when asked for
+    b, h, d = 5, 2, 192
+    problem = MHAProblem(CPU, torch.bfloat16, h, h, d, 128, causal=True, deterministic=deterministic)
+    q, k, v, out = (torch.zeros(b * queries, h, x, dtype=torch.bfloat16) for x in (d, d, 128, 128))
+    lse = torch.zeros(h, b * queries).T
+    offsets = torch.arange(0, b * queries + 1, queries, dtype=torch.int32)
+    mha_launch.mha_backward(problem, out, None, q, k, v, out, lse, offsets, offsets, queries, queries, 0.1)
+    assert [name for name, _ in launched] == [{"hopper": "mha_backward_bf16_192"}.get(taken, taken)]
+
+
+def test_deterministic_gradients_without_triton_are_refused(monkeypatch):
+    monkeypatch.setattr(triton, "why_not", lambda problem: "not installed")
+    problem = MHAProblem(CPU, torch.bfloat16, 1, 1, 192, 128, causal=True, deterministic=True)
+    with pytest.raises(RuntimeError, match="deterministic gradients on cpu: triton: not installed"):
+        mha_launch.mha_backward(problem)

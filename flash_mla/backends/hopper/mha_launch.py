@@ -24,6 +24,7 @@ __all__ = ["mha_backward", "mha_forward", "why_not"]
 
 TILE = 128  # query rows of a CTA forward, keys of one backward
 VISIT_Q = 64  # query rows that the backward visits at a time
+FEW_QUERIES = 16  # a sequence: with fewer, most of what visits compute, and of the memory for dq's sums, is padding
 
 
 def why_not(problem: MHAProblem) -> str | None:
@@ -83,17 +84,26 @@ def mha_backward(problem: MHAProblem, *arguments: Any) -> tuple[torch.Tensor, to
     """Gradients of a loss by q, k and v: dq, dk, dv shaped and typed like them, contiguous.
 
     The arguments are those of `_backward`. The sums of dq are taken in any order, so its last bits may differ between
-    runs; Triton's kernels, which compute the scores once more for it, serve `deterministic`.
+    runs; Triton's kernels, which compute the scores once more for it, serve `deterministic`, and very short sequences
+    if they are there.
 
     Raises:
         RuntimeError: deterministic gradients need Triton, which is not installed.
     """
-    if not problem.deterministic:
+    if not (problem.deterministic or _few_queries(*arguments)):
         return _backward(problem, *arguments)
     reason = triton.why_not(problem)
-    if reason is not None:
+    if reason is None:
+        return triton.mha_backward(problem, *arguments)  # type: ignore[attr-defined]
+    if problem.deterministic:
         raise RuntimeError(f"no backend serves deterministic gradients on {problem.device}: triton: {reason}")
-    return triton.mha_backward(problem, *arguments)  # type: ignore[attr-defined]
+    return _backward(problem, *arguments)
+
+
+def _few_queries(dout: torch.Tensor, *arguments: Any) -> bool:
+    """Whether sequences have less than FEW_QUERIES queries on average, by the arguments of `_backward`."""
+    cu_seqlens_qo = arguments[6]
+    return dout.shape[0] < FEW_QUERIES * (len(cu_seqlens_qo) - 1)
 
 
 @on_its_device
