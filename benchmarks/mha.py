@@ -1,12 +1,13 @@
 """Time dense multi-head attention beside cuDNN's, as PyTorch calls it: `python benchmarks/mha.py [--out FOLDER]`.
 
-FLASH_MLA_BACKEND chooses the kernels. FLOPs count the products once: d_qk + d_v forward, 3 d_qk + 2 d_v backward, times
+FLASH_MLA_BACKEND chooses the kernels; results of forced ones are recorded under their name. FLOPs count the products once: d_qk + d_v forward, 3 d_qk + 2 d_v backward, times
 2 for every pair of a query and a key that it sees.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,7 +101,8 @@ def main() -> None:
                 f"x{cold['cudnn'] / cold['flash-mla']:.3f} cold, x{hot['cudnn'] / hot['flash-mla']:.3f} hot",
                 flush=True,
             )
-    print(measure.record("mha", ceilings, rows, folder))
+    forced = os.environ.get("FLASH_MLA_BACKEND")
+    print(measure.record(f"{forced}_mha" if forced else "mha", ceilings, rows, folder))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """The layout of dense decode on a GPU: plain functions of shapes, for GPUs of several sizes."""
 
-from dataclasses import replace
-
 import pytest
 
 from flash_mla.backends.hopper.dense_decode_heuristics import (
     BLOCK,
     BOXES,
+    FEW_ROWS,
     LEAST_BUSY,
     ROWS,
     TILE,
@@ -29,7 +28,7 @@ def test_every_row_is_covered_and_no_sm_counted_twice(num_sms):
         assert config.num_workers * config.row_tiles <= num_sms, rows
         assert config.cluster in (1, 2), f"{rows} rows: a kernel is compiled for no other cluster"
         assert config.row_tiles % config.cluster == 0, rows
-        assert config.unit_rows == config.row_tiles * ROWS, rows
+        assert config.unit_rows == config.row_tiles * config.rows, rows
         assert config.fixed_cost >= 1, f"{rows} rows: a piece without cost, hence empty units without a worker"
         assert config.min_cost >= 1, rows
 
@@ -38,7 +37,7 @@ def test_every_row_is_covered_and_no_sm_counted_twice(num_sms):
 def test_few_sms_are_left_idle(num_sms):
     for rows in range(1, 2001):
         config = dense_decode_config(rows, rows % 300 + 1, num_sms)
-        tiles = -(-rows // ROWS)
+        tiles = -(-rows // config.rows)
         sms_at_work = tiles / (config.passes * config.row_tiles) * config.num_workers * config.row_tiles
         # Reading KV once for two tiles of rows takes an SM less than half the time, which pays for idle ones.
         assert sms_at_work > num_sms / 2, rows
@@ -59,11 +58,22 @@ def test_typical_calls(num_sms, rows, row_tiles, cluster):
     assert config.num_workers == num_sms // row_tiles
 
 
+@pytest.mark.parametrize(
+    ("rows", "padded", "tile"),
+    [(1, 16, BLOCK), (16, 16, BLOCK), (17, 32, BLOCK), (32, 32, BLOCK), (33, ROWS, TILE), (64, ROWS, TILE)],
+)
+def test_few_rows_are_not_padded_to_a_whole_tile(rows, padded, tile):
+    config = dense_decode_config(rows, 1, H200)
+    assert (config.rows, config.tile, config.passes) == (padded, tile, 1)
+    assert config.swapped == (padded in FEW_ROWS), "a kernel is compiled for no other number"
+
+
 @pytest.mark.parametrize("rows", [1, 16, 32, 64, 128])
-def test_boxes_change_nothing_else(rows):
-    layouts = {box: dense_decode_config(rows, 1, H200, box) for box in BOXES}
-    assert all(config.box == box for box, config in layouts.items())
-    assert len({replace(config, box=BLOCK) for config in layouts.values()}) == 1
+def test_small_boxes_are_loaded_by_the_kernel_of_whole_tiles(rows):
+    for box in BOXES[1:]:
+        config = dense_decode_config(rows, 1, H200, box)
+        assert (config.swapped, config.rows, config.tile, config.box) == (False, ROWS, TILE, box)
+        assert config.cluster == (2 if rows == 128 else 1)
 
 
 def test_two_tokens_of_all_heads_share_a_read_of_kv_where_sms_divide_by_four():

@@ -30,6 +30,12 @@ def test_more_rows_than_fit_into_one_pass(s_q, h_q):
     check(case(3, s_q, h_q, 1, [300, 0, 1000]), causal=True)
 
 
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_no_tokens_and_no_pages(h_q):
+    q, k, table, lengths = case(2, 1, h_q, 1, [0, 0])
+    check((q, k, table[:, :0].contiguous(), lengths))
+
+
 def test_huge_scores():
     check(case(3, 1, 64, 1, [500, 77, 129], q_scale=300.0))
 

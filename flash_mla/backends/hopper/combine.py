@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr, range_constexpr
+from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot
 
@@ -200,6 +200,17 @@ class Pieces:
 
     def lse(self, i: Int32) -> Float32:
         return self.partial_lse[self.first + i, self.row]
+
+
+def partial_results(
+    workspace: cute.Tensor, slots: Int32, rows: Int32 | int, d_v: int
+) -> tuple[cute.Tensor, cute.Tensor]:
+    """(partial_o [slots, rows, d_v], partial_lse [slots, rows]), one behind the other in a workspace of fp32."""
+    partial_o = cute.make_tensor(workspace.iterator, cute.make_ordered_layout((slots, rows, d_v), order=(2, 1, 0)))
+    partial_lse = cute.make_tensor(
+        workspace.iterator + Int64(slots) * rows * d_v, cute.make_ordered_layout((slots, rows), order=(1, 0))
+    )
+    return partial_o, partial_lse
 
 
 @cute.jit

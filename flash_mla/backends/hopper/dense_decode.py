@@ -17,8 +17,8 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.combine import merge_pieces
-from flash_mla.backends.hopper.dense_decode_geometry import Arguments, Pages, Rows
+from flash_mla.backends.hopper.combine import merge_pieces, partial_results
+from flash_mla.backends.hopper.dense_decode_geometry import Arguments, Pages, Rows, by_unit
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_fp32_row
 from flash_mla.backends.hopper.schedule import end_of_work, first_piece, next_piece, piece_stop, remains
 from flash_mla.backends.hopper.softmax import (
@@ -132,14 +132,7 @@ class DenseDecode:
 
         self.Shared = Shared
         h_kv = k_cache.shape[2]
-        unit_rows = row_tiles * ROWS
-        partial_o = cute.make_tensor(
-            workspace.iterator, cute.make_ordered_layout((slots, unit_rows, D_V), order=(2, 1, 0))
-        )
-        partial_lse = cute.make_tensor(
-            workspace.iterator + Int64(slots) * unit_rows * D_V,
-            cute.make_ordered_layout((slots, unit_rows), order=(1, 0)),
-        )
+        partial_o, partial_lse = partial_results(workspace, slots, row_tiles * ROWS, D_V)
         self.kernel(
             tma_k, k_tma, tma_prefetch, k_prefetch, k_cache, q, block_table, seqlens, work, splits, partial_o,
             partial_lse, out, lse, h_kv, k_cache.shape[1] // self.box, scale_log2, causal, batch_invariant,
@@ -150,19 +143,9 @@ class DenseDecode:
             stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
-        (b, s_q, h_q, _), (out_b, out_s, out_h, _) = out.shape, out.stride
-        lse_b, lse_h, lse_s = lse.stride
-        group = h_q // h_kv
-        rows_out = cute.make_tensor(
-            out.iterator,
-            cute.make_layout((b, h_kv, s_q, group, D_V), stride=(out_b, out_h * group, out_s, out_h, 1)),
-        )
-        rows_lse = cute.make_tensor(
-            lse.iterator, cute.make_layout((b, h_kv, s_q, group), stride=(lse_b, lse_h * group, lse_s, lse_h))
-        )
         merge_pieces(
-            self.dtype, partial_o, partial_lse, work, splits, None, rows_out, rows_lse, combine_by_unit, combine_warps,
-            stream,
+            self.dtype, partial_o, partial_lse, work, splits, None, *by_unit(out, lse, h_kv), combine_by_unit,
+            combine_warps, stream,
         )  # fmt: skip
 
     @cute.kernel

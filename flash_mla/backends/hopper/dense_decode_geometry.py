@@ -106,3 +106,18 @@ class Rows:
         """(query token, query head) of row number `row` of the CTA."""
         packed = self.first + row
         return packed // self.group, self.kv_head * self.group + packed % self.group
+
+
+def by_unit(out: cute.Tensor, lse: cute.Tensor, h_kv: Int32) -> tuple[cute.Tensor, cute.Tensor]:
+    """`out` [b, s_q, h_q, d_v] and `lse` [b, h_q, s_q] as combine sees them: (request, KV head), then packed rows."""
+    (b, s_q, h_q, d_v), (out_b, out_s, out_h, _) = out.shape, out.stride
+    lse_b, lse_h, lse_s = lse.stride
+    group = h_q // h_kv
+    return (
+        cute.make_tensor(
+            out.iterator, cute.make_layout((b, h_kv, s_q, group, d_v), stride=(out_b, out_h * group, out_s, out_h, 1))
+        ),
+        cute.make_tensor(
+            lse.iterator, cute.make_layout((b, h_kv, s_q, group), stride=(lse_b, lse_h * group, lse_s, lse_h))
+        ),
+    )

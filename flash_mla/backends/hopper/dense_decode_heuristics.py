@@ -10,6 +10,7 @@ __all__ = ["BOXES", "DenseDecodeConfig", "box_of_pages", "dense_decode_config"]
 ROWS = 64  # query rows of a CTA
 BLOCK = 64  # tokens in a KV block
 TILE = 2 * BLOCK  # tokens in a tile of the plan
+FEW_ROWS = (16, 32)  # what few query rows are padded to
 BOXES = (BLOCK, 8)  # tokens that one TMA load may bring, all from one page
 
 # Microseconds that a CTA takes for a tile of 128 tokens: its matrix multiplies, alone or with K shared by a cluster of
@@ -25,9 +26,12 @@ LEAST_BUSY = 0.9  # part of the SMs that still draws all of HBM's bandwidth
 class DenseDecodeConfig:
     """How dense decode is laid out on a GPU."""
 
+    swapped: bool  # tokens are the rows of products, and query rows, which are few, their columns
+    rows: int  # packed query rows of a CTA
+    tile: int  # tokens in a tile of the plan
     box: int  # tokens that one TMA load brings
     cluster: int  # CTAs that share K by multicast
-    row_tiles: int  # CTAs of a worker: tiles of 64 packed query rows taken side by side
+    row_tiles: int  # CTAs of a worker: tiles of query rows taken side by side
     passes: int  # turns a worker takes over the rows of a request and KV head
     num_workers: int
     fixed_cost: int  # of starting a piece, in tiles
@@ -36,7 +40,7 @@ class DenseDecodeConfig:
     @property
     def unit_rows(self) -> int:
         """Rows of a unit of the plan."""
-        return self.row_tiles * ROWS
+        return self.row_tiles * self.rows
 
 
 @functools.cache
@@ -45,6 +49,20 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
 
     More CTAs that take different rows of a unit side by side read its KV from HBM once; fewer leave fewer SMs idle.
     """
+    few = next((padded for padded in FEW_ROWS if rows <= padded), None)
+    if few is not None and box == BLOCK:  # no other box is compiled for few rows
+        return DenseDecodeConfig(
+            swapped=True,
+            rows=few,
+            tile=BLOCK,
+            box=box,
+            cluster=1,
+            row_tiles=1,
+            passes=1,
+            num_workers=even_workers(num_pairs, num_sms),
+            fixed_cost=2,
+            min_cost=2,
+        )
     tiles = -(-rows // ROWS)
 
     def cost(row_tiles: int) -> tuple[float, int]:
@@ -60,6 +78,9 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
     if bound_by_hbm:
         num_workers = even_workers(num_pairs * passes, num_workers)
     return DenseDecodeConfig(
+        swapped=False,
+        rows=ROWS,
+        tile=TILE,
         box=box,
         cluster=2 if row_tiles % 2 == 0 else 1,
         row_tiles=row_tiles,

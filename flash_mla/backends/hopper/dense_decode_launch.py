@@ -9,7 +9,6 @@ import torch
 from flash_mla import kernels
 from flash_mla.backends.hopper.dense_decode_heuristics import (
     BOXES,
-    TILE,
     DenseDecodeConfig,
     box_of_pages,
     dense_decode_config,
@@ -54,7 +53,8 @@ def _layout(problem: DecodeProblem) -> DenseDecodeConfig:
 def dense_decode_kernel(problem: DecodeProblem) -> str:
     """Name of the variant that serves a problem."""
     config = _layout(problem)
-    return f"dense_decode_{SHORT_NAME[problem.dtype]}_{problem.d_qk}_cluster{config.cluster}_pages{config.box}"
+    shape = f"rows{config.rows}" if config.swapped else f"cluster{config.cluster}_pages{config.box}"
+    return f"dense_decode_{SHORT_NAME[problem.dtype]}_{problem.d_qk}_{shape}"
 
 
 @on_its_device
@@ -64,7 +64,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     assert inputs.cache_seqlens is not None
     return plan(
         inputs.cache_seqlens,
-        tile=TILE,
+        tile=config.tile,
         fixed_cost=config.fixed_cost,
         num_workers=config.num_workers,
         units_per_request=problem.h_kv * config.passes,
@@ -82,8 +82,8 @@ def _dense_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_
         num_units,
         num_workers,
         unit_rows=config.unit_rows,
-        max_tiles=-(-max_pages * problem.page_size // TILE),
-        flags=(problem.causal, config.row_tiles),
+        max_tiles=-(-max_pages * problem.page_size // config.tile),
+        flags=(problem.causal,) if config.swapped else (problem.causal, config.row_tiles),
     )
 
 

@@ -44,6 +44,15 @@ DENSE_DECODE = {
     for box in (64, 8)
 }
 
+DENSE_DECODE |= {
+    f"dense_decode_{short}_{d}_rows{rows}": Variant(
+        "flash_mla.backends.hopper.dense_decode_few_rows", 168, {"dtype": dtype, "d": d, "rows": rows}
+    )
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
+    for d in (576, 512)
+    for rows in (16, 32)
+}
+
 SPARSE_PREFILL = {
     f"sparse_prefill_{short}_{d}": Variant("flash_mla.backends.hopper.sparse_prefill", 168, {"dtype": dtype, "d": d})
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
