@@ -1,7 +1,7 @@
 """Time dense multi-head attention beside cuDNN's, as PyTorch calls it: `python benchmarks/mha.py [--out FOLDER]`.
 
-FLASH_MLA_BACKEND chooses the kernels; results of forced ones are recorded under their name. FLOPs count the products once: d_qk + d_v forward, 3 d_qk + 2 d_v backward, times
-2 for every pair of a query and a key that it sees.
+FLASH_MLA_BACKEND chooses the kernels; results of a forced backend are recorded under its name. FLOPs count the products
+once: d_qk + d_v forward, 3 d_qk + 2 d_v backward, times 2 for every pair of a query and a key that it sees.
 """
 
 from __future__ import annotations
