@@ -12,6 +12,7 @@ from flash_mla.backends.hopper.dense_decode_heuristics import (
     box_of_pages,
     dense_decode_config,
     even_workers,
+    gathers,
 )
 
 H200, H800_PCIE, H20 = 132, 114, 78  # SMs
@@ -74,6 +75,27 @@ def test_small_boxes_are_loaded_by_the_kernel_of_whole_tiles(rows):
         config = dense_decode_config(rows, 1, H200, box)
         assert (config.swapped, config.rows, config.tile, config.box) == (False, ROWS, TILE, box)
         assert config.cluster == (2 if rows == 128 else 1)
+
+
+@pytest.mark.parametrize(
+    ("s_q", "h_q", "h_kv", "page_size", "expected"),
+    [
+        (1, 16, 1, 64, False),  # few rows have a kernel of their own
+        (1, 64, 1, 64, True),
+        (1, 128, 1, 64, False),  # a cluster shares K
+        (2, 32, 1, 64, False),  # rows of two query tokens are packed
+        (1, 16, 1, 16, True),
+        (1, 128, 1, 16, False),
+        (2, 16, 1, 16, False),
+        (1, 2, 2, 16, False),
+        (1, 16, 1, 1, True),
+        (3, 128, 1, 7, True),
+        (2, 16, 1, 7, False),
+        (1, 2, 2, 7, False),
+    ],
+)
+def test_kv_is_gathered_where_rows_need_no_packing(s_q, h_q, h_kv, page_size, expected):
+    assert gathers(s_q, h_q, h_kv, page_size) is expected
 
 
 def test_two_tokens_of_all_heads_share_a_read_of_kv_where_sms_divide_by_four():

@@ -44,16 +44,16 @@ def test_causal_with_more_queries_than_keys():
     check(case(3, 8, 16, 1, [3, 8, 0]), causal=True)
 
 
-@pytest.mark.parametrize("page", [64, 192, 8, 24])
-def test_strided_inputs_and_out(page):
-    q, k, table, lengths = case(5, 2, 32, 1, [100, 0, 64, 700, 1], page=page)
-    wide_q = torch.full((5, 2, 40, 640), torch.nan, dtype=q.dtype, device="cuda")
+@pytest.mark.parametrize(("page", "s_q"), [(64, 2), (192, 1), (8, 2), (24, 1), (5, 1)])
+def test_strided_inputs_and_out(page, s_q):
+    q, k, table, lengths = case(5, s_q, 32, 1, [100, 0, 64, 700, 1], page=page)
+    wide_q = torch.full((5, s_q, 40, 640), torch.nan, dtype=q.dtype, device="cuda")
     wide_q[:, :, 4:36, 64:] = q
     apart = torch.full((k.shape[0], page + 3, 1, 592), torch.nan, dtype=k.dtype, device="cuda")
     apart[:, :page, :, :576] = k
     wide_table = torch.full((5, table.shape[1] + 9), 2**31 - 1, dtype=torch.int32, device="cuda")
     wide_table[:, : table.shape[1]] = table
-    buffer = torch.full((5, 2, 32, 1024), torch.nan, dtype=q.dtype, device="cuda")
+    buffer = torch.full((5, s_q, 32, 1024), torch.nan, dtype=q.dtype, device="cuda")
     out = buffer[..., 512:]
     got, lse = run(wide_q[:, :, 4:36, 64:], apart[:, :page, :, :576], wide_table[:, : table.shape[1]], lengths, out=out)
     assert got is out

@@ -7,6 +7,7 @@ import torch
 from helpers import assert_close_lse, assert_close_out
 
 from flash_mla import flash_mla_with_kvcache, get_mla_metadata, reference
+from flash_mla.backends.hopper.dense_decode_heuristics import gathers
 
 pytestmark = pytest.mark.gpu
 
@@ -72,9 +73,12 @@ def test_random_shapes(seed):
         b = rng.choice([1, 2, 3, 9, 40])
         s_q = rng.choice([1, 1, 2, 3, 5])
         dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16])
+        page = rng.choice([64, 64, 128, 256, 8, 16, 24, 40, 72])
+        if rng.random() < 0.2 and gathers(s_q, h_q, h_kv, 1):  # kernels for pages of any size
+            page = rng.choice([1, 3, 13, 100])
         inputs = case(
-            b, s_q, h_q, h_kv, random_lengths(rng, b), d=rng.choice([576, 576, 512]),
-            page=rng.choice([64, 64, 128, 256, 8, 16, 24, 40, 72]), dtype=dtype, q_scale=rng.choice([0.1, 1.0, 10.0]),
+            b, s_q, h_q, h_kv, random_lengths(rng, b), d=rng.choice([576, 576, 512]), page=page, dtype=dtype,
+            q_scale=rng.choice([0.1, 1.0, 10.0]),
         )  # fmt: skip
         options = {"causal": rng.random() < 0.5, "enable_batch_invariant": rng.random() < 0.2}
         if rng.random() < 0.3:
@@ -83,15 +87,21 @@ def test_random_shapes(seed):
 
 
 @pytest.mark.parametrize("h_q", [16, 128])
-@pytest.mark.parametrize("page", [8, 40, 64])
+@pytest.mark.parametrize("page", [1, 8, 40, 64, 100])
 def test_a_request_may_end_anywhere_in_a_page(page, h_q):
     check(case(200, 1, h_q, 1, list(range(200)), page=page))
 
 
 @pytest.mark.parametrize("h_q", [16, 128])
-@pytest.mark.parametrize("page", [8, 16, 72])
-def test_long_requests_in_small_pages(page, h_q):
-    check(case(2, 2, h_q, 1, [100_001, 63], page=page), causal=True)
+@pytest.mark.parametrize(("page", "s_q"), [(8, 2), (16, 1), (72, 2), (1, 1), (9, 1)])
+def test_long_requests_in_small_pages(page, s_q, h_q):
+    check(case(2, s_q, h_q, 1, [100_001, 63], page=page), causal=True)
+
+
+@pytest.mark.parametrize("s_q", [1, 2])
+@pytest.mark.parametrize("h_q", [33, 64])
+def test_rows_of_one_tile(h_q, s_q):
+    check(case(9, s_q, h_q // s_q, 1, [100, 0, 64, 700, 1, 63, 65, 2000, 128]), causal=True)
 
 
 def test_a_cache_that_tma_cannot_read_is_refused():

@@ -9,6 +9,7 @@ import torch
 
 from flash_mla import kernels
 from flash_mla.backends.hopper import dense_decode_launch, mha_launch, sparse_decode_launch
+from flash_mla.backends.hopper.dense_decode_heuristics import gathers
 from flash_mla.backends.hopper.mha_launch import mha_backward, mha_forward
 from flash_mla.backends.hopper.recorded_call import RecordedCall
 from flash_mla.backends.hopper.sparse_prefill_launch import sparse_prefill, sparse_prefill_kernel
@@ -55,5 +56,7 @@ def record(
 
 
 def _of_its_mode(problem: DecodeProblem) -> ModuleType:
-    is_dense = problem.topk is None and not problem.kv_format.is_quantised
-    return dense_decode_launch if is_dense else sparse_decode_launch
+    p = problem
+    if p.topk is not None or p.kv_format.is_quantised or gathers(p.s_q, p.h_q, p.h_kv, p.page_size):
+        return sparse_decode_launch
+    return dense_decode_launch

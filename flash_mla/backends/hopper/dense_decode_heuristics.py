@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["BOXES", "DenseDecodeConfig", "box_of_pages", "dense_decode_config"]
+__all__ = ["BOXES", "DenseDecodeConfig", "box_of_pages", "dense_decode_config", "gathers"]
 
 ROWS = 64  # query rows of a CTA
 BLOCK = 64  # tokens in a KV block
@@ -94,6 +94,20 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
 def box_of_pages(page_size: int) -> int | None:
     """Tokens of the largest TMA load that pages of `page_size` tokens are a multiple of, if there is one."""
     return next((box for box in BOXES if page_size % box == 0), None)
+
+
+def gathers(s_q: int, h_q: int, h_kv: int, page_size: int) -> bool:
+    """Whether dense decode over a plain cache is left to sparse decode's kernels, which bring KV token by token.
+
+    They take pages of any size, and are faster for small pages and where a CTA's 64 rows are one query token's; but
+    they pack no rows of several query tokens or KV heads.
+    """
+    rows = s_q * h_q
+    packs = h_kv > 1 or s_q * -(-h_q // ROWS) > -(-rows // ROWS)
+    box = box_of_pages(page_size)
+    if packs or box is None:
+        return not packs
+    return rows <= ROWS and not (box == BLOCK and rows <= FEW_ROWS[-1])
 
 
 def even_workers(units: int, num_workers: int) -> int:

@@ -26,7 +26,6 @@ from flash_mla.backends.hopper.launch import (
     with_aligned_rows,
 )
 from flash_mla.backends.hopper.recorded_call import RecordedCall, recorded
-from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem
 
@@ -34,11 +33,12 @@ __all__ = ["decode", "dense_decode_kernel", "plan_decode", "record", "why_not"]
 
 
 def why_not(problem: DecodeProblem) -> str | None:
-    """The reason there is no kernel for a dense problem, or None."""
-    if problem.kv_format not in (KVCacheFormat.BF16, KVCacheFormat.FP16):
-        return f"no Hopper kernel for dense decode over {problem.kv_format.name} yet"
+    """The reason there is no kernel that loads the pages of a dense problem, or None."""
     if box_of_pages(problem.page_size) is None:
-        return f"no Hopper kernel for pages of {problem.page_size} tokens yet, only for multiples of {min(BOXES)}"
+        return (
+            f"no Hopper kernel for pages of {problem.page_size} tokens, s_q={problem.s_q}, h_q={problem.h_q} and "
+            f"h_kv={problem.h_kv}, where query rows need packing; only for pages of a multiple of {min(BOXES)} tokens"
+        )
     return kernels.unavailable(dense_decode_kernel(problem))
 
 

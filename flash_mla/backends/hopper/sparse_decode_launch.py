@@ -1,4 +1,4 @@
-"""Torch-level launches of token-sparse decode on Hopper, and of dense decode over a quantised cache.
+"""Torch-level launches of token-sparse decode on Hopper, and of dense decode where KV is brought token by token.
 
 The same kernels do both: to them a block table is indices that name whole pages."""
 
@@ -51,7 +51,7 @@ class _Names(NamedTuple):
 
 
 def why_not(problem: DecodeProblem) -> str | None:
-    """The reason there is no kernel for a sparse problem or one over a quantised cache, or None."""
+    """The reason there is no kernel that brings KV of a problem token by token, or None."""
     formats = _formats(problem)
     if len(formats) > 1 and formats not in TWO_FORMATS:
         return f"no Hopper kernel for {formats[1].name} beside {formats[0].name} yet"
