@@ -80,10 +80,11 @@ def test_the_support_table_is_right_about_hopper(monkeypatch):
     assert served == promised
     assert all("not yet" in support_table()[mode][2] for mode, formats in served.items() if not formats)
     dense = problems[0]
-    for page_size in (8, 40, 192):
-        assert hopper.why_not(dataclasses.replace(dense, page_size=page_size)) is None
-    for page_size in (1, 4, 100):
-        assert "multiples of 8" in (hopper.why_not(dataclasses.replace(dense, page_size=page_size)) or "")
+    for page_size in (1, 4, 8, 40, 100, 192):
+        problem = dataclasses.replace(dense, page_size=page_size, s_q=1, h_q=16)
+        assert hopper.why_not(problem) is None
+        reason = hopper.why_not(dataclasses.replace(problem, s_q=2))
+        assert (reason is not None and "a multiple of 8" in reason) == (page_size % 8 != 0)
 
 
 @pytest.mark.parametrize(("capability", "served"), [((8, 0), True), ((12, 0), True), ((7, 5), False)])
