@@ -103,8 +103,13 @@ def test_two_tokens_of_all_heads_share_a_read_of_kv_where_sms_divide_by_four():
     assert (config.row_tiles, config.cluster, config.passes, config.num_workers) == (4, 2, 1, 33)
     # Elsewhere four side by side would leave two SMs idle: two, taking two turns, are as fast at compute.
     for num_sms in (H800_PCIE, H20):
-        config = dense_decode_config(256, 1, num_sms)
+        config = dense_decode_config(256, 100, num_sms)
         assert (config.row_tiles, config.cluster, config.passes, config.num_workers) == (2, 2, 2, num_sms // 2)
+
+
+@pytest.mark.parametrize(("requests", "workers"), [(1, 66), (4, 64), (16, 64), (17, 66), (66, 66), (128, 66)])
+def test_all_heads_of_few_requests_are_cut_alike(requests, workers):
+    assert dense_decode_config(128, requests, H200).num_workers == workers
 
 
 def test_more_rows_than_a_gpu_holds_take_more_passes():
@@ -138,9 +143,9 @@ def test_even_workers_are_never_too_few_nor_too_many():
             assert LEAST_BUSY * num_workers <= even_workers(units, num_workers) <= num_workers
 
 
-def test_only_hbm_bound_layouts_leave_sms_idle():
+def test_only_hbm_bound_layouts_leave_sms_idle_where_units_are_many():
     assert dense_decode_config(64, 128, H200).num_workers == 128
-    assert dense_decode_config(128, 64, H200).num_workers == H200 // 2
+    assert dense_decode_config(128, 100, H200).num_workers == H200 // 2
 
 
 def test_boxes_fit_into_pages_and_tiles():

@@ -73,10 +73,10 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
 
     row_tiles = min(range(1, min(tiles, num_sms) + 1), key=cost)
     passes = -(-tiles // row_tiles)
-    bound_by_hbm = row_tiles == 1
-    num_workers = num_sms // row_tiles
-    if bound_by_hbm:
-        num_workers = even_workers(num_pairs * passes, num_workers)
+    units, num_workers = num_pairs * passes, num_sms // row_tiles
+    even = row_tiles == 1 or units <= num_workers  # bound by HBM, or in need of pieces that are alike
+    if even:
+        num_workers = even_workers(units, num_workers)
     return DenseDecodeConfig(
         swapped=False,
         rows=ROWS,
@@ -86,7 +86,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
         row_tiles=row_tiles,
         passes=passes,
         num_workers=num_workers,
-        fixed_cost=2 if bound_by_hbm else 4,
+        fixed_cost=2 if even else 4,
         min_cost=1,
     )
 

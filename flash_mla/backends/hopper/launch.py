@@ -34,9 +34,9 @@ __all__ = [
 Result = TypeVar("Result")
 Results = tuple[torch.Tensor, torch.Tensor]
 
-# From this many rows on, a warp each keeps every SM's memory pipeline full.
-ROWS_TO_FILL_A_GPU = 4096
-FEW_ROWS = 256  # up to so many, eight warps share each quarter of a row
+# What a warp merges alone as fast as several could: rows that fill a GPU, or units of few splits.
+MANY_ROWS = 1024
+FEW_SPLITS = 6
 LOG2_E = math.log2(math.e)
 TINY_SCALE = 1e-30  # stands for 0, which would turn the -inf of a masked score into NaN
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -104,14 +104,18 @@ def combine(
 def _who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[int, bool, int]:
     """(how many, units rather than workers) combine looks at to find splits, and warps that share the splits of a row.
 
-    One warp takes a whole row; from two on, each takes a quarter of its columns.
+    One warp takes a whole row. From two on each takes a quarter of its columns, in ever more CTAs: that pays for few
+    rows of many splits.
     """
     if batch_invariant:
-        return num_units, True, 2  # the order of summation must not depend on the batch
+        return num_units, True, 1  # the order of summation must not depend on the batch
     by_unit = num_units <= num_workers
     candidates = num_units if by_unit else num_workers
     rows = candidates * unit_rows
-    return candidates, by_unit, 1 if rows >= ROWS_TO_FILL_A_GPU else 2 if rows > FEW_ROWS else 8
+    if rows >= MANY_ROWS or num_workers <= FEW_SPLITS * num_units:
+        return candidates, by_unit, 1
+    side_by_side = max(2, min(8, MANY_ROWS // 2 // rows))
+    return candidates, by_unit, 1 << (side_by_side.bit_length() - 1)
 
 
 class Argument(NamedTuple):

@@ -1,0 +1,31 @@
+"""Who merges partial results on Hopper: a plain function of a plan's extents."""
+
+import pytest
+
+from flash_mla.backends.hopper.launch import _who_merges
+
+
+@pytest.mark.parametrize(
+    ("units", "workers", "unit_rows", "warps"),
+    [
+        (128, 66, 128, 1),
+        (16, 64, 128, 1),
+        (8, 64, 128, 1),
+        (4, 64, 128, 2),
+        (1, 66, 128, 4),
+        (32, 132, 16, 1),  # few rows, but no more than five splits of each
+        (4, 132, 16, 8),
+        (1, 132, 16, 8),
+        (3, 132, 64, 2),
+    ],
+)
+def test_several_warps_merge_few_rows_of_many_splits(units, workers, unit_rows, warps):
+    candidates, by_unit, chosen = _who_merges(units, workers, unit_rows, batch_invariant=False)
+    assert (candidates, by_unit) == ((units, True) if units <= workers else (workers, False))
+    assert chosen == warps
+
+
+def test_the_order_of_summation_does_not_depend_on_the_batch():
+    for unit_rows in (16, 64, 128):
+        merging = {_who_merges(units, 132, unit_rows, batch_invariant=True)[1:] for units in (1, 7, 132, 4000)}
+        assert len(merging) == 1
