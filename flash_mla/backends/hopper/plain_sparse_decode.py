@@ -50,6 +50,7 @@ class PlainSparseDecode(SparseDecode):
         self.has_rope = d > D_V
         self.registers = REGISTERS
         self.scales_apart = False
+        self.converts_plain = False
         self.raw_bytes = 0
 
     def token_bytes(self, cache: cute.Tensor, is_extra: bool) -> Int64:

@@ -17,13 +17,22 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
-from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
+from cutlass import Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot, dequant
 from flash_mla.backends.hopper.combine import merge_pieces
-from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, THREADS_PER_ROW, UNIT, copy_async
+from flash_mla.backends.hopper.dequant import (
+    CHUNK_BYTES,
+    HALF_CHUNKS,
+    THREADS_PER_ROW,
+    UNIT,
+    bf16_to_fp16,
+    copy_async,
+    load_words,
+    store_words,
+)
 from flash_mla.backends.hopper.epilogue import write_fp32_row
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains
 from flash_mla.backends.hopper.softmax import (
@@ -101,6 +110,8 @@ class SparseDecode:
         self.has_rope = self.loader.d > D_V
         self.registers = REGISTERS if extra_format is None else TWO_FORMAT_REGISTERS
         self.scales_apart = self.loader.scales_apart
+        # Whether the chunk that rows hold in bf16 has to become fp16, in its place.
+        self.converts_plain = self.loader.plain_chunk is not None and dtype is Float16
         self.raw_bytes = self.loader.raw_bytes()
         self.octets = BLOCK // OCTET // 4 // cluster  # that each producer warp converts of a block
 
@@ -275,7 +286,7 @@ class SparseDecode:
             with cute.arch.elect_one():
                 for i in range_constexpr(4):
                     # Every producer thread copies a part of what is not to be converted.
-                    copies = WARPGROUP if self.comes_with_copies(i // 2, i % 2) else 0
+                    copies = WARPGROUP if self.comes_with_copies(i // 2, i % 2) and not self.converts_plain else 0
                     cute.arch.mbarrier_init(barriers.k_full + i, 4 + copies)
                     cute.arch.mbarrier_init(barriers.k_empty + i, 4 * self.cluster)
                 cute.arch.mbarrier_init(barriers.q_full, 1)
@@ -290,7 +301,7 @@ class SparseDecode:
     # ---------------------------------------------------------------------------------------------- producers
 
     def comes_with_copies(self, block, half):
-        """Whether a half of a block comes with the chunk that is copied as it is: RoPE with the late half."""
+        """Whether a half of a block comes with the chunk that is copied to its place: RoPE with the late half."""
         if self.loader.plain_chunk is None:
             return False
         return (block ^ half) != 0 if self.loader.plain_chunk == V_CHUNKS else half != 0
@@ -347,6 +358,7 @@ class SparseDecode:
             self.fetch(lane, i, Int32(step), Int32(step), tokens.of_lane(octet * OCTET + lane.row))
         wait_copies(2)  # for the next tile's index
 
+        pending = 1 + self.converts_plain  # groups of copies behind the one that is needed
         tiles, pieces, opened = Int32(0), Int32(1), Int32(-1)
         while exists:
             next_tokens = self.locate(args, cursor, lane, inverses)
@@ -367,6 +379,8 @@ class SparseDecode:
                 if const_expr(self.loader.plain_chunk is not None):
                     if self.comes_with_copies(block, half):
                         self.copy_plain(lane, tokens, block, full)
+                if const_expr(self.converts_plain):
+                    cute.arch.cp_async_commit_group()
                 # Two half rows ahead.
                 ahead = step + 2 // self.octets
                 sources = tokens.unless(ahead >= 4, next_tokens)
@@ -375,7 +389,7 @@ class SparseDecode:
                     index = i if const_expr(self.octets == 2) else late
                     token = sources.of_lane(next_block * (2 * OCTET) + i * OCTET + lane.row)
                     to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
-                    wait_copies(1)
+                    wait_copies(pending)
                     cute.arch.sync_warp()
                     following = (next_block ^ next_late, next_late, token)
                     if const_expr(self.extra_loader is not None):
@@ -385,6 +399,10 @@ class SparseDecode:
                             self.convert(self.loader, lane, index, half, late, to, following)
                     else:
                         self.convert(self.loader, lane, index, half, late, to, following)
+                if const_expr(self.converts_plain):
+                    if self.comes_with_copies(block, half):
+                        wait_copies(pending)
+                        self.convert_plain(lane, block)
                 if const_expr(self.cluster == 1):
                     cute.arch.sync_warp()
                     with cute.arch.elect_one():
@@ -519,11 +537,22 @@ class SparseDecode:
         u = lane.slots.thread % THREADS_PER_ROW
         for i in range_constexpr(2):
             row = cute.arch.shuffle_sync(tokens.row, block * (2 * OCTET) + i * OCTET + lane.row)
-            to = lane.plain + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
+            to = self.plain_place(lane, block, i)
             for units in range_constexpr(0, 2 * THREADS_PER_ROW, THREADS_PER_ROW):
                 source = (row + Int64(u * UNIT), self.loader.plain_offset + units * UNIT)
                 copy_async((to ^ (units * UNIT), 0), row, source, UNIT)
-        cute.arch.cp_async_mbarrier_arrive_noinc(full)
+        if const_expr(not self.converts_plain):
+            cute.arch.cp_async_mbarrier_arrive_noinc(full)
+
+    def convert_plain(self, lane: Lane, block: Int32):
+        """What this thread has copied of a block by `copy_plain`, to fp16, in place."""
+        for i in range(2):
+            for units in range(0, 2 * THREADS_PER_ROW, THREADS_PER_ROW):
+                at = self.plain_place(lane, block, i) ^ (units * UNIT)
+                store_words(at, 0, tuple(bf16_to_fp16(word) for word in load_words(at, 0, 4)))
+
+    def plain_place(self, lane: Lane, block: Int32, i: int) -> Int32:
+        return lane.plain + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
 
     @cute.jit
     def push(self, shared, lane: Lane, block: Int32, half: Int32, late: Int32, full: cute.Pointer, peer: Int32):
