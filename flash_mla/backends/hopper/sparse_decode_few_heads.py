@@ -240,8 +240,8 @@ class SparseDecodeFewHeads(SparseDecode):
         if warp == 0:
             with cute.arch.elect_one():
                 for i in range_constexpr(self.stages):
-                    # Every producer thread copies; a warp's first says that it has noted who is attended to.
-                    cute.arch.mbarrier_init(barriers.full + i, WARPGROUP + 4)
+                    # A warp arrives when it has noted who is attended to, a thread when it has copied scales.
+                    cute.arch.mbarrier_init(barriers.full + i, 4 + (WARPGROUP if self.rows.scales_apart else 0))
                     cute.arch.mbarrier_init(barriers.empty + i, 4)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -288,14 +288,12 @@ class SparseDecodeFewHeads(SparseDecode):
             for block in range_constexpr(2):
                 full = barriers.full + stage
                 cute.arch.mbarrier_wait(barriers.empty + stage, parity)
+                present = (attended >> (block * WARP_TOKENS)) & ((1 << WARP_TOKENS) - 1)
                 with cute.arch.elect_one():
                     cute.arch.inline_ptx(
-                        "st.shared.u16 [{$r0}], {$r1};",
-                        read_only_args=[bits + stage * 8, cutlass.Uint16(attended >> (block * WARP_TOKENS))],
+                        "st.shared.u16 [{$r0}], {$r1};", read_only_args=[bits + stage * 8, cutlass.Uint16(present)]
                     )
-                    cute.arch.mbarrier_arrive(full)
-                self.gather(tokens, block, raw + stage * self.stage_bytes, number)
-                cute.arch.cp_async_mbarrier_arrive_noinc(full)
+                self.gather(tokens, present, block, raw + stage * self.stage_bytes, full, number)
                 stage, parity = self.next_stage(stage, parity, 1)
             cute.arch.cp_async_commit_group()
 
@@ -306,21 +304,23 @@ class SparseDecodeFewHeads(SparseDecode):
         return stage, cutlass.select_(wraps, parity ^ 1, parity)
 
     @cute.jit
-    def gather(self, tokens, block: cutlass.Constexpr, to: Int32, lane: Int32):
-        """Copy the rows of a block that this warp has looked up, 16 bytes a lane, neighbours by neighbours."""
-        row_units = self.rows.token_bytes // UNIT
-        units = WARP_TOKENS * row_units
-        for first in cutlass.range(0, units, 32, unroll=4):
-            unit = first + lane
-            token = unit // row_units
-            row = cute.arch.shuffle_sync(tokens.row, block * WARP_TOKENS + token)
-            if unit < units:
-                padding = self.rows.pitch - self.rows.token_bytes
-                copy_unit(to + unit * UNIT + token * padding, row, row + Int64((unit - token * row_units) * UNIT))
+    def gather(self, tokens, present: Int32, block: cutlass.Constexpr, to: Int32, full: cute.Pointer, lane: Int32):
+        """Copy the rows of a block that this warp has looked up, a lane each; `present`: a bit a row."""
+        mine, row = lane // WARP_TOKENS == block, lane % WARP_TOKENS
+        at = to + row * self.rows.pitch
+        if mine & (tokens.row == 0):
+            for unit in cutlass.range(self.rows.token_bytes // UNIT, unroll=1):
+                store_zeros(at + unit * UNIT)
+            cute.arch.fence_proxy("async.shared", space="cta")  # before a later copy overwrites them
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full, cute.arch.popc(present) * self.rows.token_bytes)
+        if mine & (tokens.row != 0):
+            copy_row(at, tokens.row, self.rows.token_bytes, Int32(full.toint()))
         if const_expr(self.rows.scales_apart):
-            if lane // WARP_TOKENS == block:
-                at = to + lane % WARP_TOKENS * self.rows.pitch
+            if mine:
                 copy_async((at, self.rows.token_bytes), tokens.row, (tokens.row + Int64(tokens.scales), 0), 8)
+            cute.arch.cp_async_mbarrier_arrive_noinc(full)
 
     # ---------------------------------------------------------------------------------------------- consumers
 
@@ -723,16 +723,17 @@ selp.s32 {{$w0}}, 1, 0, any;
     )
 
 
-def copy_unit(to: Int32, row: Int64, source: Int64) -> None:
-    """Start a copy of 16 bytes to shared memory; of zeros, reading nothing, if `row` is 0."""
+def copy_row(to: Int32, row: Int64, nbytes: int, full: Int32) -> None:
+    """Start a copy to shared memory, which the barrier `full` counts."""
     cute.arch.inline_ptx(
-        f"""{{
-.reg .pred absent;
-setp.eq.s64 absent, {{$r1}}, 0;
-cp.async.cg.shared.global [{{$r0}}], [{{$r2}}], {UNIT}, absent;
-}}""",
-        read_only_args=[to, row, source],
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{{$r0}}], [{{$r1}}], {nbytes}, [{{$r2}}];",
+        read_only_args=[to, row, full],
     )
+
+
+def store_zeros(address: Int32) -> None:
+    """16 bytes to shared memory."""
+    cute.arch.inline_ptx("st.shared.v4.u32 [{$r0}], {0, 0, 0, 0};", read_only_args=[address])
 
 
 def compile_variant(dtype: str, kv_format: str, heads: int) -> aot.Compiled:
