@@ -72,9 +72,10 @@ def sparse_decode_table(result: dict) -> str:
     ]
     for row in result["rows"]:
         cold, hot = row["cold_us"], row["hot_us"]
+        note = " (graph)" * row.get("graph", False)
         extra = f" + {row['extra_topk']}" if row["extra_topk"] else ""
         lines.append(
-            f"| {row['b']} | {row['s_q']} | {row['kv_format']} | {row['topk']}{extra} "
+            f"| {row['b']} | {row['s_q']}{note} | {row['kv_format']} | {row['topk']}{extra} "
             f"| {row['h_q']} | {cold['flash-mla']:.0f} | {row['flops'] / cold['flash-mla'] / 1e6:.0f} "
             f"| {row['bytes'] / cold['flash-mla'] / 1e3:.0f} "
             f"| {cold['peer'] / cold['flash-mla']:.2f} | {hot['peer'] / hot['flash-mla']:.2f} |"

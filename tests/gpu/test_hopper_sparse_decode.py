@@ -23,9 +23,12 @@ def on_gpu(tensor):
 
 QUANTISED = (KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4, KVCacheFormat.FP8_V41, KVCacheFormat.NVFP4)
 PLAIN = (KVCacheFormat.BF16, KVCacheFormat.FP16)
-# (format, head dim, format of the extra cache)
-KINDS = [(kv_format, d, kv_format) for kv_format in (*QUANTISED, *PLAIN) for d in kv_format.head_dims]
-KINDS.append((KVCacheFormat.FP8_V41, 512, KVCacheFormat.FP4_V41))
+TWO_FORMATS = [(one, one) for one in QUANTISED] + [(KVCacheFormat.FP8_V41, KVCacheFormat.FP4_V41)]
+# (format, head dim, format of the extra cache, dtype of q)
+KINDS = [(one, d, one, one.dtype) for one in PLAIN for d in one.head_dims]
+KINDS += [
+    (main, main.head_dims[0], extra, dtype) for main, extra in TWO_FORMATS for dtype in (torch.bfloat16, torch.float16)
+]
 
 
 def scope_of(generator, kv_format, d, b, s_q, topk, *, lengths=None, **pages):
@@ -47,12 +50,13 @@ def as_stored(kv_format, cache):
 def case(
     b, s_q, h_q, topk, *, kv_format=KVCacheFormat.FP8_V32, d=None, lengths=None, page_size=64, num_pages=8, q_scale=1.0,
     sink=None, seed=0, strided=False, extra_topk=None, extra_lengths=None, extra_page_size=64, extra_format=None,
+    dtype=None,
 ):  # fmt: skip
     """Keyword arguments of a call; every byte that no counting index names is NaN."""
     generator = torch.Generator().manual_seed(seed)
     pages = {"page_size": page_size, "num_pages": num_pages}
     d = d or kv_format.head_dims[0]
-    dtype = torch.bfloat16 if kv_format.is_quantised else kv_format.dtype
+    dtype = dtype or (torch.bfloat16 if kv_format.is_quantised else kv_format.dtype)
     scope = scope_of(generator, kv_format, d, b, s_q, topk, lengths=lengths, **pages)
     q = randn(generator, b, s_q, h_q, d, dtype=dtype) * q_scale
     indices = scope.indices
@@ -84,10 +88,10 @@ def case(
     return arguments
 
 
-def dense_case(seqlens, *, s_q=1, h_q=64, page_size=64, seed=0, q_scale=1.0):
+def dense_case(seqlens, *, s_q=1, h_q=64, page_size=64, seed=0, q_scale=1.0, dtype=torch.bfloat16):
     """The same of dense decode over FP8_V32."""
     kv_format, generator = KVCacheFormat.FP8_V32, torch.Generator().manual_seed(seed)
-    arguments = dense_inputs(generator, kv_format, seqlens, page_size=page_size, s_q=s_q, h_q=h_q)
+    arguments = dense_inputs(generator, kv_format, seqlens, page_size=page_size, s_q=s_q, h_q=h_q, dtype=dtype)
     arguments["q"] *= q_scale
     for pages, seqlen in zip(arguments["block_table"].long(), seqlens, strict=True):
         token = torch.arange(seqlen)
@@ -121,11 +125,11 @@ def one_random_shape(rng, seed):
     b = rng.choice([1, 2, 3, 9, 40])
     topk = rng.choice([1, 5, 63, 64, 65, 128, 129, 200, 512, 1000, 2048])
     extra_topk = rng.choice([None, 1, 64, 65, 300, 1024])
-    kv_format, d, extra_format = rng.choice(KINDS)
+    kv_format, d, extra_format, dtype = rng.choice(KINDS)
     arguments = case(
         b, rng.choice([1, 2, 3]), rng.choice([1, 2, 8, 16, 33, 64, 65, 100, 128, 200]), topk,
-        kv_format=kv_format, d=d, extra_format=extra_format, lengths=random_lengths(b, topk), extra_topk=extra_topk,
-        extra_lengths=random_lengths(b, extra_topk), extra_page_size=rng.choice([1, 2, 64]),
+        kv_format=kv_format, d=d, extra_format=extra_format, dtype=dtype, lengths=random_lengths(b, topk),
+        extra_topk=extra_topk, extra_lengths=random_lengths(b, extra_topk), extra_page_size=rng.choice([1, 2, 64]),
         page_size=rng.choice([1, 2, 16, 64, 100]), num_pages=rng.choice([1, 8, 40]),
         q_scale=rng.choice([0.125, 1.0, 8.0]), sink=rng.choice([None, False]), seed=seed,
         strided=rng.random() < 0.3,
@@ -153,6 +157,7 @@ def test_dense_random_shapes(seed):
         arguments = dense_case(
             seqlens, s_q=rng.choice([1, 2, 3, 5]), h_q=rng.choice([1, 16, 33, 64, 65, 128, 200]),
             page_size=rng.choice([1, 16, 64, 100]), seed=100 * seed + turn, q_scale=rng.choice([0.125, 1.0, 8.0]),
+            dtype=rng.choice([torch.bfloat16, torch.float16]),
         )  # fmt: skip
         check(arguments, causal=rng.random() < 0.7, enable_batch_invariant=rng.random() < 0.3)
 

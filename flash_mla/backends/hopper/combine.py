@@ -21,10 +21,15 @@ LOG2_E = math.log2(math.e)
 
 
 class Combine:
-    """Warps own slices of rows: a whole row (`columns=512`, many rows) or a quarter (128: few rows, many splits)."""
+    """Warps own slices of rows: a whole row (`columns=512`, many rows) or a quarter (128: few rows, many splits).
 
-    def __init__(self, dtype: type[cutlass.Numeric], d_v: int, columns: int):
+    interleaved: partial outputs are written as accumulators lie in registers: of each 16 columns, 2 q + {0, 1} and
+    8 + 2 q + {0, 1} are neighbours, for q = 0 ... 3.
+    """
+
+    def __init__(self, dtype: type[cutlass.Numeric], d_v: int, columns: int, interleaved: bool = False):
         self.dtype = dtype
+        self.interleaved = interleaved
         self.d_v = d_v
         self.chunks = columns // (LANES * VECTOR)
         self.slices = d_v // columns  # of a row
@@ -133,7 +138,7 @@ class Combine:
                 acc.store(acc.load() * cutlass.select_(total > 0.0, kept, Float32(0.0)))
             result = cute.make_rmem_tensor((VECTOR, self.chunks), self.dtype)
             result.store(acc.load().to(self.dtype))
-            cute.autovec_copy(result, self.lane_view(out[u0, u1, r0, r1, None], pieces.slice, lane))
+            self.write(result, out[u0, u1, r0, r1, None], pieces.slice, lane)
             if (lane == 0) & (pieces.slice == 0):
                 lse[u0, u1, r0, r1] = row_lse
 
@@ -164,6 +169,18 @@ class Combine:
         start = row.iterator + (slice * (self.d_v // self.slices) + lane * VECTOR)
         start = start.align(VECTOR * row.element_type.width // 8)
         return cute.make_tensor(start, cute.make_layout((VECTOR, self.chunks), stride=(1, LANES * VECTOR)))
+
+    @cute.jit
+    def write(self, result: cute.Tensor, row: cute.Tensor, slice: Int32, lane: Int32):
+        """The columns of a lane to their row of the output."""
+        if const_expr(self.interleaved):
+            to = self.lane_view(row, slice, lane).iterator - lane % 4 * 2
+            pairs = (2, 2, self.chunks)
+            values = cute.make_tensor(result.iterator, cute.make_layout(pairs, stride=(1, 2, VECTOR)))
+            layout = cute.make_layout(pairs, stride=(1, 8, LANES * VECTOR))
+            cute.autovec_copy(values, cute.make_tensor(to.align(2 * row.element_type.width // 8), layout))
+        else:
+            cute.autovec_copy(result, self.lane_view(row, slice, lane))
 
     @cute.jit
     def sum_over_warps(self, acc: cute.Tensor, rank: Int32, warps: Int32, lane: Int32):
@@ -226,18 +243,20 @@ def merge_pieces(
     by_unit: Int32,
     warps: Int32,
     stream,
+    interleaved: cutlass.Constexpr = False,
 ):
     """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done.
 
-    The arguments are those of `Combine.__call__`; one warp takes a whole row, of more each takes a quarter's splits.
+    The arguments are those of `Combine` and of its `__call__`; one warp takes a whole row, of more each takes a
+    quarter's splits.
     """
     candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
     arguments = (partial_o, partial_lse, work, splits, sink, out, lse, candidates, by_unit, warps, stream)
     d_v = partial_o.shape[2]
     if warps == 1:
-        Combine(dtype, d_v, columns=d_v)(*arguments)
+        Combine(dtype, d_v, d_v, interleaved)(*arguments)
     else:
-        Combine(dtype, d_v, columns=d_v // 4)(*arguments)
+        Combine(dtype, d_v, d_v // 4, interleaved)(*arguments)
 
 
 def compile_variant(dtype: str, d_v: int, columns: int) -> aot.Compiled:

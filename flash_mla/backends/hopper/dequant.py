@@ -22,6 +22,11 @@ HALF_CHUNKS = 4  # chunks of 64 columns in half a row of V
 UNIT = 16  # bytes that the swizzle keeps together
 
 PACKED = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}
+# The upper and the lower bytes of 0, 0.5, 1, 1.5; 2, 3, 4, 6.
+E2M1_BYTES = {
+    cutlass.BFloat16: ((0x3F3F3F00, 0x40404040), (0xC0800000, 0xC0804000)),
+    cutlass.Float16: ((0x3E3C3800, 0x46444240), (0, 0)),
+}
 
 
 @dataclass(frozen=True)
@@ -106,47 +111,63 @@ cvt.rn.{packed}.f32 {{$w1}}, f3, f2;
     )
 
 
-def e2m1_to_bf16(codes: Uint32, scale: Uint32) -> tuple:
-    """Four e2m1 codes, the low 16 bits of a word, times a scale given twice in bf16, exactly: two words of two values.
+def e2m1_to_16bit(codes: Uint32, scale: Uint32, dtype: type[cutlass.Numeric]) -> tuple:
+    """Four e2m1 codes, the low 16 bits of a word, times a scale given twice, exactly: two words of two values.
 
-    The two bytes of a magnitude's bf16 are looked up by its three bits; signs are put on the upper byte.
+    The two bytes of a magnitude are looked up by its three bits; signs are put on the upper byte.
     """
+    upper, lower = E2M1_BYTES[dtype]
+    packed = PACKED[dtype]
     return cute.arch.inline_ptx(
-        """{
+        f"""{{
 .reg .b32 magnitude, upper, lower, shifted, signs;
-and.b32 magnitude, {$r0}, 0x7777;
-prmt.b32 upper, 0x3f3f3f00, 0x40404040, magnitude;
-prmt.b32 lower, 0xc0800000, 0xc0804000, magnitude;
-shl.b32 shifted, {$r0}, 4;
-prmt.b32 signs, shifted, {$r0}, 0xd9c8;
+and.b32 magnitude, {{$r0}}, 0x7777;
+prmt.b32 upper, {upper[0]:#x}, {upper[1]:#x}, magnitude;
+prmt.b32 lower, {lower[0]:#x}, {lower[1]:#x}, magnitude;
+shl.b32 shifted, {{$r0}}, 4;
+prmt.b32 signs, shifted, {{$r0}}, 0xd9c8;
 and.b32 signs, signs, 0x80808080;
 or.b32 upper, upper, signs;
 prmt.b32 shifted, lower, upper, 0x5140;
 prmt.b32 signs, lower, upper, 0x7362;
-mul.rn.bf16x2 {$w0}, shifted, {$r1};
-mul.rn.bf16x2 {$w1}, signs, {$r1};
-}""",
+mul.rn.{packed} {{$w0}}, shifted, {{$r1}};
+mul.rn.{packed} {{$w1}}, signs, {{$r1}};
+}}""",
         write_only_types=[Uint32, Uint32],
         read_only_args=[codes, scale],
     )
 
 
-def e4m3_scale(word: Uint32, byte: Int32) -> Uint32:
-    """A byte of a word as e4m3, converted to bf16, exactly, and given twice."""
+def e4m3_scale(word: Uint32, byte: Int32, dtype: type[cutlass.Numeric]) -> Uint32:
+    """A byte of a word as e4m3, converted exactly, and given twice."""
     return cute.arch.inline_ptx(
-        """{
+        f"""{{
 .reg .b32 x;
 .reg .b16 code, h0, h1;
 .reg .f32 f;
-shr.u32 x, {$r0}, {$r1};
+shr.u32 x, {{$r0}}, {{$r1}};
 cvt.u16.u32 code, x;
 cvt.rn.f16x2.e4m3x2 x, code;
-mov.b32 {h0, h1}, x;
+mov.b32 {{h0, h1}}, x;
 cvt.f32.f16 f, h0;
-cvt.rn.bf16x2.f32 {$w0}, f, f;
-}""",
+cvt.rn.{PACKED[dtype]}.f32 {{$w0}}, f, f;
+}}""",
         write_only_types=[Uint32],
         read_only_args=[word, byte * 8],
+    )
+
+
+def bf16_to_fp16(word: Uint32) -> Uint32:
+    """Two values; those beyond fp16's range become infinite."""
+    return cute.arch.inline_ptx(
+        """{
+.reg .f32 low, high;
+shl.b32 low, {$r0}, 16;
+and.b32 high, {$r0}, 0xffff0000;
+cvt.rn.f16x2.f32 {$w0}, high, low;
+}""",
+        write_only_types=[Uint32],
+        read_only_args=[word],
     )
 
 
@@ -172,7 +193,7 @@ mov.b32 {$w0}, x;
 class Loader:
     """How the rows of a format are fetched and converted; a chunk is one of the four of a half row.
 
-    plain_chunk: the chunk of K, if any, whose 64 values a row holds as they are, at `plain_offset`: nothing to convert.
+    plain_chunk: the chunk of K, if any, whose 64 values a row holds in bf16, at `plain_offset`.
     """
 
     d: int
@@ -290,12 +311,12 @@ class E2m1(Loader):
     code_bytes, scale_bytes = 8, 8
 
     def scale(self, stored: tuple, chunk: int, u: Int32) -> Uint32:
-        return e4m3_scale(stored[chunk], u)
+        return e4m3_scale(stored[chunk], u, self.dtype)
 
     def store(self, codes: tuple, scale: Uint32, to: tuple[Int32, Int32], offset: int) -> None:
         for i in range(2):
-            words = (*e2m1_to_bf16(codes[i], scale), *e2m1_to_bf16(codes[i] >> 16, scale))
-            store_words(to[i], offset, words)
+            words = [value for half in (codes[i], codes[i] >> 16) for value in e2m1_to_16bit(half, scale, self.dtype)]
+            store_words(to[i], offset, tuple(words))
 
 
 class Fp4V41(E2m1):

@@ -69,48 +69,67 @@ class Rows:
         offset = self.multipliers * self.multiplier_pitch + 32 * r
         return load_words(table + token * 4, offset, 1, Float32)
 
-    def k_operand(self, raw: Int32, table: Int32, chunk: int, warp: Int32, g: Int32, t: Int32) -> cute.Tensor:
-        """A chunk of this thread's two rows of K."""
+    def k_words(self, raw: Int32, table: Int32, chunk: int, warp: Int32, g: Int32, t: Int32) -> list:
+        """Of each of this thread's two rows, what its part of a chunk of K is made of: (words, multiplier)."""
+        token = warp * WARP_TOKENS + g
+        start = raw + (token * self.pitch + t * (2 * UNIT))
+        offset = chunk // 2 * GROUP + chunk % 2 * UNIT
+        return [
+            (load_words(start, offset + 8 * r * self.pitch, 4), self.k_multiplier(table, chunk, token, r, t))
+            for r in range(2)
+        ]
+
+    def k_operand(self, chunk: int, rows: list) -> cute.Tensor:
+        """A chunk of K, given this thread's words of its rows."""
         a = operand_a(Float16, 4)
         words = cute.recast_tensor(a, Uint32)
-        start = raw + ((warp * WARP_TOKENS + g) * self.pitch + t * (2 * UNIT))
-        for r in range(2):
-            codes = load_words(start, chunk // 2 * GROUP + chunk % 2 * UNIT + 8 * r * self.pitch, 4)
-            multiplier = self.k_multiplier(table, chunk, warp * WARP_TOKENS + g, r, t)
+        for r, (codes, multiplier) in enumerate(rows):
             for i in range(4):
                 pair = e4m3_to_fp16(codes[i])
                 words[4 * i + r], words[4 * i + 2 + r] = (times(value, multiplier) for value in pair)
         return a
 
-    def bf16_operand(self, start: Int32) -> cute.Tensor:
-        """Of a thread's two rows, 16 bf16 values as they are."""
+    def bf16_words(self, start: Int32) -> list:
+        """Of each of a thread's two rows, 16 bf16 values."""
+        at = [8 * r * self.pitch for r in range(2)]
+        return [(*load_words(start, offset, 4), *load_words(start, offset + UNIT, 4)) for offset in at]
+
+    def bf16_operand(self, rows: list) -> cute.Tensor:
+        """The values of a thread's two rows as they are."""
         a = operand_a(BFloat16, 4)
         words = cute.recast_tensor(a, Uint32)
-        for r in range(2):
-            for e in range(2):
-                values = load_words(start, e * UNIT + 8 * r * self.pitch, 4)
-                for i in range(4):
-                    words[4 * (2 * e + i // 2) + 2 * (i % 2) + r] = values[i]
+        for r, values in enumerate(rows):
+            for i in range(8):
+                words[2 * i + r] = values[i]
         return a
 
     def k_multiplier(self, table: Int32, chunk: int, token: Int32, r: int, t: Int32) -> Uint32 | None:
         """What this thread multiplies its codes in a chunk of row `token` + 8 r by, given twice."""
         return None
 
-    def v_operands(self, raw: Int32, table: Int32, group: int, first: int, warp: Int32, g: Int32, t: Int32) -> list:
-        """V^T of two chunks, 2 group and 2 group + 1, two k-steps of 16 tokens from `first` on."""
+    def v_words(self, raw: Int32, table: Int32, group: int, first: int, warp: Int32, g: Int32, t: Int32) -> list:
+        """What V^T of two chunks, 2 group and 2 group + 1, is made of, over two k-steps of 16 tokens from `first` on.
+
+        Of each eight tokens: (words of this thread's two, multiplier).
+        """
+        start = raw + (t * (2 * self.pitch) + warp * 32 + g * 4)
+        return [
+            (
+                [load_words(start, (token + i) * self.pitch + group * GROUP, 1)[0] for i in range(2)],
+                self.v_multiplier(table, group, token, warp, t),
+            )
+            for token in range(16 * first, 16 * first + 32, 8)
+        ]
+
+    def v_operands(self, group: int, tokens: list) -> list:
+        """V^T of two chunks, given this thread's words of its tokens."""
         a = [operand_a(Float16, 2) for _ in range(2)]
         words = [cute.recast_tensor(part, Uint32) for part in a]
-        start = raw + (t * (2 * self.pitch) + warp * 32 + g * 4)
-        for k in range(2):
-            for late in range(2):
-                token = 16 * (first + k) + 8 * late
-                pair = [load_words(start, (token + i) * self.pitch + group * GROUP, 1)[0] for i in range(2)]
-                multiplier = self.v_multiplier(table, group, token, warp, t)
-                for half in range(2):
-                    rows = e4m3_to_fp16(interleave(*pair, 0x7362 if half else 0x5140))
-                    for r in range(2):
-                        words[half][4 * k + 2 * late + r] = times(rows[r], multiplier)
+        for i, (pair, multiplier) in enumerate(tokens):
+            for half in range(2):
+                rows = e4m3_to_fp16(interleave(*pair, 0x7362 if half else 0x5140))
+                for r in range(2):
+                    words[half][2 * i + r] = times(rows[r], multiplier)
         return a
 
     def v_multiplier(self, table: Int32, group: int, token: int, warp: Int32, t: Int32) -> Uint32 | None:
@@ -146,11 +165,14 @@ class Fp8V32Rows(Rows):
     def factors(self, raw: Int32, table: Int32, token: Int32, r: int) -> tuple:
         return load_words(raw + token * self.pitch, Fp8V32.scale_offset + 8 * r * self.pitch, 4, Float32)
 
-    def k_operand(self, raw: Int32, table: Int32, chunk: int, warp: Int32, g: Int32, t: Int32) -> cute.Tensor:
+    def k_words(self, raw: Int32, table: Int32, chunk: int, warp: Int32, g: Int32, t: Int32) -> list:
         if chunk < 8:
-            return super().k_operand(raw, table, chunk, warp, g, t)
+            return super().k_words(raw, table, chunk, warp, g, t)
         start = raw + ((warp * WARP_TOKENS + g) * self.pitch + t * (2 * UNIT))
-        return self.bf16_operand(start + Fp8V32.plain_offset)
+        return self.bf16_words(start + Fp8V32.plain_offset)
+
+    def k_operand(self, chunk: int, rows: list) -> cute.Tensor:
+        return super().k_operand(chunk, rows) if chunk < 8 else self.bf16_operand(rows)
 
     def version(self, chunk: int) -> int:
         return chunk // 2
@@ -223,22 +245,24 @@ class Fp8V4Rows(PowersOfTwoRows):
     def load_scales(self, row: Int32) -> list:
         return super().load_scales(row)[:7]
 
-    def k_operand(self, raw: Int32, table: Int32, chunk: int, warp: Int32, g: Int32, t: Int32) -> cute.Tensor:
+    def k_words(self, raw: Int32, table: Int32, chunk: int, warp: Int32, g: Int32, t: Int32) -> list:
         if chunk < 6:
-            return super().k_operand(raw, table, chunk, warp, g, t)
-        row = raw + ((warp * WARP_TOKENS + g) * self.pitch + t * (UNIT if chunk == 6 else 2 * UNIT))
+            return super().k_words(raw, table, chunk, warp, g, t)
+        token = warp * WARP_TOKENS + g
+        row = raw + token * self.pitch
         if chunk == 7:
-            return self.bf16_operand(row + Fp8V4.plain_offset)
-        a = operand_a(Float16, 4)
-        words = cute.recast_tensor(a, Uint32)
-        for r in range(2):
-            codes = load_words(row, 3 * GROUP + 8 * r * self.pitch, 4)
-            start = table + (warp * WARP_TOKENS + g) * 2
-            multiplier = load_twice(start, 6 * self.multiplier_pitch + 16 * r)
-            for i in range(4):
-                pair = e4m3_to_fp16(codes[i])
-                words[4 * i + r], words[4 * i + 2 + r] = (times(value, multiplier) for value in pair)
-        return a
+            return self.bf16_words(row + t * (2 * UNIT) + Fp8V4.plain_offset)
+        multipliers = table + token * 2
+        return [
+            (
+                load_words(row + t * UNIT, 3 * GROUP + 8 * r * self.pitch, 4),
+                load_twice(multipliers, 6 * self.multiplier_pitch + 16 * r),
+            )
+            for r in range(2)
+        ]
+
+    def k_operand(self, chunk: int, rows: list) -> cute.Tensor:
+        return super().k_operand(chunk, rows) if chunk < 7 else self.bf16_operand(rows)
 
     def k_multiplier(self, table: Int32, chunk: int, token: Int32, r: int, t: Int32) -> Uint32:
         start = table + (t // 2 * self.multiplier_pitch + token * 2)
@@ -248,23 +272,29 @@ class Fp8V4Rows(PowersOfTwoRows):
         start = table + (warp // 2 * self.multiplier_pitch + t * 4)
         return load_words(start, group * (2 * self.multiplier_pitch) + token * 2, 1)[0]
 
-    def v_operands(self, raw: Int32, table: Int32, group: int, first: int, warp: Int32, g: Int32, t: Int32) -> list:
+    def v_words(self, raw: Int32, table: Int32, group: int, first: int, warp: Int32, g: Int32, t: Int32) -> list:
         if group < 3:
-            return super().v_operands(raw, table, group, first, warp, g, t)
+            return super().v_words(raw, table, group, first, warp, g, t)
+        start = raw + t * (2 * self.pitch)
+        codes, plain = start + (warp * 16 + g * 2), start + (warp * 32 + g * 4)
+        tokens = []
+        for token in range(16 * first, 16 * first + 32, 8):
+            at = [(token + i) * self.pitch for i in range(2)]
+            pair = [load_short(codes, offset + 3 * GROUP) for offset in at]
+            multiplier = load_words(table + t * 4, 6 * self.multiplier_pitch + token * 2, 1)[0]
+            tokens.append((pair, multiplier, [load_words(plain, offset + Fp8V4.plain_offset, 1)[0] for offset in at]))
+        return tokens
+
+    def v_operands(self, group: int, tokens: list) -> list:
+        if group < 3:
+            return super().v_operands(group, tokens)
         a = [operand_a(dtype, 2) for dtype in (Float16, BFloat16)]
         words = [cute.recast_tensor(part, Uint32) for part in a]
-        tokens = raw + t * (2 * self.pitch)
-        for k in range(2):
-            for late in range(2):
-                token = 16 * (first + k) + 8 * late
-                at = [(token + i) * self.pitch for i in range(2)]
-                codes = [load_short(tokens + (warp * 16 + g * 2), offset + 3 * GROUP) for offset in at]
-                plain = [load_words(tokens + (warp * 32 + g * 4), offset + Fp8V4.plain_offset, 1)[0] for offset in at]
-                multiplier = load_words(table + t * 4, 6 * self.multiplier_pitch + token * 2, 1)[0]
-                rows = e4m3_to_fp16(interleave(*codes, 0x5140))
-                for r in range(2):
-                    words[0][4 * k + 2 * late + r] = times(rows[r], multiplier)
-                    words[1][4 * k + 2 * late + r] = interleave(*plain, 0x7632 if r else 0x5410)
+        for i, (pair, multiplier, plain) in enumerate(tokens):
+            rows = e4m3_to_fp16(interleave(*pair, 0x5140))
+            for r in range(2):
+                words[0][2 * i + r] = times(rows[r], multiplier)
+                words[1][2 * i + r] = interleave(*plain, 0x7632 if r else 0x5410)
         return a
 
     def version(self, chunk: int) -> int:

@@ -50,6 +50,7 @@ class PlainSparseDecode(SparseDecode):
         self.has_rope = d > D_V
         self.registers = REGISTERS
         self.scales_apart = False
+        self.converts_plain = False
         self.raw_bytes = 0
 
     def token_bytes(self, cache: cute.Tensor, is_extra: bool) -> Int64:
@@ -77,29 +78,28 @@ class PlainSparseDecode(SparseDecode):
         then the right half and RoPE; of block 1 the right half, then the left half and RoPE."""
         lane = self.copy_lane(shared, thread)
         end = end_of_work(args.work)
-        inverses = self.inverses(args)
 
         cursor = self.settle(args, first_piece(args.work), end)
         exists = cursor.exists
-        self.fetch_index(args, cursor, lane, inverses)
+        self.fetch_index(args, cursor, lane)
         cute.arch.cp_async_commit_group()
         if exists & (lane.warp == 0):
             self.load_q(args, shared, barriers, tma_q, q_tma, cursor.unit, Int32(0))
         wait_copies(0)
-        tokens = self.locate(args, cursor, lane, inverses)
+        tokens = self.locate(args, cursor, lane)
         cursor = self.next_cursor(args, cursor, end)
-        self.fetch_index(args, cursor, lane, inverses)
+        self.fetch_index(args, cursor, lane)
         cute.arch.cp_async_commit_group()
         cute.arch.cp_async_commit_group()  # as if of the rows of a tile before the first
 
         tiles, pieces, opened = Int32(0), Int32(1), Int32(-1)
         while exists:
             wait_copies(1)  # for the next tile's index, not for the last one's rows
-            next_tokens = self.locate(args, cursor, lane, inverses)
+            next_tokens = self.locate(args, cursor, lane)
             next_exists = cursor.exists
             next_opened = cutlass.select_(next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
             cursor = self.next_cursor(args, cursor, end)
-            self.fetch_index(args, cursor, lane, inverses)
+            self.fetch_index(args, cursor, lane)
             cute.arch.cp_async_commit_group()
             attended = cute.arch.vote_ballot_sync(tokens.row != 0)
             for block in range_constexpr(2):

@@ -17,14 +17,23 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
-from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
+from cutlass import Float16, Float32, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot, dequant
 from flash_mla.backends.hopper.combine import merge_pieces
-from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, THREADS_PER_ROW, UNIT, copy_async
-from flash_mla.backends.hopper.epilogue import write_fp32_row
+from flash_mla.backends.hopper.dequant import (
+    CHUNK_BYTES,
+    HALF_CHUNKS,
+    THREADS_PER_ROW,
+    UNIT,
+    bf16_to_fp16,
+    copy_async,
+    load_words,
+    store_words,
+)
+from flash_mla.backends.hopper.epilogue import write_interleaved_row
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains
 from flash_mla.backends.hopper.softmax import (
     LN2,
@@ -41,9 +50,10 @@ from flash_mla.backends.hopper.sparse_decode_walk import (
     TILE,
     Arguments,
     Cursor,
+    Divisor,
     Source,
     Tokens,
-    quotient,
+    inverses,
     tiles_of,
 )
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
@@ -92,6 +102,8 @@ class Lane:
 
 
 class SparseDecode:
+    interleaves = True  # columns of partial outputs
+
     def __init__(self, dtype: type[cutlass.Numeric], kv_format: str, cluster: int, extra_format: str | None = None):
         self.dtype = dtype
         self.cluster = cluster
@@ -101,6 +113,8 @@ class SparseDecode:
         self.has_rope = self.loader.d > D_V
         self.registers = REGISTERS if extra_format is None else TWO_FORMAT_REGISTERS
         self.scales_apart = self.loader.scales_apart
+        # Whether the chunk that rows hold in bf16 has to become fp16, in its place.
+        self.converts_plain = self.loader.plain_chunk is not None and dtype is Float16
         self.raw_bytes = self.loader.raw_bytes()
         self.octets = BLOCK // OCTET // 4 // cluster  # that each producer warp converts of a block
 
@@ -147,14 +161,14 @@ class SparseDecode:
             indices: cute.struct.MemRange[Int32, WARPGROUP]  # of the next tile
             max0: cute.struct.MemRange[Float32, ROWS]
             max1: cute.struct.MemRange[Float32, ROWS]
-            sum0: cute.struct.MemRange[Float32, ROWS]
-            sum1: cute.struct.MemRange[Float32, ROWS]
+            sums: cute.struct.MemRange[Float32, 2 * ROWS]  # of each side
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
             raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.raw_bytes], 128]
 
         self.Shared = Shared
         unit_rows = row_tiles * ROWS
+        divisors = (page_size, extra_page_size, run, q.shape[1], (q.shape[2] + unit_rows - 1) // unit_rows)
         partial_o = cute.make_tensor(
             workspace.iterator, cute.make_ordered_layout((slots, unit_rows, D_V), order=(2, 1, 0))
         )
@@ -164,7 +178,7 @@ class SparseDecode:
         )
         self.kernel(
             tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
-            partial_o, partial_lse, out, lse, scale_log2, page_size, extra_page_size, run, causal, batch_invariant,
+            partial_o, partial_lse, out, lse, scale_log2, causal, batch_invariant, divisors, inverses(divisors),
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -197,8 +211,9 @@ class SparseDecode:
         rows_lse = cute.make_tensor(lse.iterator, cute.make_layout((b, s_q, 1, h_q), stride=(lse_b, lse_s, 0, lse_h)))
         rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
         merge_pieces(
-            self.dtype, partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, by_unit, warps, stream
-        )
+            self.dtype, partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, by_unit, warps, stream,
+            self.interleaves,
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(
@@ -220,11 +235,10 @@ class SparseDecode:
         out: cute.Tensor,
         lse: cute.Tensor,
         scale_log2: Float32,
-        page_size: Int32,
-        extra_page_size: Int32,
-        run: Int32,
         causal: Int32,
         batch_invariant: Int32,
+        divisors: tuple,  # page sizes, run, query tokens of a request, passes over their heads
+        divisor_inverses: tuple,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -236,28 +250,26 @@ class SparseDecode:
             shared.q_empty.data_ptr(),
             self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
+        page_size, extra_page_size, *rest = map(Divisor, divisors, divisor_inverses)
         args = Arguments(
             q, Source(k_cache, page_size, self.token_bytes(k_cache, False), indices, lengths),
             Source(extra_cache, extra_page_size, self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
-            sink, work, splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant,
+            sink, work, splits, partial_o, partial_lse, out, lse, scale_log2, *rest, causal, batch_invariant,
         )  # fmt: skip
         if warp == PRODUCER_WARP:
             cpasync.prefetch_descriptor(tma_q)
         if warp == PRODUCER_WARP + 1:
-            for source in (args.main, args.extra):
-                source.prefetch_lengths()
+            args.prefetch()
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(self.registers[1])
             self.produce(args, shared, barriers, tma_q, q_tma, thread - PRODUCER_WARP * 32)
-        elif warp < 4:
-            cute.arch.setmaxregister_increase(self.registers[0])
-            self.consume(LEFT, args, shared, barriers, thread)
         else:
             cute.arch.setmaxregister_increase(self.registers[0])
-            self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
+            side = cute.arch.make_warp_uniform(warp // 4)
+            self.consume(side, args, shared, barriers, thread - side * WARPGROUP)
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
@@ -275,7 +287,7 @@ class SparseDecode:
             with cute.arch.elect_one():
                 for i in range_constexpr(4):
                     # Every producer thread copies a part of what is not to be converted.
-                    copies = WARPGROUP if self.comes_with_copies(i // 2, i % 2) else 0
+                    copies = WARPGROUP if self.comes_with_copies(i // 2, i % 2) and not self.converts_plain else 0
                     cute.arch.mbarrier_init(barriers.k_full + i, 4 + copies)
                     cute.arch.mbarrier_init(barriers.k_empty + i, 4 * self.cluster)
                 cute.arch.mbarrier_init(barriers.q_full, 1)
@@ -290,7 +302,7 @@ class SparseDecode:
     # ---------------------------------------------------------------------------------------------- producers
 
     def comes_with_copies(self, block, half):
-        """Whether a half of a block comes with the chunk that is copied as it is: RoPE with the late half."""
+        """Whether a half of a block comes with the chunk that is copied to its place: RoPE with the late half."""
         if self.loader.plain_chunk is None:
             return False
         return (block ^ half) != 0 if self.loader.plain_chunk == V_CHUNKS else half != 0
@@ -329,71 +341,83 @@ class SparseDecode:
         right half, then the left half and RoPE. That is the order in which the consumers need and free them."""
         lane = self.lane(shared, thread)
         end = end_of_work(args.work)
-        inverses = self.inverses(args)
 
         cursor = self.settle(args, first_piece(args.work), end)
-        exists = cursor.exists
-        self.fetch_index(args, cursor, lane, inverses)
+        self.fetch_index(args, cursor, lane)
         cute.arch.cp_async_commit_group()
-        if exists & (lane.warp == 0):
+        if cursor.exists & (lane.warp == 0):
             self.load_q(args, shared, barriers, tma_q, q_tma, cursor.unit, Int32(0))
         wait_copies(0)
-        tokens = self.locate(args, cursor, lane, inverses)
-        cursor = self.next_cursor(args, cursor, end)
-        self.fetch_index(args, cursor, lane, inverses)
-        cute.arch.cp_async_commit_group()
-        for i in range_constexpr(2):
-            step, octet = i // self.octets, i % self.octets
-            self.fetch(lane, i, Int32(step), Int32(step), tokens.of_lane(octet * OCTET + lane.row))
-        wait_copies(2)  # for the next tile's index
 
         tiles, pieces, opened = Int32(0), Int32(1), Int32(-1)
-        while exists:
-            next_tokens = self.locate(args, cursor, lane, inverses)
+        # The first turn looks tokens up and converts none: code that is not there twice is sooner in the caches.
+        tokens, exists = Tokens.none(self.scales_apart, self.extra_loader is not None), cutlass.Boolean(False)
+        while exists | cursor.exists:
+            next_tokens = self.locate(args, cursor, lane)
             next_exists = cursor.exists
-            next_opened = cutlass.select_(next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
+            next_opened = cutlass.select_(exists & next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
+            if not exists:
+                for i in range_constexpr(2):
+                    step, octet = i // self.octets, i % self.octets
+                    self.fetch(lane, i, Int32(step), Int32(step), next_tokens.of_lane(octet * OCTET + lane.row))
             cursor = self.next_cursor(args, cursor, end)
-            self.fetch_index(args, cursor, lane, inverses)
-            attended = cute.arch.vote_ballot_sync(tokens.row != 0)
-            for step in cutlass.range(4, unroll=1):
-                block, late = step // 2, step % 2
-                half = block ^ late
-                full = barriers.k_full + (2 * block + half)
-                cute.arch.mbarrier_wait(barriers.k_empty + (2 * block + half), (tiles & 1) ^ 1)
-                if step == 0 and lane.warp == 0 and opened >= 0:
-                    self.load_q(args, shared, barriers, tma_q, q_tma, opened, pieces)
-                if late == 0:
-                    self.note_attended(shared, attended, block, lane.warp)
-                if const_expr(self.loader.plain_chunk is not None):
-                    if self.comes_with_copies(block, half):
-                        self.copy_plain(lane, tokens, block, full)
-                # Two half rows ahead.
-                ahead = step + 2 // self.octets
-                sources = tokens.unless(ahead >= 4, next_tokens)
-                next_block, next_late = ahead // 2 % 2, ahead % 2
-                for i in range_constexpr(self.octets):
-                    index = i if const_expr(self.octets == 2) else late
-                    token = sources.of_lane(next_block * (2 * OCTET) + i * OCTET + lane.row)
-                    to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
-                    wait_copies(1)
-                    cute.arch.sync_warp()
-                    following = (next_block ^ next_late, next_late, token)
-                    if const_expr(self.extra_loader is not None):
-                        if tokens.extra != 0:
-                            self.convert(self.extra_loader, lane, index, half, late, to, following)
-                        else:
-                            self.convert(self.loader, lane, index, half, late, to, following)
-                    else:
-                        self.convert(self.loader, lane, index, half, late, to, following)
-                if const_expr(self.cluster == 1):
-                    cute.arch.sync_warp()
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive(full)
-                else:
-                    self.push(shared, lane, block, half, late, full, barriers.peer)
-            pieces += cutlass.select_(opened >= 0, Int32(1), Int32(0))
+            self.fetch_index(args, cursor, lane)
+            if not exists:
+                cute.arch.cp_async_commit_group()
+                wait_copies(0)
+            else:
+                attended = cute.arch.vote_ballot_sync(tokens.row != 0)
+                for step in cutlass.range(4, unroll=1):
+                    block, late = step // 2, step % 2
+                    cute.arch.mbarrier_wait(barriers.k_empty + (2 * block + (block ^ late)), (tiles & 1) ^ 1)
+                    if step == 0 and lane.warp == 0 and opened >= 0:
+                        self.load_q(args, shared, barriers, tma_q, q_tma, opened, pieces)
+                    if late == 0:
+                        self.note_attended(shared, attended, block, lane.warp)
+                    self.fill(shared, barriers, lane, tokens, next_tokens, block, late)
+                pieces += cutlass.select_(opened >= 0, Int32(1), Int32(0))
+                tiles += 1
             tokens, exists, opened = next_tokens, next_exists, next_opened
-            tiles += 1
+
+    @cute.jit
+    def fill(self, shared, barriers, lane: Lane, tokens: Tokens, next_tokens: Tokens, block: Int32, late: Int32):
+        """Convert half a block of a tile: its first half, or the one that is `late`."""
+        half = block ^ late
+        full = barriers.k_full + (2 * block + half)
+        pending = 1 + self.converts_plain  # groups of copies behind the one that is needed
+        if const_expr(self.loader.plain_chunk is not None):
+            if self.comes_with_copies(block, half):
+                self.copy_plain(lane, tokens, block, full)
+        if const_expr(self.converts_plain):
+            cute.arch.cp_async_commit_group()
+        # Two half rows ahead.
+        ahead = 2 * block + late + 2 // self.octets
+        sources = tokens.unless(ahead >= 4, next_tokens)
+        next_block, next_late = ahead // 2 % 2, ahead % 2
+        for i in range_constexpr(self.octets):
+            index = i if const_expr(self.octets == 2) else late
+            token = sources.of_lane(next_block * (2 * OCTET) + i * OCTET + lane.row)
+            to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
+            wait_copies(pending)
+            cute.arch.sync_warp()
+            following = (next_block ^ next_late, next_late, token)
+            if const_expr(self.extra_loader is not None):
+                if tokens.extra != 0:
+                    self.convert(self.extra_loader, lane, index, half, late, to, following)
+                else:
+                    self.convert(self.loader, lane, index, half, late, to, following)
+            else:
+                self.convert(self.loader, lane, index, half, late, to, following)
+        if const_expr(self.converts_plain):
+            if self.comes_with_copies(block, half):
+                wait_copies(pending)
+                self.convert_plain(lane, block)
+        if const_expr(self.cluster == 1):
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(full)
+        else:
+            self.push(shared, lane, block, half, late, full, barriers.peer)
 
     @cute.jit
     def fetch(self, lane: Lane, index, half: Int32, late: Int32, token: tuple):
@@ -463,48 +487,44 @@ class SparseDecode:
             following = self.settle(args, piece, end)
         return following
 
-    def inverses(self, args) -> tuple:
-        """What `quotient` takes of the page sizes."""
-        return tuple(Uint32(0xFFFFFFFF) // Uint32(source.page_size) for source in (args.main, args.extra))
-
-    def entry(self, args, position: Int32, inverses: tuple) -> Int32:
+    def entry(self, args, position: Int32) -> Int32:
         """Of the indices: the one that names a token, by the token's position."""
-        return cutlass.select_(args.run == 1, position, quotient(position, args.run, inverses[0]))
+        return cutlass.select_(args.run.value == 1, position, args.run.quotient(position))
 
     @cute.jit
-    def fetch_index(self, args, cursor: Cursor, lane: Lane, inverses: tuple):
+    def fetch_index(self, args, cursor: Cursor, lane: Lane):
         """Start to bring the index that this lane looks up: of a run of slots, or less than 0 if there is none."""
         length = cutlass.select_(cursor.is_extra, cursor.extra_length, cursor.length)
         position = cursor.position(lane.token)
         if position < cutlass.select_(cursor.exists, length - cursor.hidden, Int32(0)):
-            entry = self.entry(args, position, inverses)
+            entry = self.entry(args, position)
             entries = cutlass.select_(cursor.is_extra, cursor.extra_entries, cursor.entries)
             copy_async((lane.index, 0), entries, (entries + Int64(entry) * 4, 0), 4)
         else:
             cute.arch.inline_ptx("st.shared.s32 [{$r0}], -1;", read_only_args=[lane.index])
 
     @cute.jit
-    def locate(self, args, cursor: Cursor, lane: Lane, inverses: tuple):
+    def locate(self, args, cursor: Cursor, lane: Lane):
         """The token whose index of the cursor's tile has arrived."""
         index = cute.arch.inline_ptx(
             "ld.shared.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[lane.index]
         )
         position = cursor.position(lane.token)
-        slot = (index - self.entry(args, position, inverses)) * args.run + position
+        slot = (index - self.entry(args, position)) * args.run.value + position
         extra = cursor.is_extra
         sources = (args.main, args.extra)
-        inverse, page_size, num_pages, page_bytes, token_bytes, base = (
+        page_size, inverse, num_pages, page_bytes, token_bytes, base = (
             cutlass.select_(extra, of_extra, of_main)
             for of_main, of_extra in (
-                inverses,
-                [source.page_size for source in sources],
+                [source.page_size.value for source in sources],
+                [source.page_size.inverse for source in sources],
                 [source.cache.shape[0] for source in sources],
                 [Int64(source.cache.stride[0]) for source in sources],
                 [Int64(source.token_bytes) for source in sources],
                 [source.cache.iterator.toint() for source in sources],
             )
         )
-        page = quotient(slot, page_size, inverse)
+        page = Divisor(page_size, inverse).quotient(slot)
         offset = slot - page * page_size
         row = base + Int64(page) * page_bytes + Int64(offset) * token_bytes
         scales = None
@@ -519,11 +539,22 @@ class SparseDecode:
         u = lane.slots.thread % THREADS_PER_ROW
         for i in range_constexpr(2):
             row = cute.arch.shuffle_sync(tokens.row, block * (2 * OCTET) + i * OCTET + lane.row)
-            to = lane.plain + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
+            to = self.plain_place(lane, block, i)
             for units in range_constexpr(0, 2 * THREADS_PER_ROW, THREADS_PER_ROW):
                 source = (row + Int64(u * UNIT), self.loader.plain_offset + units * UNIT)
                 copy_async((to ^ (units * UNIT), 0), row, source, UNIT)
-        cute.arch.cp_async_mbarrier_arrive_noinc(full)
+        if const_expr(not self.converts_plain):
+            cute.arch.cp_async_mbarrier_arrive_noinc(full)
+
+    def convert_plain(self, lane: Lane, block: Int32):
+        """What this thread has copied of a block by `copy_plain`, to fp16, in place."""
+        for i in range(2):
+            for units in range(0, 2 * THREADS_PER_ROW, THREADS_PER_ROW):
+                at = self.plain_place(lane, block, i) ^ (units * UNIT)
+                store_words(at, 0, tuple(bf16_to_fp16(word) for word in load_words(at, 0, 4)))
+
+    def plain_place(self, lane: Lane, block: Int32, i: int) -> Int32:
+        return lane.plain + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
 
     @cute.jit
     def push(self, shared, lane: Lane, block: Int32, half: Int32, late: Int32, full: cute.Pointer, peer: Int32):
@@ -588,8 +619,11 @@ class SparseDecode:
     # ---------------------------------------------------------------------------------------------- consumers
 
     @cute.jit
-    def consume(self, side: cutlass.Constexpr, args, shared, barriers, thread: Int32):
-        """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns."""
+    def consume(self, side: Int32, args, shared, barriers, thread: Int32):
+        """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns.
+
+        The sides have code of their own for pairs alone: what both run is sooner in the instruction caches.
+        """
         lane = thread % 32
         row0 = thread // 32 * 16 + lane // 4  # of this thread's two rows, row0 and row0 + 8
         f = self.fragments(side, shared, thread)
@@ -613,10 +647,15 @@ class SparseDecode:
             if stop > piece.tile:
                 cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
                 pieces += 1
-            for tile in cutlass.range(piece.tile, stop, unroll=1):
-                pair = self.pair_left if const_expr(side == LEFT) else self.pair_right
-                pair(shared, barriers, f, m, row_sum, scale, pairs & 1, tile + 1 == stop, thread)
-                pairs += 1
+            if side == LEFT:
+                for tile in cutlass.range(piece.tile, stop, unroll=1):
+                    parity = (pairs + tile - piece.tile) & 1
+                    self.pair_left(shared, barriers, f, m, row_sum, scale, parity, tile + 1 == stop, thread)
+            else:
+                for tile in cutlass.range(piece.tile, stop, unroll=1):
+                    parity = (pairs + tile - piece.tile) & 1
+                    self.pair_right(shared, barriers, f, m, row_sum, scale, parity, tile + 1 == stop, thread)
+            pairs += cutlass.max(stop - piece.tile, 0)
             if remains(following, end):
                 next_tiles, next_slot = self.begin_piece(args, f, following, row0, lane)
 
@@ -653,14 +692,14 @@ class SparseDecode:
         s: cute.Tensor
         o: cute.Tensor
 
-    def fragments(self, side: int, shared, thread) -> "SparseDecode.Fragments":
+    def fragments(self, side: Int32, shared, thread) -> "SparseDecode.Fragments":
         dtype = self.dtype
         chunk, v = k_major_layout(dtype), v_layout(dtype)
         qk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))
         pv = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM))
         qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
         q, k = shared.q.data_ptr(), shared.k.data_ptr()
-        p = [tile_at(k, block * K_CHUNKS + V_CHUNKS, chunk) for block in range(2)]
+        p, other_p = (tile_at(k, block * K_CHUNKS + V_CHUNKS, chunk) for block in (side, 1 - side))
 
         s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, BLOCK)))
         p_scores = cute.make_rmem_tensor(s.layout, dtype)
@@ -679,8 +718,8 @@ class SparseDecode:
                 pv_slice.make_fragment_B(pv_slice.partition_B(tile_at(k, block * K_CHUNKS + HALF_CHUNKS * side, v)))
                 for block in range(2)
             ],
-            p_in=pv_slice.make_fragment_A(pv_slice.partition_A(p[1 - side])),
-            p_out=(store, store_slice.retile(p_scores), store_slice.partition_D(p[side])),
+            p_in=pv_slice.make_fragment_A(pv_slice.partition_A(other_p)),
+            p_out=(store, store_slice.retile(p_scores), store_slice.partition_D(p)),
             p=p_operand,
             p_scores=p_scores,
             s=s,
@@ -819,7 +858,7 @@ class SparseDecode:
     @cute.jit
     def write(
         self,
-        side: cutlass.Constexpr,
+        side: Int32,
         args,
         shared,
         f,
@@ -832,18 +871,16 @@ class SparseDecode:
         """Normalise and write a whole unit to the outputs, a piece of one to its slot of the workspace."""
         lane = thread % 32
         row0 = thread // 32 * 16 + lane // 4
-        sum0 = shared.sum0.get_tensor(cute.make_layout(ROWS))
-        sum1 = shared.sum1.get_tensor(cute.make_layout(ROWS))
-        mine, other = (sum0, sum1) if const_expr(side == LEFT) else (sum1, sum0)
+        sums = shared.sums.get_tensor(cute.make_layout((ROWS, 2)))
         heads = [cutlass.min(rows.head_tile * ROWS + row0 + 8 * r, args.q.shape[2] - 1) for r in range(2)]
         sinks = [args.sink[head] * LOG2_E for head in heads]  # early, for their latency
         row_sum[0], row_sum[1] = quad_sum(row_sum[0]), quad_sum(row_sum[1])
         if lane % 4 == 0:
-            mine[row0], mine[row0 + 8] = row_sum[0], row_sum[1]
+            sums[row0, side], sums[row0 + 8, side] = row_sum[0], row_sum[1]
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
         inv = cute.make_rmem_tensor(2, Float32)
         for r in range_constexpr(2):
-            total = row_sum[r] + other[row0 + 8 * r]
+            total = row_sum[r] + sums[row0 + 8 * r, 1 - side]
             inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
             # lse in base 2; an empty row's is -inf here.
             row_sum[r] = cute.math.log2(total) + m[r] * args.scale_log2
@@ -857,7 +894,7 @@ class SparseDecode:
     @cute.jit
     def write_outputs(
         self,
-        side: cutlass.Constexpr,
+        side: Int32,
         args,
         f,
         lse2: cute.Tensor,
@@ -874,16 +911,15 @@ class SparseDecode:
             # exp(lse) / (exp(lse) + exp(sink))
             kept = 1.0 / (1.0 + cute.math.exp2(sinks[r] - lse2[r], fastmath=True))
             factor = cutlass.select_(seen, inv[r] * kept, Float32(0.0))
-            if const_expr(side == LEFT):
-                if exists and lane % 4 == 0:
-                    args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2[r] * LN2, Float32.inf)
+            if exists and lane % 4 == 0 and side == LEFT:
+                args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2[r] * LN2, Float32.inf)
             to = args.out[rows.request, rows.token, head, None].iterator + side * (D_V // 2)
             write_16bit_row(f.o, r, factor, to, exists, lane)
 
     @cute.jit
     def write_partials(
         self,
-        side: cutlass.Constexpr,
+        side: Int32,
         args,
         f,
         lse2: cute.Tensor,
@@ -897,11 +933,10 @@ class SparseDecode:
             row = row0 + 8 * r
             exists = row < rows.count
             unit_row = cute.arch.block_idx()[0] * ROWS + row
-            if const_expr(side == LEFT):
-                if exists and lane % 4 == 0:
-                    args.partial_lse[slot, unit_row] = lse2[r]
+            if exists and lane % 4 == 0 and side == LEFT:
+                args.partial_lse[slot, unit_row] = lse2[r]
             to = args.partial_o[slot, unit_row, None].iterator + side * (D_V // 2)
-            write_fp32_row(f.o, r, inv[r], to, exists, lane)
+            write_interleaved_row(f.o, r, inv[r], to, exists, lane)
 
 
 @cute.jit

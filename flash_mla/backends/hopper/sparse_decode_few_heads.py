@@ -54,7 +54,7 @@ from flash_mla.backends.hopper.sparse_decode import (
     compile_for,
     wait_copies,
 )
-from flash_mla.backends.hopper.sparse_decode_walk import Arguments, Source, tiles_of
+from flash_mla.backends.hopper.sparse_decode_walk import Arguments, Divisor, Source, inverses, tiles_of
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS
 
 GROUPS = D_V // GROUP
@@ -96,7 +96,7 @@ class Lane:
 class Consumer:
     """What a consumer thread works on; of shared memory, addresses."""
 
-    side: int
+    side: Int32  # LEFT or RIGHT; an int where code is compiled for either
     warp: Int32  # of its warpgroup
     lane: Int32
     p_out: Int32  # where stmatrix writes its row of P's first version
@@ -123,6 +123,8 @@ class Block:
 
 
 class SparseDecodeFewHeads(SparseDecode):
+    interleaves = False
+
     def __init__(self, dtype: type[cutlass.Numeric], kv_format: str, heads: int):
         self.dtype = dtype
         self.cluster = 1
@@ -192,9 +194,10 @@ class SparseDecodeFewHeads(SparseDecode):
             workspace.iterator + Int64(slots) * heads * D_V,
             cute.make_ordered_layout((slots, heads), order=(1, 0)),
         )
+        divisors = (page_size, extra_page_size, run, q.shape[1], Int32(1))
         self.kernel(
             q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits, partial_o,
-            partial_lse, out, lse, scale_log2, page_size, extra_page_size, run, causal, batch_invariant,
+            partial_lse, out, lse, scale_log2, causal, batch_invariant, divisors, inverses(divisors),
         ).launch(
             grid=(1, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -222,26 +225,28 @@ class SparseDecodeFewHeads(SparseDecode):
         out: cute.Tensor,
         lse: cute.Tensor,
         scale_log2: Float32,
-        page_size: Int32,
-        extra_page_size: Int32,
-        run: Int32,
         causal: Int32,
         batch_invariant: Int32,
+        divisors: tuple,
+        divisor_inverses: tuple,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = utils.SmemAllocator().allocate(self.Storage)
         barriers = Barriers(shared.full.data_ptr(), shared.empty.data_ptr())
+        page_size, extra_page_size, *rest = map(Divisor, divisors, divisor_inverses)
         args = Arguments(
             q, Source(k_cache, page_size, self.loader.token_bytes, indices, lengths),
             Source(extra_cache, extra_page_size, self.loader.token_bytes, extra_indices, extra_lengths), sink, work,
-            splits, partial_o, partial_lse, out, lse, scale_log2, run, causal, batch_invariant,
+            splits, partial_o, partial_lse, out, lse, scale_log2, *rest, causal, batch_invariant,
         )  # fmt: skip
+        if warp == PRODUCER_WARP:
+            args.prefetch()
         if warp == 0:
             with cute.arch.elect_one():
                 for i in range_constexpr(self.stages):
-                    # Every producer thread copies; a warp's first says that it has noted who is attended to.
-                    cute.arch.mbarrier_init(barriers.full + i, WARPGROUP + 4)
+                    # A warp arrives when it has noted who is attended to, a thread when it has copied scales.
+                    cute.arch.mbarrier_init(barriers.full + i, 4 + (WARPGROUP if self.rows.scales_apart else 0))
                     cute.arch.mbarrier_init(barriers.empty + i, 4)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -252,10 +257,8 @@ class SparseDecodeFewHeads(SparseDecode):
             self.produce(args, shared, barriers, thread - PRODUCER_WARP * 32)
         else:
             cute.arch.setmaxregister_increase(self.registers[0])
-            if warp < 4:
-                self.consume(LEFT, args, shared, barriers, thread)
-            else:
-                self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
+            side = cute.arch.make_warp_uniform(warp // 4)
+            self.consume(side, args, shared, barriers, thread - side * WARPGROUP)
 
     # ---------------------------------------------------------------------------------------------- producers
 
@@ -269,33 +272,30 @@ class SparseDecodeFewHeads(SparseDecode):
             index=Int32(shared.indices.data_ptr().toint()) + thread * 4,
         )
         end = end_of_work(args.work)
-        inverses = self.inverses(args)
         bits = Int32(shared.attended.data_ptr().toint()) + warp * 2
         raw = Int32(shared.raw.data_ptr().toint()) + warp * (WARP_TOKENS * self.rows.pitch)
 
         cursor = self.settle(args, first_piece(args.work), end)
-        self.fetch_index(args, cursor, lane, inverses)
+        self.fetch_index(args, cursor, lane)
         cute.arch.cp_async_commit_group()
-        cute.arch.cp_async_commit_group()  # as if of the rows of a tile before the first
+        cute.arch.cp_async_commit_group()  # as if of the scales of a tile before the first
         stage, parity = Int32(0), Int32(1)
         while cursor.exists:
-            wait_copies(1)  # for this tile's index, not for the last one's rows
-            tokens = self.locate(args, cursor, lane, inverses)
+            wait_copies(1)  # for this tile's index, not for the last one's scales
+            tokens = self.locate(args, cursor, lane)
             cursor = self.next_cursor(args, cursor, end)
-            self.fetch_index(args, cursor, lane, inverses)
+            self.fetch_index(args, cursor, lane)
             cute.arch.cp_async_commit_group()
             attended = cute.arch.vote_ballot_sync(tokens.row != 0)
             for block in range_constexpr(2):
                 full = barriers.full + stage
                 cute.arch.mbarrier_wait(barriers.empty + stage, parity)
+                present = (attended >> (block * WARP_TOKENS)) & ((1 << WARP_TOKENS) - 1)
                 with cute.arch.elect_one():
                     cute.arch.inline_ptx(
-                        "st.shared.u16 [{$r0}], {$r1};",
-                        read_only_args=[bits + stage * 8, cutlass.Uint16(attended >> (block * WARP_TOKENS))],
+                        "st.shared.u16 [{$r0}], {$r1};", read_only_args=[bits + stage * 8, cutlass.Uint16(present)]
                     )
-                    cute.arch.mbarrier_arrive(full)
-                self.gather(tokens, block, raw + stage * self.stage_bytes, number)
-                cute.arch.cp_async_mbarrier_arrive_noinc(full)
+                self.gather(tokens, present, block, raw + stage * self.stage_bytes, full, number)
                 stage, parity = self.next_stage(stage, parity, 1)
             cute.arch.cp_async_commit_group()
 
@@ -306,25 +306,27 @@ class SparseDecodeFewHeads(SparseDecode):
         return stage, cutlass.select_(wraps, parity ^ 1, parity)
 
     @cute.jit
-    def gather(self, tokens, block: cutlass.Constexpr, to: Int32, lane: Int32):
-        """Copy the rows of a block that this warp has looked up, 16 bytes a lane, neighbours by neighbours."""
-        row_units = self.rows.token_bytes // UNIT
-        units = WARP_TOKENS * row_units
-        for first in cutlass.range(0, units, 32, unroll=4):
-            unit = first + lane
-            token = unit // row_units
-            row = cute.arch.shuffle_sync(tokens.row, block * WARP_TOKENS + token)
-            if unit < units:
-                padding = self.rows.pitch - self.rows.token_bytes
-                copy_unit(to + unit * UNIT + token * padding, row, row + Int64((unit - token * row_units) * UNIT))
+    def gather(self, tokens, present: Int32, block: cutlass.Constexpr, to: Int32, full: cute.Pointer, lane: Int32):
+        """Copy the rows of a block that this warp has looked up, a lane each; `present`: a bit a row."""
+        mine, row = lane // WARP_TOKENS == block, lane % WARP_TOKENS
+        at = to + row * self.rows.pitch
+        if mine & (tokens.row == 0):
+            for unit in cutlass.range(self.rows.token_bytes // UNIT, unroll=1):
+                store_zeros(at + unit * UNIT)
+            cute.arch.fence_proxy("async.shared", space="cta")  # before a later copy overwrites them
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full, cute.arch.popc(present) * self.rows.token_bytes)
+        if mine & (tokens.row != 0):
+            copy_row(at, tokens.row, self.rows.token_bytes, Int32(full.toint()))
         if const_expr(self.rows.scales_apart):
-            if lane // WARP_TOKENS == block:
-                at = to + lane % WARP_TOKENS * self.rows.pitch
+            if mine:
                 copy_async((at, self.rows.token_bytes), tokens.row, (tokens.row + Int64(tokens.scales), 0), 8)
+            cute.arch.cp_async_mbarrier_arrive_noinc(full)
 
     # ---------------------------------------------------------------------------------------------- consumers
 
-    def consumer(self, side: int, shared, thread: Int32) -> Consumer:
+    def consumer(self, side: Int32, shared, thread: Int32) -> Consumer:
         warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
         p = Int32(shared.p.data_ptr().toint()) + side * self.p_bytes
         # A lane gives stmatrix the address of a row: of a head, eight tokens.
@@ -362,7 +364,7 @@ class SparseDecodeFewHeads(SparseDecode):
         return warpgroup.MmaF16BF16Op(dtype, Float32, shape, OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.K)
 
     @cute.jit
-    def consume(self, side: cutlass.Constexpr, args, shared, barriers, thread: Int32):
+    def consume(self, side: Int32, args, shared, barriers, thread: Int32):
         """One consumer warpgroup: every second block of a piece, all columns of the output."""
         c = self.consumer(side, shared, thread)
         sums = cute.make_rmem_tensor(self.heads // 4, Float32)  # of heads 8 j + 2 (lane % 4) + {0, 1}
@@ -393,7 +395,11 @@ class SparseDecodeFewHeads(SparseDecode):
                     self.attend(replace(c, lane=anew(c.lane)), shared, block, sums)
                     turn ^= 1
                     stage, parity = self.next_stage(stage, parity, 2)
-            self.write(replace(c, lane=anew(c.lane)), args, shared, sums, args.slot(piece), args.rows(piece))
+            slot, rows = args.slot(piece), args.rows(piece)
+            if side == LEFT:
+                self.write(replace(c, side=LEFT, lane=anew(c.lane)), args, shared, sums, slot, rows)
+            else:
+                self.write(replace(c, side=RIGHT, lane=anew(c.lane)), args, shared, sums, slot, rows)
             piece = next_piece(piece, stop, tiles)
 
     @cute.jit
@@ -483,22 +489,27 @@ class SparseDecodeFewHeads(SparseDecode):
         """Scores of this thread's two tokens, of all heads, without the heads' own scale."""
         s = cute.make_rmem_tensor_like(c.s[0])
         turns = len(c.s)  # with one accumulator, a part is added before the next one's first product
-        for part, (chunks, _) in enumerate(self.rows.parts):
-            for chunk in chunks:
-                begins = chunk == chunks[0]
-                if begins and part > 0 and turns == 1:
-                    warpgroup.wait_group(0)
-                    self.add_scores(s, c.s[0], factors, part - 1)
-                a = self.rows.k_operand(block.raw, block.table, chunk, *c.place)
-                warpgroup.fence()
-                self.issue(c.s[part % turns], a, c.q[chunk], overwrite=begins)
-                warpgroup.commit_group()
-                warpgroup.wait_group(1)
-                if begins and part > 0 and turns > 1:
-                    self.add_scores(s, c.s[(part - 1) % turns], factors, part - 1)
+        order = [(part, chunk) for part, (chunks, _) in enumerate(self.rows.parts) for chunk in chunks]
+        # Words are on their way while those before them are converted and multiplied.
+        words = self.rows.k_words(block.raw, block.table, order[0][1], *c.place)
+        for i, (part, chunk) in enumerate(order):
+            begins = i == 0 or order[i - 1][0] != part
+            if begins and part > 0 and turns == 1:
+                warpgroup.wait_group(0)
+                self.add_scores(s, c.s[0], factors, part - 1)
+            following = None
+            if i + 1 < len(order):
+                following = self.rows.k_words(block.raw, block.table, order[i + 1][1], *c.place)
+            a = self.rows.k_operand(chunk, words)
+            words = following
+            warpgroup.fence()
+            self.issue(c.s[part % turns], a, c.q[chunk], overwrite=begins)
+            warpgroup.commit_group()
+            warpgroup.wait_group(1)
+            if begins and part > 0 and turns > 1:
+                self.add_scores(s, c.s[(part - 1) % turns], factors, part - 1)
         warpgroup.wait_group(0)
-        last = len(self.rows.parts) - 1
-        self.add_scores(s, c.s[last % turns], factors, last)
+        self.add_scores(s, c.s[order[-1][0] % turns], factors, order[-1][0])
         return s
 
     def add_scores(self, s: cute.Tensor, acc: cute.Tensor, factors: list, part: int):
@@ -569,20 +580,26 @@ class SparseDecodeFewHeads(SparseDecode):
     @cute.jit
     def accumulate(self, c, block):
         """O^T += V^T P^T, and free the stage."""
-        for group in range_constexpr(GROUPS):
-            for first in range_constexpr(0, 4, 2):
-                a = self.rows.v_operands(block.raw, block.table, group, first, *c.place)
-                last = group + 1 == GROUPS and first == 2
-                if const_expr(last):
-                    cute.arch.sync_warp()
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive(block.empty)
-                warpgroup.fence()
-                for half in range_constexpr(2):
-                    chunk = 2 * group + half
-                    self.issue(c.o[chunk], a[half], c.p[self.rows.version(chunk)], first=first)
-                warpgroup.commit_group()
-                warpgroup.wait_group(0 if last else 1)
+        steps = [(group, first) for group in range(GROUPS) for first in range(0, 4, 2)]
+        words = self.rows.v_words(block.raw, block.table, *steps[0], *c.place)
+        for i in range_constexpr(len(steps)):
+            group, first = steps[i]
+            last = i + 1 == len(steps)
+            following = None
+            if const_expr(not last):
+                following = self.rows.v_words(block.raw, block.table, *steps[i + 1], *c.place)
+            a = self.rows.v_operands(group, words)
+            words = following
+            if const_expr(last):
+                cute.arch.sync_warp()
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(block.empty)
+            warpgroup.fence()
+            for half in range_constexpr(2):
+                chunk = 2 * group + half
+                self.issue(c.o[chunk], a[half], c.p[self.rows.version(chunk)], first=first)
+            warpgroup.commit_group()
+            warpgroup.wait_group(0 if last else 1)
 
     @cute.jit
     def write(self, c, args, shared, sums: cute.Tensor, slot: Int32, rows):
@@ -709,30 +726,31 @@ def store_transposed(address: Int32, offset: int, words: list) -> None:
     )
 
 
-def any_of_warpgroup(barrier: int, condition) -> Int32:
+def any_of_warpgroup(barrier: Int32, condition) -> Int32:
     """Wait at a named barrier for the warpgroup; 1 if the condition holds for any of its threads, else 0."""
     return cute.arch.inline_ptx(
         f"""{{
 .reg .pred mine, any;
 setp.ne.s32 mine, {{$r0}}, 0;
-barrier.cta.red.or.pred any, {barrier}, {WARPGROUP}, mine;
+barrier.cta.red.or.pred any, {{$r1}}, {WARPGROUP}, mine;
 selp.s32 {{$w0}}, 1, 0, any;
 }}""",
         write_only_types=[Int32],
-        read_only_args=[cutlass.select_(condition, Int32(1), Int32(0))],
+        read_only_args=[cutlass.select_(condition, Int32(1), Int32(0)), barrier],
     )
 
 
-def copy_unit(to: Int32, row: Int64, source: Int64) -> None:
-    """Start a copy of 16 bytes to shared memory; of zeros, reading nothing, if `row` is 0."""
+def copy_row(to: Int32, row: Int64, nbytes: int, full: Int32) -> None:
+    """Start a copy to shared memory, which the barrier `full` counts."""
     cute.arch.inline_ptx(
-        f"""{{
-.reg .pred absent;
-setp.eq.s64 absent, {{$r1}}, 0;
-cp.async.cg.shared.global [{{$r0}}], [{{$r2}}], {UNIT}, absent;
-}}""",
-        read_only_args=[to, row, source],
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{{$r0}}], [{{$r1}}], {nbytes}, [{{$r2}}];",
+        read_only_args=[to, row, full],
     )
+
+
+def store_zeros(address: Int32) -> None:
+    """16 bytes to shared memory."""
+    cute.arch.inline_ptx("st.shared.v4.u32 [{$r0}], {0, 0, 0, 0};", read_only_args=[address])
 
 
 def compile_variant(dtype: str, kv_format: str, heads: int) -> aot.Compiled:

@@ -55,8 +55,6 @@ def why_not(problem: DecodeProblem) -> str | None:
     formats = _formats(problem)
     if len(formats) > 1 and formats not in TWO_FORMATS:
         return f"no Hopper kernel for {formats[1].name} beside {formats[0].name} yet"
-    if problem.kv_format.is_quantised and problem.dtype != torch.bfloat16:
-        return f"no Hopper kernel for {problem.mode} of {problem.dtype} queries over {problem.kv_format.name}"
     return kernels.unavailable(sparse_decode_kernel(problem))
 
 
@@ -66,13 +64,15 @@ def sparse_decode_kernel(problem: DecodeProblem) -> str:
         return f"sparse_decode_{problem.kv_format.value}_{problem.d_qk}"
     formats = "_".join(kv_format.value for kv_format in _formats(problem))
     heads = _few_heads(problem)
-    layout = f"cluster{cluster_size(problem.h_q)}" if heads is None else f"heads{heads}"
+    # Queries in fp16 are rare: no CTAs share their rows, which any number of heads can do without.
+    cluster = cluster_size(problem.h_q) if problem.dtype == torch.bfloat16 else 1
+    layout = f"cluster{cluster}" if heads is None else f"heads{heads}"
     return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{formats}_{layout}"
 
 
 def _few_heads(problem: DecodeProblem) -> int | None:
     """Heads of the kernel of swapped operands that serves a problem, or None if none does."""
-    if len(_formats(problem)) > 1:
+    if problem.dtype != torch.bfloat16 or len(_formats(problem)) > 1:
         return None
     return few_heads(problem.h_q, problem.kv_format)
 

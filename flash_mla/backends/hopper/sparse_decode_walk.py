@@ -13,6 +13,22 @@ TILE = 128  # tokens in a tile of the plan
 
 
 @dataclass(frozen=True)
+class Divisor:
+    """A number above 0 to divide by on the device, where a plain division takes dozens of instructions."""
+
+    value: Int32
+    inverse: Uint32  # (2^32 - 1) // value
+
+    def quotient(self, n: Int32) -> Int32:
+        """n // value of n >= 0."""
+        q = cute.arch.inline_ptx(
+            "mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[n, self.inverse]
+        )
+        # The product falls short of the quotient by one at most.
+        return q + cutlass.select_(n - q * self.value >= self.value, Int32(1), Int32(0))
+
+
+@dataclass(frozen=True)
 class Arguments:
     """What every role reads of the call; shapes at `SparseDecode.__call__`."""
 
@@ -27,16 +43,24 @@ class Arguments:
     out: cute.Tensor
     lse: cute.Tensor
     scale_log2: Float32
-    run: Int32
+    run: Divisor
+    tokens: Divisor  # query tokens of a request
+    passes: Divisor  # units that the heads of a query token make
     causal: Int32
     batch_invariant: Int32
 
+    def prefetch(self):
+        """Bring to the L2 what every worker reads first, before it is known where; for one warp."""
+        prefetch(self.work[cute.arch.block_idx()[1], None].iterator.toint(), 0)
+        for vector in (self.main.lengths, self.extra.lengths, self.splits, self.sink):
+            first = cutlass.min(cute.arch.lane_idx() * 32, vector.shape[0] - 1)
+            prefetch((vector.iterator + first * vector.stride[0]).toint(), 0)
+
     def place(self, unit: Int32) -> tuple[Int32, Int32, Int32]:
         """(request, query token, pass over its heads) of a unit."""
-        tile = cute.arch.grid_dim()[0] * ROWS
-        passes = (self.q.shape[2] + tile - 1) // tile
-        query, tokens = unit // passes, self.q.shape[1]
-        return query // tokens, query % tokens, unit % passes
+        query = self.passes.quotient(unit)
+        request = self.tokens.quotient(query)
+        return request, query - request * self.tokens.value, unit - query * self.passes.value
 
     def rows(self, piece) -> "Rows":
         """The query rows of this CTA in the piece's unit."""
@@ -47,12 +71,12 @@ class Arguments:
     def lengths(self, piece) -> tuple[Int32, Int32]:
         """Entries of the indices into the main and the extra cache that count."""
         request, _, _ = self.place(piece.unit)
-        return self.main.length(request, self.run), self.extra.length(request, self.run)
+        return tuple(source.length(request, self.run.value) for source in (self.main, self.extra))
 
     def entries(self, piece) -> tuple[Int32, Int64, Int64]:
         """(last tokens that the query must not see, addresses of its indices into the main and the extra cache)."""
         request, token, _ = self.place(piece.unit)
-        hidden = self.causal * (self.q.shape[1] - 1 - token)
+        hidden = self.causal * (self.tokens.value - 1 - token)
         sources = (self.main, self.extra)
         return hidden, *(source.indices[request, token, None].iterator.toint() for source in sources)
 
@@ -67,18 +91,13 @@ class Source:
     """A cache, and indices into it."""
 
     cache: cute.Tensor
-    page_size: Int32
+    page_size: Divisor
     token_bytes: Int64 | int  # from one token of a page to the next
     indices: cute.Tensor
     lengths: cute.Tensor
 
     def length(self, request: Int32, run: Int32) -> Int32:
         return uniform(cutlass.max(0, cutlass.min(self.lengths[request], self.indices.shape[2] * run)))
-
-    def prefetch_lengths(self):
-        """Bring lengths (32 a lane) to the L2 before it is known which of them are needed."""
-        first = cutlass.min(cute.arch.lane_idx() * 32, self.lengths.shape[0] - 1)
-        prefetch((self.lengths.iterator + first * self.lengths.stride[0]).toint(), 0)
 
 
 @dataclass(frozen=True)
@@ -141,6 +160,11 @@ class Tokens:
     def __init__(self, row: Int64, scales: Int32 | None, extra: Int32 | None):
         self.row, self.scales, self.extra = row, scales, extra
 
+    @staticmethod
+    def none(scales_apart: bool, two_formats: bool) -> "Tokens":
+        """No token to attend to."""
+        return Tokens(Int64(0), Int32(0) if scales_apart else None, Int32(0) if two_formats else None)
+
     def __extract_mlir_values__(self):
         return [value.ir_value() for value in (self.row, self.scales, self.extra) if value is not None]
 
@@ -168,13 +192,11 @@ def tiles_of(length: Int32) -> Int32:
     return (length + (TILE - 1)) // TILE
 
 
-def quotient(n: Int32, divisor: Int32, inverse: Uint32) -> Int32:
-    """n // divisor of n >= 0, given (2^32 - 1) // divisor."""
-    q = cute.arch.inline_ptx("mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[n, inverse])
-    # The product falls short of the quotient by one at most.
-    return q + cutlass.select_(n - q * divisor >= divisor, Int32(1), Int32(0))
-
-
 def prefetch(address: Int64, offset: int) -> None:
     """Start to bring the line of a global address to the L2."""
     cute.arch.inline_ptx(f"prefetch.global.L2 [{{$r0}}+{offset}];", read_only_args=[address])
+
+
+def inverses(divisors: tuple) -> tuple:
+    """What `Divisor` takes beside each of these numbers; computed on the host."""
+    return tuple(Uint32(0xFFFFFFFF) // Uint32(divisor) for divisor in divisors)

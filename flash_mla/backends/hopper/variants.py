@@ -69,11 +69,12 @@ QUANTISED = {
 }
 
 SPARSE_DECODE = {
-    f"sparse_decode_bf16_{formats}_cluster{cluster}": Variant(
-        "flash_mla.backends.hopper.sparse_decode", 168, {"dtype": "BFloat16", **config, "cluster": cluster}
+    f"sparse_decode_{short}_{formats}_cluster{cluster}": Variant(
+        "flash_mla.backends.hopper.sparse_decode", 168, {"dtype": dtype, **config, "cluster": cluster}
     )
+    for short, dtype, clusters in (("bf16", "BFloat16", (1, 2)), ("fp16", "Float16", (1,)))
     for formats, config in QUANTISED.items()
-    for cluster in (1, 2)
+    for cluster in clusters
 }
 
 PLAIN_SPARSE_DECODE = {

@@ -43,6 +43,7 @@ def v_layout(dtype: type[cutlass.Numeric]):
     return cute.tile_to_shape(atom, (4 * CHUNK, ROWS), (1, 0))
 
 
-def tile_at(base: cute.Pointer, chunk: int, layout) -> cute.Tensor:
+def tile_at(base: cute.Pointer, chunk: cutlass.Int32 | int, layout) -> cute.Tensor:
     """The tensor of `layout` that begins at chunk number `chunk` of shared memory."""
-    return cute.make_tensor(cute.recast_ptr(base + chunk * ROWS * CHUNK, layout.inner), layout.outer)
+    start = (base + chunk * (ROWS * CHUNK)).align(1024)
+    return cute.make_tensor(cute.recast_ptr(start, layout.inner), layout.outer)
