@@ -86,7 +86,7 @@ def _like(inputs: SparsePrefillInputs) -> _Served | None:
             q.shape, kv.shape, indices.shape, q.dtype, q.device, attn_sink is None, topk_length is None,
             backends.forced(),
         )  # fmt: skip
-    except AttributeError:
+    except (AttributeError, TypeError):
         return None
 
 

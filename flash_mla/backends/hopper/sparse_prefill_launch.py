@@ -118,16 +118,18 @@ def record_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -
     """What repeats a call on its device that `sparse_prefill` has run; None if its kernel read or wrote copies."""
     if problem.s_kv == 0 or problem.topk == 0 or problem.device.index != torch.cuda.current_device():
         return None
-    call = _call_of(problem)
     q, kv, indices, scale, sink, lengths, given_out = inputs
+    rows = kv.select(1, 0)
+    copied = not all(tensor is None or rows_aligned(tensor) for tensor in (q, rows, given_out))
+    if copied or scale <= 0.0:
+        return None
+    call = _call_of(problem)
     out = torch.empty_like(call.out) if given_out is None else given_out
     max_logits, lse = torch.empty_like(call.max_logits), torch.empty_like(call.max_logits)
-    if scale <= 0.0 or not (rows_aligned(q) and rows_aligned(kv.select(1, 0)) and rows_aligned(out)):
-        return None
     given = (q, kv, indices, sink, lengths, out, max_logits, lse, 1.0)
     arguments = (
         (0, q),
-        (1, kv.select(1, 0)),
+        (1, rows),
         (2, indices.select(1, 0)),
         (CONSTANT, call.all_indices) if lengths is None else (4, lengths),
         (CONSTANT, call.no_sink) if sink is None else (3, sink),
