@@ -334,14 +334,12 @@ def same_plan(planned: Any, given: Any) -> None:
 # --- sparse prefill ---------------------------------------------------------------------------------------------------
 
 
-def sparse_prefill(inputs: SparsePrefillInputs, d_v: object) -> None:
-    """Require arguments of `flash_mla_sparse_fwd` that fit together."""
+def sparse_prefill(inputs: SparsePrefillInputs) -> None:
+    """Require tensors of `flash_mla_sparse_fwd` that fit together."""
     q = mqa_query(inputs.q, "s_q h_q d")
     s_q, h_q, d = q.shape
-    mqa_value_dim("d_v", d_v)
     tensor("kv", inputs.kv, "s_kv h_kv d", q.dtype, device=q.device, h_kv=1, d=d)
     tensor("indices", inputs.indices, "s_q h_kv topk", torch.int32, device=q.device, s_q=s_q, h_kv=1)
-    real_number("sm_scale", inputs.sm_scale)
     if inputs.attn_sink is not None:
         attn_sink(inputs.attn_sink, h_q, q.device)
     if inputs.topk_length is not None:

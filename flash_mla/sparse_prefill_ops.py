@@ -7,21 +7,22 @@ and a given one is not copied.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 from flash_mla import backends
 from flash_mla.problem import SparsePrefillInputs, SparsePrefillProblem
 
-__all__ = ["sparse_prefill"]
+__all__ = ["problem_of", "sparse_prefill"]
 
 
-def sparse_prefill(inputs: SparsePrefillInputs, d_v: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out, max_logits and lse by the backend that serves the problem; inputs as checked by flash_mla_sparse_fwd."""
-    q, out = inputs.q, inputs.out
-    s_q, h_q, d = q.shape
-    problem = SparsePrefillProblem(
-        device=q.device,
-        dtype=q.dtype,
+def problem_of(inputs: SparsePrefillInputs, d_v: int) -> SparsePrefillProblem:
+    """The problem that a call poses; inputs as checked by `checks.sparse_prefill`."""
+    s_q, h_q, d = inputs.q.shape
+    return SparsePrefillProblem(
+        device=inputs.q.device,
+        dtype=inputs.q.dtype,
         s_q=s_q,
         s_kv=inputs.kv.shape[0],
         h_q=h_q,
@@ -29,12 +30,18 @@ def sparse_prefill(inputs: SparsePrefillInputs, d_v: int) -> tuple[torch.Tensor,
         d_v=d_v,
         topk=inputs.indices.shape[-1],
     )
-    backend = backends.choose(problem)
-    if s_q == 0:
-        if out is None:
-            out = q.new_empty(s_q, h_q, d_v)
-        return out, *_new_statistics(q)
-    return backend.sparse_prefill(problem, inputs)
+
+
+def sparse_prefill(
+    problem: SparsePrefillProblem, backend: ModuleType, inputs: SparsePrefillInputs
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, max_logits and lse by a backend that serves the problem."""
+    if problem.s_q > 0:
+        return backend.sparse_prefill(problem, inputs)
+    out = inputs.out
+    if out is None:
+        out = inputs.q.new_empty(0, problem.h_q, problem.d_v)
+    return out, *_new_statistics(inputs.q)
 
 
 def _new_statistics(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +60,8 @@ def _into_out(
     out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = SparsePrefillInputs(q, kv, indices, sm_scale, attn_sink, topk_length, out)
-    _, max_logits, lse = sparse_prefill(inputs, out.shape[-1])
+    problem = problem_of(inputs, out.shape[-1])
+    _, max_logits, lse = sparse_prefill(problem, backends.choose(problem), inputs)
     return max_logits, lse
 
 

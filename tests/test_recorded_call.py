@@ -1,4 +1,7 @@
-"""Calls that repeat one before: recorded_call.c, and its use by decode, with Python functions as kernels on the CPU."""
+"""Calls that repeat one before: recorded_call.c, and its use by decode and sparse prefill.
+
+Python functions stand in for kernels, on the CPU.
+"""
 
 import contextlib
 import ctypes
@@ -11,9 +14,16 @@ import torch
 import tvm_ffi
 from tvm_ffi.libinfo import include_paths
 
-from flash_mla import backends, flash_mla_with_kvcache, get_mla_metadata, kernels
+from flash_mla import (
+    backends,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    kernels,
+    sparse_prefill,
+)
 from flash_mla.backends import hopper
-from flash_mla.backends.hopper import dense_decode_launch, sparse_decode_launch
+from flash_mla.backends.hopper import dense_decode_launch, sparse_decode_launch, sparse_prefill_launch
 from flash_mla.backends.hopper.launch import LOG2_E
 
 pytestmark = [
@@ -154,32 +164,61 @@ def stand_in(*arguments):
     lse.fill_(scale)
 
 
+def prefill_stand_in(*arguments):
+    """As a kernel: out = 2 q + first row of kv, max_logits = scale, lse = lengths + sink."""
+    q, kv, indices, lengths, sink, out, max_logits, lse, _, _ = [in_memory(value) for value in arguments[:10]]
+    out.copy_(q[..., :512] * 2 + kv[indices[:, :1].long(), :512])
+    max_logits.fill_(arguments[10])
+    lse.copy_(lengths[:, None] + sink)
+
+
 @pytest.fixture
 def calls(monkeypatch, record_call):
     """What runs on the Hopper backend, with its kernels replaced: (inputs that were checked, inputs of kernels)."""
     log = types.SimpleNamespace(checked=[], launched=[])
-    decode = hopper.decode
+    decode, prefill = hopper.decode, hopper.sparse_prefill
 
     def noted(problem, inputs, work, splits):
         log.checked.append(inputs)
         return decode(problem, inputs, work, splits)
 
-    def launch(*arguments):
-        log.launched.append(arguments)
-        stand_in(*arguments)
+    def noted_prefill(problem, inputs):
+        log.checked.append(inputs)
+        return prefill(problem, inputs)
 
-    functions = {"planner": tvm_ffi.convert(lambda *_: None), "attention": tvm_ffi.convert(launch)}
+    def launching(function):
+        def launch(*arguments):
+            log.launched.append(arguments)
+            function(*arguments)
+
+        return tvm_ffi.convert(launch)
+
+    functions = {
+        "planner": tvm_ffi.convert(lambda *_: None),
+        "sparse_prefill": launching(prefill_stand_in),
+        "attention": launching(stand_in),
+    }
     monkeypatch.setattr(
         kernels,
         "load",
-        lambda name, function=None: record_call if function else functions.get(name[:7], functions["attention"]),
+        lambda name, function=None: (
+            record_call
+            if function
+            else next((functions[mode] for mode in functions if name.startswith(mode)), functions["attention"])
+        ),
     )
     monkeypatch.setattr(hopper, "decode", noted)
+    monkeypatch.setattr(hopper, "sparse_prefill", noted_prefill)
     monkeypatch.setattr(backends, "choose", lambda problem: hopper)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the CPU
     h200 = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
-    caches = [dense_decode_launch._dense_decode, sparse_decode_launch._sparse_decode]
+    caches = [
+        dense_decode_launch._dense_decode,
+        sparse_decode_launch._sparse_decode,
+        sparse_prefill_launch._call,
+        sparse_prefill._served,
+    ]
     for cache in caches:
         cache.cache_clear()
     yield log
@@ -333,4 +372,117 @@ def test_another_current_device_is_left_to_the_checked_call(calls, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     run(meta, dense())
+    assert len(calls.checked) == 2
+
+
+def prefill(**changed):
+    arguments = {
+        "q": torch.randn(3, 16, 576).bfloat16(),
+        "kv": torch.randn(40, 1, 576).bfloat16(),
+        "indices": torch.randint(40, (3, 1, 100), dtype=torch.int32),
+        "sm_scale": 0.5,
+    }
+    return arguments | changed
+
+
+def run_prefill(arguments):
+    out, max_logits, lse = flash_mla_sparse_fwd(**arguments)
+    rows = arguments["kv"][arguments["indices"][:, :, 0].long(), 0, :512]
+    assert torch.equal(out, arguments["q"][..., :512] * 2 + rows)
+    assert torch.equal(max_logits, torch.full((3, 16), arguments["sm_scale"] * LOG2_E))
+    lengths = arguments.get("topk_length", torch.full((3,), 100, dtype=torch.int32))
+    assert torch.equal(lse, lengths[:, None] + arguments.get("attn_sink", torch.full((16,), -torch.inf)))
+    return out
+
+
+@pytest.mark.parametrize("optional", [(), ("attn_sink",), ("topk_length",), ("attn_sink", "topk_length")])
+def test_a_prefill_like_an_earlier_one_is_repeated_with_its_own_tensors(calls, optional):
+    for scale in (0.5, 0.25, 2):
+        more = {"attn_sink": torch.randn(16), "topk_length": torch.randint(101, (3,), dtype=torch.int32)}
+        run_prefill(prefill(sm_scale=scale, **{name: more[name] for name in optional}))
+    assert len(calls.checked) == 1
+    assert len(calls.launched) == 3
+
+
+def test_prefills_of_several_shapes_take_turns(calls):
+    kinds = [{}, {"kv": torch.randn(41, 1, 576).bfloat16()}, {"attn_sink": torch.randn(16)}]
+    for _ in range(3):
+        for kind in kinds:
+            run_prefill(prefill(**kind))
+    assert len(calls.checked) == 3
+    assert len(calls.launched) == 9
+
+
+def test_out_of_a_prefill_may_be_given_or_not(calls):
+    for given in (False, True, True, False):
+        out = torch.full((3, 16, 512), torch.nan, dtype=torch.bfloat16) if given else None
+        got = run_prefill(prefill(out=out))
+        assert not given or got is out
+    assert len(calls.checked) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"q": torch.randn(3, 16, 584).bfloat16()[..., :576]},
+        {"q": torch.randn(3, 16, 577).bfloat16()[..., 1:]},
+        {"q": torch.randn(3 * 16 * 576 + 1).bfloat16()[1:].view(3, 16, 576)},
+        {"q": torch.randn(3, 16, 576).half(), "kv": torch.randn(40, 1, 576).half()},
+        {"kv": torch.randn(40, 2, 576).bfloat16()[:, :1]},
+        {"kv": torch.randn(40, 1, 577).bfloat16()[..., 1:]},
+        {"indices": torch.randint(40, (3, 1, 101), dtype=torch.int32)[..., 1:]},
+    ],
+)
+def test_other_layouts_of_a_prefill_are_served_too(calls, change):
+    for changed in ({}, change, change, {}, {}):
+        run_prefill(prefill(**changed))
+    assert len(calls.launched) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(3, 16, 576)}, TypeError, "q: got dtype float32"),
+        ({"q": [1.0]}, TypeError, "q: got list"),
+        ({"kv": None}, TypeError, "kv: got NoneType"),
+        ({"kv": torch.zeros(40, 1, 576, dtype=torch.bfloat16, device="meta")}, ValueError, "kv: got a tensor on meta"),
+        ({"indices": torch.zeros(3, 1, 100)}, TypeError, "indices: got dtype float32"),
+        ({"attn_sink": torch.zeros(15)}, ValueError, "attn_sink: got shape"),
+        ({"d_v": 576}, ValueError, "d_v: got 576"),
+        ({"sm_scale": "1"}, TypeError, "sm_scale: got str"),
+        ({"out": torch.zeros(3, 16, 512)}, TypeError, "out: got dtype float32"),
+        ({"out": torch.zeros(1, 16, 512).bfloat16().expand(3, -1, -1)}, ValueError, "out: got strides"),
+        ({"out": "out"}, TypeError, "out: got str"),
+    ],
+)
+def test_misuse_of_a_prefill_is_told_as_on_a_first_call(calls, change, error, message):
+    for _ in range(2):
+        run_prefill(prefill())
+    with pytest.raises(error, match=message):
+        flash_mla_sparse_fwd(**prefill(**change))
+    run_prefill(prefill())
+    assert len(calls.launched) == 3
+
+
+def test_a_scale_below_zero_is_checked_at_every_prefill(calls):
+    run_prefill(prefill())
+    for _ in range(2):
+        arguments = prefill(sm_scale=-0.5)
+        _, max_logits, _ = flash_mla_sparse_fwd(**arguments)
+        assert torch.equal(max_logits, torch.full((3, 16), 0.5 * LOG2_E)), "q is negated, so that the scale is above 0"
+    assert len(calls.checked) == 3
+
+
+def test_a_prefill_on_another_current_device_is_checked(calls, monkeypatch):
+    run_prefill(prefill())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    run_prefill(prefill())
+    assert len(calls.checked) == 2
+
+
+def test_another_forced_backend_is_heeded(calls, monkeypatch):
+    run_prefill(prefill())
+    monkeypatch.setenv("FLASH_MLA_BACKEND", "hopper")
+    run_prefill(prefill())
     assert len(calls.checked) == 2

@@ -2,7 +2,8 @@
 
 Each backend is a module with a `NAME` and `why_not(problem) -> str | None`: the reason it cannot serve a problem, or
 None when it can. `choose` takes the first that can, in order of speed; `explain` tells the reasons of all.
-One that has a `record` as well can repeat decode calls at less host time than `decode` takes.
+One that has a `record` or a `record_prefill` as well can repeat calls of `decode` or `sparse_prefill` at less host time
+than these take.
 `FLASH_MLA_BACKEND=hopper|cpu|triton` forces one.
 """
 
@@ -20,6 +21,11 @@ __all__ = ["BACKENDS", "choose", "explain"]
 BACKENDS: tuple[ModuleType, ...] = (hopper, cpu, triton)
 
 
+def forced() -> str | None:
+    """The name of the backend that the environment forces."""
+    return os.environ.get("FLASH_MLA_BACKEND")
+
+
 def explain(problem: Problem) -> dict[str, str | None]:
     """Backend name -> None if it serves `problem`, otherwise the reason why not; in order of preference."""
     return {backend.NAME: backend.why_not(problem) for backend in BACKENDS}
@@ -32,16 +38,16 @@ def choose(problem: Problem) -> ModuleType:
         ValueError: FLASH_MLA_BACKEND names no backend.
         RuntimeError: no backend, or not the forced one, serves the problem; the message gives each reason.
     """
-    forced = os.environ.get("FLASH_MLA_BACKEND")
-    candidates = [backend for backend in BACKENDS if forced in (None, "", backend.NAME)]
-    if forced and not candidates:
+    name = forced()
+    candidates = [backend for backend in BACKENDS if name in (None, "", backend.NAME)]
+    if name and not candidates:
         names = ", ".join(backend.NAME for backend in BACKENDS)
-        raise ValueError(f"FLASH_MLA_BACKEND: got {forced!r}, need one of {names}")
+        raise ValueError(f"FLASH_MLA_BACKEND: got {name!r}, need one of {names}")
     reasons = []
     for backend in candidates:
         reason = backend.why_not(problem)
         if reason is None:
             return backend
         reasons.append(f"{backend.NAME}: {reason}")
-    which = "the forced backend cannot serve" if forced else "no backend serves"
+    which = "the forced backend cannot serve" if name else "no backend serves"
     raise RuntimeError(f"{which} {problem.mode} on {problem.device}: {'; '.join(reasons)}")

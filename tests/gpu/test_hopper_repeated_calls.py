@@ -1,11 +1,12 @@
-"""Decode calls that repeat one before on Hopper: the same results at less host time, and never for another call."""
+"""Calls that repeat one before on Hopper: the same results at less host time, and never for another call."""
 
 import pytest
 import torch
 from test_hopper_dense_decode import case as dense_case
 from test_hopper_sparse_decode import case as sparse_case
+from test_hopper_sparse_prefill import case as prefill_case
 
-from flash_mla import KVCacheFormat, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla import KVCacheFormat, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata, sparse_prefill
 from flash_mla.backends import hopper
 
 pytestmark = pytest.mark.gpu
@@ -220,3 +221,124 @@ def test_another_device_may_be_current():
     want = [flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=meta) for _ in range(2)][1]
     with torch.cuda.device(1):
         assert_same(flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=meta), want)
+
+
+def prefill(seed=0, **options):
+    torch.manual_seed(seed)
+    return prefill_case(5, 300, 200, 20, **options)
+
+
+def prefill_with_everything(seed=0):
+    return prefill(seed, lengths=[200, 0, 1, 65, 128]) | {"attn_sink": torch.randn(20, device="cuda")}
+
+
+PREFILLS = pytest.mark.parametrize("make", [prefill, prefill_with_everything])
+
+
+def fresh_prefill(arguments):
+    sparse_prefill._served.cache_clear()
+    return flash_mla_sparse_fwd(**arguments)
+
+
+@pytest.fixture
+def checked_prefills(monkeypatch):
+    """The arguments of every prefill that was not repeated from a record."""
+    log = []
+    run = hopper.sparse_prefill
+
+    def noted(*arguments):
+        log.append(arguments)
+        return run(*arguments)
+
+    monkeypatch.setattr(hopper, "sparse_prefill", noted)
+    sparse_prefill._served.cache_clear()
+    return log
+
+
+@PREFILLS
+def test_prefills_of_one_layout_are_repeated(make, checked_prefills):
+    inputs = [make(seed) | {"sm_scale": 0.1 + seed} for seed in range(3)]
+    results = [flash_mla_sparse_fwd(**arguments) for arguments in inputs]
+    assert len(checked_prefills) == 1
+    assert len({tensor.data_ptr() for result in results for tensor in result}) == 9
+    for arguments, got in zip(inputs, results, strict=True):
+        assert_same(got, fresh_prefill(arguments))
+
+
+@PREFILLS
+def test_out_of_a_prefill_is_written_in_place(make, checked_prefills):
+    arguments = make()
+    want = fresh_prefill(arguments)
+    for strided in (False, False, True, True, False):
+        room = torch.full((5, 21, 576 if strided else 512), torch.nan, dtype=torch.bfloat16, device="cuda")
+        out = room[:, 1:, :512] if strided else room[:, 1:].contiguous()
+        got = flash_mla_sparse_fwd(**arguments, out=out)
+        assert got[0] is out
+        assert_same(got, want)
+        assert room[:, 0].isnan().all()
+
+
+@PREFILLS
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: {"q": torch.cat([a["q"], a["q"]], -1)[..., :576]},
+        lambda a: {"q": torch.cat([a["q"][..., :1], a["q"]], -1)[..., 1:]},
+        lambda a: {"kv": torch.cat([a["kv"], a["kv"]], 1)[:, :1]},
+        lambda a: {"kv": torch.cat([a["kv"][..., :1], a["kv"]], -1)[..., 1:]},
+        lambda a: {"indices": torch.cat([a["indices"][..., :1], a["indices"]], -1)[..., 1:]},
+        lambda a: {"q": a["q"].half(), "kv": a["kv"].half()},
+        lambda a: {"sm_scale": -0.25},
+        lambda a: {"sm_scale": 0},
+        lambda a: {"attn_sink": torch.zeros(20, device="cuda")},
+        lambda a: {"topk_length": torch.zeros(5, dtype=torch.int32, device="cuda")},
+    ],
+)
+def test_prefills_that_look_different_are_not_repeated(make, change):
+    arguments = make()
+    want, changed = fresh_prefill(arguments), arguments | change(arguments)
+    other = fresh_prefill(changed)
+    for _ in range(2):
+        assert_same(flash_mla_sparse_fwd(**arguments), want)
+        assert_same(flash_mla_sparse_fwd(**changed), other)
+        assert_same(flash_mla_sparse_fwd(**changed), other)
+
+
+@PREFILLS
+def test_repeated_prefills_are_captured(make):
+    arguments = make()
+    for _ in range(2):
+        flash_mla_sparse_fwd(**arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = flash_mla_sparse_fwd(**arguments)
+    for seed in (1, 2):
+        for name in ("q", "kv", "indices"):
+            arguments[name].copy_(make(seed)[name])
+        for tensor in got:
+            tensor.fill_(torch.nan)
+        graph.replay()
+        assert_same(got, fresh_prefill(arguments))
+
+
+@PREFILLS
+def test_prefills_on_streams_do_not_disturb_each_other(make):
+    arguments = make()
+    want = fresh_prefill(arguments)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for turn in range(30):
+        with torch.cuda.stream(streams[turn % 3]):
+            results.append(flash_mla_sparse_fwd(**arguments))
+    torch.cuda.synchronize()
+    for got in results:
+        assert_same(got, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_prefill_with_another_current_device():
+    arguments = prefill()
+    want = [flash_mla_sparse_fwd(**arguments) for _ in range(2)][1]
+    with torch.cuda.device(1):
+        assert_same(flash_mla_sparse_fwd(**arguments), want)

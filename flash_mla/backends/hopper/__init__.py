@@ -12,11 +12,21 @@ from flash_mla.backends.hopper import dense_decode_launch, mha_launch, sparse_de
 from flash_mla.backends.hopper.dense_decode_heuristics import gathers
 from flash_mla.backends.hopper.mha_launch import mha_backward, mha_forward
 from flash_mla.backends.hopper.recorded_call import RecordedCall
-from flash_mla.backends.hopper.sparse_prefill_launch import sparse_prefill, sparse_prefill_kernel
+from flash_mla.backends.hopper.sparse_prefill_launch import record_prefill, sparse_prefill, sparse_prefill_kernel
 from flash_mla.plan import SplitPlan
 from flash_mla.problem import DecodeInputs, DecodeProblem, MHAProblem, Problem, SparsePrefillProblem
 
-__all__ = ["NAME", "decode", "mha_backward", "mha_forward", "plan_decode", "record", "sparse_prefill", "why_not"]
+__all__ = [
+    "NAME",
+    "decode",
+    "mha_backward",
+    "mha_forward",
+    "plan_decode",
+    "record",
+    "record_prefill",
+    "sparse_prefill",
+    "why_not",
+]
 
 NAME = "hopper"
 

@@ -1,4 +1,4 @@
-"""Repeat a planned decode call without Python work on each of its tensors; recorded_call.c does it.
+"""Repeat a call without Python work on each of its tensors; recorded_call.c does it.
 
 Checking a call and handing its tensors over takes Python longer than launching its kernels. Once a call has run, its
 record holds how its tensors are laid out and what the kernel was given for them; a later call that looks the same is
@@ -7,7 +7,7 @@ compared and launched in one step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -15,7 +15,7 @@ from flash_mla import kernels
 from flash_mla.backends.hopper.launch import LOG2_E, Argument, DecodeCall, Results, rows_aligned
 from flash_mla.problem import DecodeInputs
 
-__all__ = ["RecordedCall", "recorded"]
+__all__ = ["CONSTANT", "WORKSPACE", "RecordedCall", "attempt", "record_call", "recorded"]
 
 # Of a call's tensors, in the order of DecodeInputs, and its scale: its results, or None if it does not look the same.
 RecordedCall = Callable[[tuple[torch.Tensor | None, ...], float], Results | None]
@@ -23,6 +23,35 @@ RecordedCall = Callable[[tuple[torch.Tensor | None, ...], float], Results | None
 OUT = DecodeInputs._fields.index("out")
 LSE, SCALE = OUT + 1, OUT + 2  # follow the tensors of DecodeInputs in what is repeated
 CONSTANT, WORKSPACE = -1, -2
+
+
+def record_call(
+    name: str, kernel: Callable[..., None], given: tuple[object, ...], arguments: Iterable[tuple[int, object]]
+) -> Callable[..., bool] | None:
+    """What launches a kernel for a call whose arguments look like `given`, and says whether they do.
+
+    Args:
+        name: of the kernel, whose shared object holds the C function.
+        kernel: itself.
+        given: the arguments of a call.
+        arguments: for each of the kernel's: which of `given` it is or is a view of, or CONSTANT or WORKSPACE; itself.
+
+    Returns:
+        None if a tensor cannot be handed over.
+    """
+    record = kernels.load(name, "record_call")
+    try:
+        return record(kernel, len(given), *given, *(value for argument in arguments for value in argument))
+    except (BufferError, RuntimeError, ValueError):  # an older torch's DLPack may lack a dtype, or allocation
+        return None
+
+
+def attempt(replay: Callable[..., bool], *given: object) -> bool:
+    """Whether a recorded call could be repeated; what kept it from it, a full check of the call explains."""
+    try:
+        return replay(*given)
+    except (BufferError, RuntimeError, TypeError, ValueError):
+        return False
 
 
 def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> RecordedCall | None:
@@ -49,10 +78,8 @@ def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> Re
         (SCALE, 1.0),
         *((CONSTANT, flag) for flag in call.flags),
     )
-    record_call = kernels.load(call.name, "record_call")
-    try:
-        replay = record_call(call.kernel, len(given), *given, *(value for pair in kernel_arguments for value in pair))
-    except (BufferError, RuntimeError, ValueError):  # an older torch's DLPack may lack a dtype, or allocation
+    replay = record_call(call.name, call.kernel, given, kernel_arguments)
+    if replay is None:
         return None
     device = out.device.index
 
@@ -63,10 +90,7 @@ def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> Re
         if out is None:
             out = torch.empty_like(call.out)
         lse = torch.empty_like(call.lse)
-        try:
-            done = replay(*tensors[:OUT], out, lse, scale * LOG2_E)
-        except (BufferError, RuntimeError, TypeError, ValueError):  # which a full check of the call explains
-            return None
+        done = attempt(replay, *tensors[:OUT], out, lse, scale * LOG2_E)
         return (out, lse) if done else None
 
     return repeat

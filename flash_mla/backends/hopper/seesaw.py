@@ -72,6 +72,14 @@ class Running:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """What scores wait for that are issued behind the last P V of a pair: parities of arrivals."""
+
+    k: Int32
+    q: Int32 | None = None  # None: the pair's own Q
+
+
+@dataclass(frozen=True)
 class Consumer:
     """A consumer warpgroup: what its steps share."""
 
@@ -104,6 +112,10 @@ class Seesaw:
 
     def wait_chunks(self, c: Consumer, group: int, parity):
         """Wait until a group of chunks of this side's block has arrived."""
+        raise NotImplementedError
+
+    def wait_q(self, c: Consumer, parity):
+        """Wait until a piece's Q has arrived."""
         raise NotImplementedError
 
     def softmax(self, c: Consumer, n, sums, parity):
@@ -198,21 +210,23 @@ class Seesaw:
         pairs: how many went before, of this and earlier work.
         """
         if c.side == LEFT:
-            self.pair_left(c, pairs & 1, None)
+            self.pair_left(c, pairs & 1, None, Ahead((pairs & 1) ^ 1))
+            warpgroup.wait_group(0)
         else:
             self.pair_right(c, pairs & 1, None)
 
-    def last_pair(self, c: Consumer, pairs, prepare: tuple):
-        """The last pair of a piece of work. No wgmma is in flight on exit, all of K's buffers are free.
+    def last_pair(self, c: Consumer, pairs, prepare: tuple, ahead: Ahead | None):
+        """The last pair of a piece of work. All of K's buffers are free on exit.
 
         prepare: (function, its arguments), called when Q has been read and nothing that it loads can hold up a fence;
         its result is returned.
+        ahead: if not None, the left side's scores of the next piece's first pair are in flight on exit; else no wgmma.
         """
         if c.side == LEFT:
-            return self.pair_left(c, pairs & 1, prepare)
+            return self.pair_left(c, pairs & 1, prepare, ahead)
         return self.pair_right(c, pairs & 1, prepare)
 
-    def pair_left(self, c: Consumer, parity, prepare: tuple | None):
+    def pair_left(self, c: Consumer, parity, prepare: tuple | None, ahead: Ahead | None):
         f, m, row_sum = c.f, c.running.reference, c.running.row_sum
         n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (c.shared.max0, c.shared.max1))
@@ -237,16 +251,18 @@ class Seesaw:
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 1)
         warpgroup.commit_group()
-        if prepare is None:
+        if ahead is None:
+            warpgroup.wait_group(0)
+            self.free(c, 1, LEFT)
+        else:
             # What this side takes first has been free for long, so the tensor cores need not run dry.
             first, *rest = self.qk_order[LEFT]
-            self.issue_scores(c, (first,), parity ^ 1)
+            if ahead.q is not None:
+                self.wait_q(c, ahead.q)
+            self.issue_scores(c, (first,), ahead.k)
             warpgroup.wait_group(1)
             self.free(c, 1, LEFT)
-            self.issue_scores(c, rest, parity ^ 1)
-        warpgroup.wait_group(0)
-        if prepare is not None:
-            self.free(c, 1, LEFT)
+            self.issue_scores(c, rest, ahead.k)
         return prepared
 
     def pair_right(self, c: Consumer, parity, prepare: tuple | None):

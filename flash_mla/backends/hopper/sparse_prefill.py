@@ -2,7 +2,9 @@
 
 The producer warpgroup gathers the KV rows that a token's indices name, 16 bytes at a time, straight into the swizzled
 chunks that the tensor cores read; it runs ahead into the next piece while the consumers finish one. The consumer
-warpgroups keep the seesaw, and write a piece's output while the next one's Q and K arrive.
+warpgroups keep the seesaw, and write a piece's output while the next one's Q and K arrive. Without a RoPE chunk there
+is shared memory left through which TMA writes the output, and the left warpgroup's registers suffice to score the next
+piece's first block meanwhile.
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
 from cutlass import Float32, Int32, Int64, Uint16, const_expr, range_constexpr
-from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import Combine
@@ -28,18 +30,20 @@ from flash_mla.backends.hopper.seesaw import (
     TILE,
     V_CHUNKS,
     WARPGROUP,
+    Ahead,
     Consumer,
     Running,
     Seesaw,
     mask_by_bits,
 )
 from flash_mla.backends.hopper.softmax import LN2, LOG2_E, THRESHOLD, exponentials, quad_max, row_max
-from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout, tile_at
 
 CONSUMER_REGISTERS = 232
 PRODUCER_REGISTERS = 40
 PRODUCER_WARP = 8  # the producer warpgroup's first
-WARP_ROWS = 16  # rows of a block that a producer warp gathers
+WARP_ROWS = 16  # rows of a block that a producer warp gathers, and of the output that a consumer warp writes
+EVICT_FIRST = 0x12F0000000000000  # what is read or written once leaves L2 to KV
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Arguments:
     lengths: cute.Tensor
     sink: cute.Tensor
     out: cute.Tensor
+    tma_out: cute.CopyAtom
+    out_tma: cute.Tensor  # [h_q, d_v, s_q]: out, as tma_out takes it
     max_logits: cute.Tensor
     lse: cute.Tensor
     partial_o: cute.Tensor
@@ -144,6 +150,10 @@ class Arguments:
 
 
 class SparsePrefill(Seesaw):
+    def __init__(self, dtype: type[cutlass.Numeric], d: int):
+        super().__init__(dtype, d)
+        self.overlaps = not self.has_rope  # a piece's end with the next one's begin
+
     @cute.jit
     def __call__(
         self,
@@ -170,6 +180,12 @@ class SparsePrefill(Seesaw):
             chunk_layout,
             (ROWS, CHUNK),
         )
+        tma_out, out_tma = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(),
+            cute.make_tensor(out.iterator, cute.select(out.layout, mode=[1, 2, 0])),
+            k_major_layout(self.dtype, rows=WARP_ROWS),
+            (WARP_ROWS, CHUNK),
+        )
 
         @cute.struct
         class Shared:
@@ -189,6 +205,7 @@ class SparsePrefill(Seesaw):
             p0: cute.struct.Align[cute.struct.MemRange[self.dtype, CHUNK_ELEMENTS], 1024]
             p1: cute.struct.Align[cute.struct.MemRange[self.dtype, CHUNK_ELEMENTS], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * self.chunks * CHUNK_ELEMENTS], 1024]
+            out: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * self.overlaps * CHUNK_ELEMENTS], 1024]
 
         self.Shared = Shared
         units = unit_slots.shape[0] - 1
@@ -198,8 +215,8 @@ class SparsePrefill(Seesaw):
         partial_lse = cute.make_tensor(workspace.iterator + Int64(slots) * ROWS * D_V, row_layout)
         partial_max = cute.make_tensor(workspace.iterator + Int64(slots) * ROWS * (D_V + 1), row_layout)
         self.kernel(
-            tma_q, q_tma, q, kv, indices, lengths, sink, out, max_logits, lse, partial_o, partial_lse,
-            partial_max, whole_tokens, splits, scale_log2,
+            tma_q, q_tma, q, kv, indices, lengths, sink, out, tma_out, out_tma, max_logits, lse, partial_o,
+            partial_lse, partial_max, whole_tokens, splits, scale_log2,
         ).launch(grid=(workers, 1, 1), block=(3 * WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
         if units > 0:
             self.combine(
@@ -267,6 +284,8 @@ class SparsePrefill(Seesaw):
         lengths: cute.Tensor,
         sink: cute.Tensor,
         out: cute.Tensor,
+        tma_out: cute.CopyAtom,
+        out_tma: cute.Tensor,
         max_logits: cute.Tensor,
         lse: cute.Tensor,
         partial_o: cute.Tensor,
@@ -287,8 +306,8 @@ class SparsePrefill(Seesaw):
             shared.q_empty.data_ptr(),
         )
         args = Arguments(
-            q, kv, indices, lengths, sink, out, max_logits, lse, partial_o, partial_lse, partial_max,
-            whole_tokens, splits, scale_log2,
+            q, kv, indices, lengths, sink, out, tma_out, out_tma, max_logits, lse, partial_o, partial_lse,
+            partial_max, whole_tokens, splits, scale_log2,
         )  # fmt: skip
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
@@ -360,14 +379,18 @@ class SparsePrefill(Seesaw):
                 row = cutlass.select_(now < args.kv.shape[0], now, Int32(-1))
                 valid = cute.arch.vote_ballot_sync(row >= 0)
                 rows = (self.locate(args, 0, row, lane), self.locate(args, 1, row, lane))
+                brings_q = (tile == piece.begin) & (warp == 0)
+                if const_expr(self.overlaps):
+                    if brings_q:
+                        self.load_q(shared, barriers, tma_q, q_tma, piece, pieces)
                 for buffer, group in self.load_order():
                     empty = barriers.k_empty + (buffer * len(self.groups) + group)
                     cute.arch.mbarrier_wait(empty, (pairs & 1) ^ 1)
                     if const_expr(group == buffer):  # the group whose side scores this buffer
                         self.publish_valid(shared, barriers, buffer, valid, warp)
                     self.gather(shared, barriers, buffer, group, rows[buffer], warp, lane)
-                    if const_expr((buffer, group) == (0, LEFT)):
-                        if (tile == piece.begin) & (warp == 0):
+                    if const_expr(not self.overlaps and (buffer, group) == (0, LEFT)):
+                        if brings_q:
                             self.load_q(shared, barriers, tma_q, q_tma, piece, pieces)
                 now = then
                 pairs += 1
@@ -439,10 +462,10 @@ class SparsePrefill(Seesaw):
         cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_ELEMENTS * 2)
+        policy = {"cache_policy": Int64(EVICT_FIRST)} if self.overlaps else {}
         for chunk in range_constexpr(V_CHUNKS):
-            cute.copy(
-                tma_q, source[None, piece.head_tile, chunk, piece.token], to[None, chunk], tma_bar_ptr=barriers.q_full
-            )
+            of_q = source[None, piece.head_tile, chunk, piece.token]
+            cute.copy(tma_q, of_q, to[None, chunk], tma_bar_ptr=barriers.q_full, **policy)
 
     @cute.jit
     def prefetch_q(self, shared, tma_q: cute.CopyAtom, q_tma: cute.Tensor, piece: Piece):
@@ -461,13 +484,18 @@ class SparsePrefill(Seesaw):
         pairs, pieces = Int32(0), Int32(0)
         number = cute.arch.block_idx()[0]
         piece = self.begin_piece(args, c, number, args.length(number))
+        scores_ahead = self.overlaps and side == LEFT
+        if const_expr(scores_ahead):
+            self.first_scores(c, pieces, pairs)
         while piece.number < args.pieces:
             number += cute.arch.grid_dim()[0]
             length = args.length(number)  # of the next piece, early
             f.o.fill(0.0)
             c.running.reset()
-            cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
-            self.scores(c, pairs & 1)
+            if const_expr(not scores_ahead):
+                self.first_scores(c, pieces, pairs)
+            if const_expr(self.overlaps):
+                self.free_staging(0)
             # The last pair, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
             # makes ptxas serialise all of them.
             for _ in cutlass.range(piece.begin, piece.stop - 1, unroll=1):
@@ -475,12 +503,30 @@ class SparsePrefill(Seesaw):
                 pairs += 1
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive(barriers.q_empty)
-            following, sinks = self.last_pair(c, pairs, (self.load_ahead, args, c, piece, number, length))
+            ahead = None
+            if const_expr(scores_ahead):
+                # Without a next piece, this one's K and Q, which are there, stand for it.
+                step = cutlass.select_(number < args.pieces, Int32(1), Int32(0))
+                ahead = Ahead((pairs & 1) ^ step, (pieces & 1) ^ step)
+            prepare = (self.load_ahead, args, c, piece, number, length)
+            following, sinks = self.last_pair(c, pairs, prepare, ahead)
             pairs += 1
             pieces += 1
             # While the output is written, the next piece's Q and K arrive.
             self.write(args, c, piece, sinks[0], sinks[1])
+            if const_expr(scores_ahead):
+                warpgroup.wait_group(0)
             piece = following
+        if const_expr(self.overlaps):
+            self.free_staging(0)
+
+    def first_scores(self, c: Consumer, pieces: Int32, pairs: Int32):
+        """The scores of a piece's first pair."""
+        self.wait_q(c, pieces & 1)
+        self.scores(c, pairs & 1)
+
+    def wait_q(self, c: Consumer, parity):
+        cute.arch.mbarrier_wait(c.barriers.q_full, parity)
 
     def begin_piece(self, args, c: Consumer, number: Int32, length: Int32) -> Piece:
         """Start to load what a piece needs besides what the producers bring: Q's RoPE chunk."""
@@ -548,8 +594,7 @@ class SparsePrefill(Seesaw):
 
     @cute.jit
     def write_outputs(self, args, c, piece: Piece, sink0: Float32, sink1: Float32):
-        lane, first_row, rows = c.thread % 32, c.thread // 32 * 16, args.rows(piece)
-        running = c.running
+        lane, rows, running = c.thread % 32, args.rows(piece), c.running
         inv = cute.make_rmem_tensor(2, Float32)
         for r in range_constexpr(2):
             row = c.row + 8 * r
@@ -565,13 +610,50 @@ class SparsePrefill(Seesaw):
             sink = sink0 if const_expr(r == 0) else sink1
             total = total + cute.math.exp2(sink * LOG2_E - shift, fastmath=True)
             inv[r] = cutlass.select_(seen, cute.arch.rcp_approx(total), Float32(0.0))
+        if const_expr(self.overlaps):
+            self.write_rows_by_tma(args, c, piece, inv)
+        else:
+            self.write_rows(args, c, piece, inv)
 
+    @cute.jit
+    def write_rows_by_tma(self, args, c, piece: Piece, inv: cute.Tensor):
+        """This side's columns, each warp's rows for itself; TMA leaves out the rows that do not exist."""
+        warp = uniform(c.thread // 32)
+        store, values, _ = c.f.p_out
+        rows_of_warp = piece.head_tile * (ROWS // WARP_ROWS) + warp
+        layout = k_major_layout(self.dtype, rows=WARP_ROWS)
+        out = cute.group_modes(cute.local_tile(args.out_tma, (WARP_ROWS, CHUNK), (None, None, None)), 0, 2)
+        p = c.shared.p0 if const_expr(c.side == LEFT) else c.shared.p1
+        stages = [p.data_ptr(), c.shared.out.data_ptr() + c.side * CHUNK_ELEMENTS]
+        for chunk in range_constexpr(D_V // 2 // CHUNK):
+            staging = stages[chunk % 2]
+            self.free_staging(1)
+            chunk_of(c.f.o, chunk, inv, c.f.p_scores)
+            cute.copy(
+                store, values, store.get_slice(c.thread).partition_D(tile_at(staging, 0, k_major_layout(self.dtype)))
+            )
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cute.arch.sync_warp()
+            rows = cute.make_tensor(cute.recast_ptr(staging + warp * (WARP_ROWS * CHUNK), layout.inner), layout.outer)
+            source, to = cpasync.tma_partition(args.tma_out, 0, cute.make_layout(1), cute.group_modes(rows, 0, 2), out)
+            to = to[None, rows_of_warp, c.side * (V_CHUNKS // 2) + chunk, piece.token]
+            cute.copy(args.tma_out, source, to, cache_policy=Int64(EVICT_FIRST))
+            cute.arch.cp_async_bulk_commit_group()
+
+    def free_staging(self, latest: int):
+        """Wait until TMA has read what this warp staged, but for the `latest` chunks."""
+        cute.arch.cp_async_bulk_wait_group(latest, read=True)
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def write_rows(self, args, c, piece: Piece, inv: cute.Tensor):
+        """This side's columns, by way of P's shared memory; each warp's rows for itself."""
+        lane, first_row, rows = c.thread % 32, c.thread // 32 * WARP_ROWS, args.rows(piece)
         destinations = []
         for i in range_constexpr(4):
             row = first_row + lane // 8 + 4 * i
             head = args.head(piece, cutlass.min(row, rows - 1))
             destinations.append((row < rows, args.out[piece.token, head, None].iterator + c.side * (D_V // 2)))
-        # Each warp stages its own rows, so warps need not wait for each other.
         staging = (c.shared.p0 if const_expr(c.side == LEFT) else c.shared.p1).data_ptr()
         for chunk in range_constexpr(D_V // 2 // CHUNK):
             chunk_of(c.f.o, chunk, inv, c.f.p_scores)

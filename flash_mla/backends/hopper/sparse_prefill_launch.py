@@ -18,15 +18,19 @@ from flash_mla.backends.hopper.launch import (
     on_its_device,
     out_with_aligned_rows,
     positive_scale,
+    rows_aligned,
     template,
     with_aligned_rows,
 )
+from flash_mla.backends.hopper.recorded_call import CONSTANT, WORKSPACE, attempt, record_call
 from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, SparsePrefillConfig, sparse_prefill_config
 from flash_mla.problem import SparsePrefillInputs, SparsePrefillProblem
 
-__all__ = ["sparse_prefill", "sparse_prefill_kernel"]
+__all__ = ["RecordedPrefill", "record_prefill", "sparse_prefill", "sparse_prefill_kernel"]
 
 Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# Of a call's inputs: its results, or None if it does not look like the recorded one.
+RecordedPrefill = Callable[[SparsePrefillInputs], Results | None]
 
 
 def sparse_prefill_kernel(dtype: torch.dtype, d: int) -> str:
@@ -37,6 +41,7 @@ def sparse_prefill_kernel(dtype: torch.dtype, d: int) -> str:
 class _Call(NamedTuple):
     """What calls that differ in kv and scale alone need apart from their tensors."""
 
+    name: str
     kernel: Callable[..., None]
     config: SparsePrefillConfig
     out: torch.Tensor  # these three are templates
@@ -50,8 +55,10 @@ class _Call(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _call(device: torch.device, dtype: torch.dtype, s_q: int, h_q: int, d_qk: int, d_v: int, topk: int) -> _Call:
     config = sparse_prefill_config(s_q, h_q, topk, num_sms(device))
+    name = sparse_prefill_kernel(dtype, d_qk)
     return _Call(
-        kernel=kernels.load(sparse_prefill_kernel(dtype, d_qk)),
+        name=name,
+        kernel=kernels.load(name),
         config=config,
         out=template((s_q, h_q, d_v), dtype, device),
         max_logits=template((s_q, h_q), torch.float32, device),
@@ -62,11 +69,15 @@ def _call(device: torch.device, dtype: torch.dtype, s_q: int, h_q: int, d_qk: in
     )
 
 
+def _call_of(problem: SparsePrefillProblem) -> _Call:
+    p = problem
+    return _call(p.device, p.dtype, p.s_q, p.h_q, p.d_qk, p.d_v, p.topk)
+
+
 @on_its_device
 def sparse_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> Results:
     """(out [s_q, h_q, d_v], max_logits [s_q, h_q] fp32, lse [s_q, h_q] fp32)."""
-    p = problem
-    call = _call(p.device, p.dtype, p.s_q, p.h_q, p.d_qk, p.d_v, p.topk)
+    call = _call_of(problem)
     out = out_with_aligned_rows(inputs.out, call.out)
     max_logits, lse = torch.empty_like(call.max_logits), torch.empty_like(call.max_logits)
     if problem.s_kv == 0 or problem.topk == 0:
@@ -101,3 +112,48 @@ def _launch(
         config.whole_tokens,
         config.splits,
     )
+
+
+def record_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> RecordedPrefill | None:
+    """What repeats a call on its device that `sparse_prefill` has run; None if its kernel read or wrote copies."""
+    if problem.s_kv == 0 or problem.topk == 0 or problem.device.index != torch.cuda.current_device():
+        return None
+    q, kv, indices, scale, sink, lengths, given_out = inputs
+    rows = kv.select(1, 0)
+    copied = not all(tensor is None or rows_aligned(tensor) for tensor in (q, rows, given_out))
+    if copied or scale <= 0.0:
+        return None
+    call = _call_of(problem)
+    out = torch.empty_like(call.out) if given_out is None else given_out
+    max_logits, lse = torch.empty_like(call.max_logits), torch.empty_like(call.max_logits)
+    given = (q, kv, indices, sink, lengths, out, max_logits, lse, 1.0)
+    arguments = (
+        (0, q),
+        (1, rows),
+        (2, indices.select(1, 0)),
+        (CONSTANT, call.all_indices) if lengths is None else (4, lengths),
+        (CONSTANT, call.no_sink) if sink is None else (3, sink),
+        (5, out),
+        (6, max_logits),
+        (7, lse),
+        (WORKSPACE, torch.empty_like(call.workspace)),
+        (CONSTANT, call.unit_slots),
+        (8, 1.0),
+        *((CONSTANT, number) for number in (call.config.workers, call.config.whole_tokens, call.config.splits)),
+    )
+    replay = record_call(call.name, call.kernel, given, arguments)
+    if replay is None:
+        return None
+    device = problem.device.index
+
+    def repeat(inputs: SparsePrefillInputs) -> Results | None:
+        q, kv, indices, scale, sink, lengths, out = inputs
+        if scale <= 0.0 or torch.cuda.current_device() != device:
+            return None
+        if out is None:
+            out = torch.empty_like(call.out)
+        max_logits, lse = torch.empty_like(call.max_logits), torch.empty_like(call.max_logits)
+        done = attempt(replay, q, kv, indices, sink, lengths, out, max_logits, lse, scale * LOG2_E)
+        return (out, max_logits, lse) if done else None
+
+    return repeat

@@ -31,10 +31,10 @@ def gemm(op: warpgroup.MmaF16BF16Op, acc: cute.Tensor, a: cute.Tensor, b: cute.T
         cute.gemm(tiled, acc, a[None, None, k], b[None, None, k], acc)
 
 
-def k_major_layout(dtype: type[cutlass.Numeric], columns: int = CHUNK):
-    """Swizzled layout of 64 rows x `columns`, dense in the columns: a chunk of Q or K, or P."""
+def k_major_layout(dtype: type[cutlass.Numeric], columns: int = CHUNK, rows: int = ROWS):
+    """Swizzled layout of `rows` x `columns`, dense in the columns: a chunk of Q or K, or P."""
     atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
-    return cute.tile_to_shape(atom, (ROWS, columns), (0, 1))
+    return cute.tile_to_shape(atom, (rows, columns), (0, 1))
 
 
 def v_layout(dtype: type[cutlass.Numeric]):
