@@ -157,8 +157,6 @@ class MHABackward:
         self.dq_columns = d // SIDES  # of a consumer
         self.dq_under_scores = d == 128  # registers hold dQ beside the scores
         self.dq_units = VISIT_Q // 4 * self.dq_columns // UNIT  # of a warp
-        self.staging_rooms = 2 if d == 128 else 1  # of a warp: what shared memory has left
-        self.staged = CONSUMERS // 32 * self.staging_rooms * STAGED
 
     @cute.jit
     def __call__(
@@ -208,9 +206,7 @@ class MHABackward:
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * self.d], 1024]
             dout: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * D_V], 1024]
             ds: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * TILE_KV], 1024]
-            staged: cute.struct.Align[
-                cute.struct.MemRange[Float32, self.staging_rooms * CONSUMERS // 32 * STAGED], 1024
-            ]
+            staged: cute.struct.Align[cute.struct.MemRange[Float32, CONSUMERS // 32 * STAGED], 1024]
 
         self.Shared = Shared
         rows = GradientRows(self.dtype, self.d)
@@ -587,13 +583,14 @@ class MHABackward:
             warpgroup.wait_group(2)
             release(b.q_empty + (number - 1) % STAGES)
             if self.dq_under_scores:
+                wait_for_staged()
                 self.stage_dq(c, number - 1)
         warpgroup.wait_group(1)
         self.score_gradients(c, values)
         if self.dq_under_scores:
             cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
         else:
-            wait_for_staged(1)  # the last but one is what was staged in the place of dS
+            wait_for_staged()  # some of it lies where dS goes
         store, ds, to = f.store
         cute.copy(store, ds, to[None, None, None, stage * SIDES + c.side])
         self.written()
@@ -620,6 +617,7 @@ class MHABackward:
         self.issue_dq(c, number)
         warpgroup.wait_group(0)
         release(c.barriers.q_empty + number % STAGES)
+        wait_for_staged()
         self.stage_dq(c, number)
         self.written()
         self.add_dq(c, work, visit, number)
@@ -683,17 +681,15 @@ class MHABackward:
     def rooms(self, c: Consumer, number: Int32) -> list[tuple[cute.Pointer, int]]:
         """Where this warp stages dQ of the visit `number`: what does not fit its own room goes where its dS was."""
         units = STAGED // UNIT
-        room = c.warp * self.staging_rooms + number % self.staging_rooms
-        rooms = [(c.shared.staged.data_ptr() + room * STAGED, min(self.dq_units, units))]
+        rooms = [(c.shared.staged.data_ptr() + c.warp * STAGED, min(self.dq_units, units))]
         if self.dq_units > units:
             ds = c.shared.ds.data_ptr() + (number % STAGES * (SIDES * 4) + c.warp) * (16 * VISIT_Q)
             rooms.append((cute.recast_ptr(ds.align(1024), dtype=Float32), self.dq_units - units))
         return rooms
 
     def stage_dq(self, c: Consumer, number: Int32):
-        """Leave dQ, which is there, where it can be added from."""
+        """Leave dQ, which is there, where it can be added from; what was staged before has been read."""
         release(c.barriers.ds_empty + number % STAGES)
-        wait_for_staged(self.staging_rooms - 1)
         rooms = self.rooms(c, number)
         if len(rooms) > 1:
             cute.arch.mbarrier_wait(c.barriers.ds_empty + number % STAGES, number // STAGES & 1)

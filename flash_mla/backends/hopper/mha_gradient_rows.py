@@ -145,21 +145,21 @@ def stage(dq: cute.Tensor, rooms: Rooms, lane: Int32):
 
 
 def add_to_sums(tile: cute.Pointer, rooms: Rooms, warp: Int32):
-    """Begin to add what this warp has staged to a tile's sums, a copy for each room, that of the last room first."""
-    end = (tile + (warp + 1) * (sum(units for _, units in rooms) * UNIT)).toint()
+    """Begin to add what this warp has staged to a tile's sums."""
+    to = (tile + warp * (sum(units for _, units in rooms) * UNIT)).toint()
     with cute.arch.elect_one():
-        for room, units in reversed(rooms):
+        for room, units in rooms:
             size = units * UNIT * 4
-            end -= size
             cute.arch.inline_ptx(
                 f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{{$r0}}], [{{$r1}}], {size};",
-                read_only_args=[end, Int32(room.toint())],
+                read_only_args=[to, Int32(room.toint())],
             )
-            cute.arch.cp_async_bulk_commit_group()
+            to += size
+        cute.arch.cp_async_bulk_commit_group()
 
 
-def wait_for_staged(rooms: int = 0):
-    """Wait until all but the last `rooms` rooms that this warp began to add have been read."""
+def wait_for_staged():
+    """Wait until all that this warp has staged has been read."""
     with cute.arch.elect_one():
-        cute.arch.cp_async_bulk_wait_group(rooms, read=True)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
     cute.arch.sync_warp()
