@@ -23,9 +23,8 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLa
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
-from flash_mla.backends.hopper.mha_gradient_rows import GradientRows, add_to_sums, wait_for_staged
+from flash_mla.backends.hopper.mha_gradient_rows import UNIT, GradientRows, add_to_sums, stage, wait_for_staged
 from flash_mla.backends.hopper.mha_schedule import (
-    L2_BYTES,
     TILE_KV,
     VISIT_Q,
     InRegisters,
@@ -37,7 +36,7 @@ from flash_mla.backends.hopper.mha_schedule import (
 )
 from flash_mla.backends.hopper.mha_tiles import expect, operand, partition, release, tma
 from flash_mla.backends.hopper.schedule import uniform
-from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, qk_op
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, qk_op
 
 D_V = 128
 STAGES = 2  # of Q, dO and dS
@@ -51,8 +50,9 @@ K_COLUMNS = 32  # of a chunk of K: half of dQ's columns are a multiple of it
 Q_CHUNK_ELEMENTS = VISIT_Q * CHUNK
 V_CHUNK_ELEMENTS = TILE_KV * CHUNK
 V_CHUNKS = D_V // CHUNK
-STAGED = 1024  # fp32 values that a warp stages at a time on their way to global memory
+STAGED = 1024  # fp32 values that a warp stages on their way to global memory, in a room that serves nothing else
 WORDS = 16  # of a work tile as the producer hands it to the consumers
+L2_BYTES = 24 << 20  # of what a group of heads reads and adds to: beyond L2, adding is at most half as fast
 # Named barriers: rows beyond a sequence are zero in shared memory; consumer 0 or 1 has stored its dS.
 CLEARED, DS_STORED = 1, 2
 
@@ -130,10 +130,9 @@ class Consumer:
     scale_log2: Float32
 
     @property
-    def staged(self) -> cute.Pointer:
-        """Where this thread's warp stages what goes to global memory."""
-        warp = self.side * 4 + self.thread // 32
-        return self.shared.staged.data_ptr() + cute.arch.make_warp_uniform(warp) * STAGED
+    def warp(self):
+        """Of all consumers' warps, this thread's."""
+        return cute.arch.make_warp_uniform(self.side * 4 + self.thread // 32)
 
     @property
     def row(self):
@@ -157,6 +156,7 @@ class MHABackward:
         self.k_chunks = d // K_COLUMNS
         self.dq_columns = d // SIDES  # of a consumer
         self.dq_under_scores = d == 128  # registers hold dQ beside the scores
+        self.dq_units = VISIT_Q // 4 * self.dq_columns // UNIT  # of a warp
 
     @cute.jit
     def __call__(
@@ -443,17 +443,19 @@ class MHABackward:
             self.clear_keys(c, work)
             if work.tiles > 0:
                 visit = Visit(work.kv_head * group, work.first)
-                self.visit(c, work, visit, visit, visits, first=True)
+                previous = Visit(visit.head, Int32(-1))
+                self.visit(c, work, visit, previous, previous, visits, first=True)
                 for _ in cutlass.range(work.tiles - 1, unroll=1):
                     following = self.next_visit(work, visit)
                     visits += 1
-                    self.visit(c, work, following, visit, visits, first=False)
+                    self.visit(c, work, following, visit, previous, visits, first=False)
+                    previous = visit
                     visit = following
-                self.finish(c, work, visit, visits)
+                self.finish(c, work, visit, previous, visits)
                 visits += 1
             release(barriers.v_empty)
             release(barriers.k_empty)
-            self.write(c, work)
+            self.write(c, work, visits % STAGES)
             works += 1
             work = self.next_work(c, works)
         wait_for_staged()  # shared memory must outlive the copies
@@ -491,7 +493,7 @@ class MHABackward:
         # An A operand takes its registers in the order of the accumulator.
         a_layout = cute.make_layout(((2, 2, 2), 1, VISIT_Q // 16), stride=((1, 2, 4), 0, 8))
 
-        ds_rows = smem(k_atom, shared.ds, (ROWS, VISIT_Q, STAGES * SIDES), (0, 1, 2))
+        ds_rows = self.ds_by_keys(shared)
         store = self.store()
         store_slice = store.get_slice(thread)
         return Fragments(
@@ -542,11 +544,14 @@ class MHABackward:
         shape, mn = (ROWS, self.dq_columns, 16), OperandMajorMode.MN
         return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.SMEM, mn, mn)
 
-    def visit(self, c: Consumer, work: KeyTile, visit: Visit, previous: Visit, number, first: bool):
+    def visit(
+        self, c: Consumer, work: KeyTile, visit: Visit, previous: Visit, older: Visit, number: Int32, *, first: bool
+    ):
         """Take P and dS of 64 query rows, hand over dS, and add to dV.
 
         What the `previous` rows' dS adds to dK and dQ comes here, too, so that tensor cores have work under the softmax
-        and no consumer waits for the other's dS.
+        and no consumer waits for the other's dS. dQ is staged at once, which frees its registers, but sent only after a
+        fence that no product waits for: that of dS, or under the next scores, when it is the `older` rows'.
         """
         b, f = c.barriers, c.f
         stage, parity = number % STAGES, number // STAGES & 1
@@ -563,6 +568,8 @@ class MHABackward:
             self.issue_dk(c, number - 1)
             if self.dq_under_scores:
                 self.issue_dq(c, number - 1)
+            else:
+                self.add_staged(c, work, older, number - 2)
         warpgroup.wait_group(0 if first else 1 + self.dq_under_scores)
         self.probabilities(c, values)
         self.mask(c, work, visit)
@@ -576,15 +583,20 @@ class MHABackward:
             warpgroup.wait_group(2)
             release(b.q_empty + (number - 1) % STAGES)
             if self.dq_under_scores:
-                self.add_dq(c, work, previous, number - 1)
+                wait_for_staged()
+                self.stage_dq(c, number - 1)
         warpgroup.wait_group(1)
         self.score_gradients(c, values)
-        cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
+        if self.dq_under_scores:
+            cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
+        else:
+            wait_for_staged()  # some of it lies where dS goes
         store, ds, to = f.store
         cute.copy(store, ds, to[None, None, None, stage * SIDES + c.side])
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.sync_warp()
+        self.written()
         release(b.ds_full + stage)
+        if not first and self.dq_under_scores:
+            self.add_dq(c, work, previous, number - 1)
         cute.arch.barrier(barrier_id=DS_STORED + c.side, number_of_threads=WARPGROUP)
         warpgroup.wait_group(0)
         release(b.dout_empty + stage)
@@ -593,16 +605,21 @@ class MHABackward:
             warpgroup.fence()
             self.issue_dq(c, number - 1)
             warpgroup.wait_group(0)
-            self.add_dq(c, work, previous, number - 1)
+            self.stage_dq(c, number - 1)
 
-    def finish(self, c: Consumer, work: KeyTile, visit: Visit, number):
+    def finish(self, c: Consumer, work: KeyTile, visit: Visit, previous: Visit, number: Int32):
         """Add to dK and dQ what the last visit contributes."""
+        if not self.dq_under_scores:
+            self.add_staged(c, work, previous, number - 1)
         self.wait_ds(c, number)
         warpgroup.fence()
         self.issue_dk(c, number)
         self.issue_dq(c, number)
         warpgroup.wait_group(0)
         release(c.barriers.q_empty + number % STAGES)
+        wait_for_staged()
+        self.stage_dq(c, number)
+        self.written()
         self.add_dq(c, work, visit, number)
 
     def wait_ds(self, c: Consumer, number):
@@ -661,11 +678,39 @@ class MHABackward:
                         p = c.f.p_scores[e]
                         c.f.p_scores[e] = cutlass.select_(hidden, self.dtype(0.0), p)
 
-    def add_dq(self, c: Consumer, work: KeyTile, visit: Visit, number):
-        """Add dQ, which is there, to the sums."""
+    def rooms(self, c: Consumer, number: Int32) -> list[tuple[cute.Pointer, int]]:
+        """Where this warp stages dQ of the visit `number`: what does not fit its own room goes where its dS was."""
+        units = STAGED // UNIT
+        rooms = [(c.shared.staged.data_ptr() + c.warp * STAGED, min(self.dq_units, units))]
+        if self.dq_units > units:
+            ds = c.shared.ds.data_ptr() + (number % STAGES * (SIDES * 4) + c.warp) * (16 * VISIT_Q)
+            rooms.append((cute.recast_ptr(ds.align(1024), dtype=Float32), self.dq_units - units))
+        return rooms
+
+    def stage_dq(self, c: Consumer, number: Int32):
+        """Leave dQ, which is there, where it can be added from; what was staged before has been read."""
         release(c.barriers.ds_empty + number % STAGES)
+        rooms = self.rooms(c, number)
+        if len(rooms) > 1:
+            cute.arch.mbarrier_wait(c.barriers.ds_empty + number % STAGES, number // STAGES & 1)
+        stage(c.f.dq, rooms, c.thread % 32)
+
+    def written(self):
+        """Let copies and tensor cores read what this warp has stored."""
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+
+    def add_dq(self, c: Consumer, work: KeyTile, visit: Visit, number: Int32):
+        """Add what `stage_dq` has left to the sums."""
         tile = c.gradients.dq_sums[visit.head, work.q_tile + visit.tile, None].iterator
-        add_to_sums(c.f.dq, tile, c.staged, c.side * 4 + uniform(c.thread // 32), c.thread % 32)
+        add_to_sums(tile, self.rooms(c, number), c.warp)
+
+    @cute.jit
+    def add_staged(self, c, work, visit, number: Int32):
+        """The same for what may not yet be visible to the copies, unless there is no such visit."""
+        self.written()
+        if visit.tile >= 0:
+            self.add_dq(c, work, visit, number)
 
     @cute.jit
     def clear_keys(self, c, work):
@@ -706,17 +751,17 @@ class MHABackward:
         cute.arch.barrier(barrier_id=CLEARED, number_of_threads=CONSUMERS)
 
     @cute.jit
-    def write(self, c, work):
-        """Write dK and dV of the keys that exist."""
+    def write(self, c, work, stage: Int32):
+        """Write dK and dV of the keys that exist, staged where this warp's dS of the next visit will be."""
         thread = anew(c.thread)
-        wait_for_staged()
-        self.write_rows(c, work, thread, c.f.dk, c.gradients.dk, self.chunks, c.scale)
-        self.write_rows(c, work, thread, c.f.dv, c.gradients.dv, V_CHUNKS, Float32(1.0))
+        self.write_rows(c, work, thread, stage, c.f.dk, c.gradients.dk, self.chunks, c.scale)
+        self.write_rows(c, work, thread, stage, c.f.dv, c.gradients.dv, V_CHUNKS, Float32(1.0))
 
     @cute.jit
     def write_rows(
-        self, c, work, thread: Int32, gradient: cute.Tensor, to: cute.Tensor, chunks: cutlass.Constexpr, scale: Float32
-    ):
+        self, c, work, thread: Int32, stage: Int32, gradient: cute.Tensor, to: cute.Tensor, chunks: cutlass.Constexpr,
+        scale: Float32,
+    ):  # fmt: skip
         lane, first_row = thread % 32, thread // 32 * 16
         destinations = []
         for i in range_constexpr(4):
@@ -726,22 +771,24 @@ class MHABackward:
             destinations.append((exists, to[token, work.kv_head, None].iterator))
         factors = cute.make_rmem_tensor(2, Float32)
         factors.fill(scale)
-        # Each warp stages its own rows, so warps need not wait for each other.
-        room = STAGED * 2  # of a warp, in 16-bit elements; its 16 rows take half of it
-        start = cute.recast_ptr(c.shared.staged.data_ptr(), dtype=self.dtype) + c.side * (4 * room)
-        layout = cute.make_layout(((8, 2, 4), CHUNK), stride=((CHUNK, 8 * CHUNK, room), 1))
-        layout = cute.make_composed_layout(k_major_layout(self.dtype).inner, 0, layout)
+        tile = stage * SIDES + c.side
         store = self.store()
         slice_ = store.get_slice(thread)
-        staged = slice_.partition_D(operand(start, layout))
+        staged = slice_.partition_D(self.ds_by_keys(c.shared))[None, None, None, tile]
         values = cute.make_rmem_tensor(c.f.ds_scores.layout, self.dtype)
         for chunk in range_constexpr(chunks):
             chunk_of(gradient, chunk, factors, values)
             cute.copy(store, slice_.retile(values), staged)
             cute.arch.sync_warp()
             at = [(exists, pointer + chunk * CHUNK) for exists, pointer in destinations]
-            copy_rows_of_warp(start + thread // 32 * (room - 16 * CHUNK), first_row, at, lane)
+            copy_rows_of_warp(c.shared.ds.data_ptr() + tile * (ROWS * VISIT_Q), first_row, at, lane)
             cute.arch.sync_warp()
+
+    def ds_by_keys(self, shared) -> cute.Tensor:
+        """dS^T [64 keys, 64 queries, tile], a tile for each consumer at each stage."""
+        atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.dtype)
+        layout = cute.tile_to_shape(atom, (ROWS, VISIT_Q, STAGES * SIDES), (0, 1, 2))
+        return operand(shared.ds.data_ptr(), layout)
 
 
 def anew(value: Int32) -> Int32:

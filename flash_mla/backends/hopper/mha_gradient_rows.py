@@ -7,6 +7,8 @@ thread c of the four that share a row of an accumulator holds columns 2 c, 2 c +
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, range_constexpr
@@ -20,7 +22,7 @@ ROWS = 16  # of a CTA, before
 COLUMNS = 16  # of a thread, after
 SIDES = 2  # halves of dQ's columns
 UNIT = 128  # fp32 values that a warp stores at once, 16 bytes a lane: 8 rows of 16 columns
-PIECE = 4  # units of a copy
+Rooms = Sequence[tuple[cute.Pointer, int]]  # in shared memory, for parts of so many units
 
 
 class GradientRows:
@@ -128,40 +130,36 @@ def sequence_of(cu_seqlens: cute.Tensor, tile: Int32) -> Int32:
     return low
 
 
-@cute.jit
-def add_to_sums(dq: cute.Tensor, tile: cute.Pointer, staged: cute.Pointer, warp: Int32, lane: Int32):
-    """Add this warp's part of dQ [64, half of d] to a tile's sums; `staged` has room for 2 pieces."""
-    units = cute.size(dq) // 4
-    to = (tile + warp * (units * UNIT)).toint()
-    wait_for_staged()
-    for first in range_constexpr(0, units, 2 * PIECE):
-        if first > 0:
-            wait_for_staged(1)
-        pieces = min(2, (units - first) // PIECE)
-        for unit in range_constexpr(pieces * PIECE):
-            j, r = (first + unit) // 2 * 2, (first + unit) % 2
+def stage(dq: cute.Tensor, rooms: Rooms, lane: Int32):
+    """Put this warp's part of dQ [64, half of d] into its rooms, of which `add_to_sums` tells after a fence."""
+    unit = 0
+    for room, units in rooms:
+        for i in range(units):
+            j, r = unit // 2 * 2, unit % 2
             values = cute.make_rmem_tensor(4, Float32)
-            for i in range_constexpr(4):
-                values[i] = dq[4 * (j + i // 2) + 2 * r + i % 2]
-            start = staged + unit * UNIT + lane * 4
+            for e in range(4):
+                values[e] = dq[4 * (j + e // 2) + 2 * r + e % 2]
+            start = room + i * UNIT + lane * 4
             cute.autovec_copy(values, cute.make_tensor(start.align(16), values.layout))
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            for piece in range_constexpr(pieces):
-                size = PIECE * UNIT * 4
-                cute.arch.inline_ptx(
-                    f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{{$r0}}], [{{$r1}}], {size};",
-                    read_only_args=[
-                        to + (first // PIECE + piece) * size,
-                        Int32((staged + piece * PIECE * UNIT).toint()),
-                    ],
-                )
-                cute.arch.cp_async_bulk_commit_group()
+            unit += 1
 
 
-def wait_for_staged(pieces: int = 0):
-    """Wait until all but the last `pieces` pieces that this warp staged have been read."""
+def add_to_sums(tile: cute.Pointer, rooms: Rooms, warp: Int32):
+    """Begin to add what this warp has staged to a tile's sums."""
+    to = (tile + warp * (sum(units for _, units in rooms) * UNIT)).toint()
     with cute.arch.elect_one():
-        cute.arch.cp_async_bulk_wait_group(pieces, read=True)
+        for room, units in rooms:
+            size = units * UNIT * 4
+            cute.arch.inline_ptx(
+                f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{{$r0}}], [{{$r1}}], {size};",
+                read_only_args=[to, Int32(room.toint())],
+            )
+            to += size
+        cute.arch.cp_async_bulk_commit_group()
+
+
+def wait_for_staged():
+    """Wait until all that this warp has staged has been read."""
+    with cute.arch.elect_one():
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
     cute.arch.sync_warp()
