@@ -3,9 +3,10 @@
 python benchmarks/dense_decode.py [--peer MODULE] [--out FOLDER]
 
 MODULE is anything importable with FlashMLA's functions. Lengths are drawn as DeepSeek's own benchmark draws them:
-normal with a standard deviation of half the mean. cold: L2 flushed before each call, median; hot: back to back;
-graph: one call captured and replayed, for batches so small that the host would be measured otherwise. The peer gets
-pages of 64 tokens, the only ones that FlashMLA takes, whatever the case says.
+normal with a standard deviation of half the mean; or they are those of prompts that were sent to a service. cold: L2
+flushed before each call, median; hot: back to back; graph: one call captured and replayed, for batches so small that
+the host would be measured otherwise. The peer gets pages of 64 tokens, the only ones that FlashMLA takes, whatever the
+case says.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import ModuleType
 
 import measure
 import torch
+from prompts import PROMPTS, shuffled
 
 D, D_V = 576, 512
 PEER_PAGE_SIZE = 64
@@ -33,6 +35,12 @@ class Case:
     causal: bool = False
     graph: bool = False
     page_size: int = 64  # a divisor of 64
+    prompts: str | None = None  # of which service, if lengths are not drawn
+
+
+def prompts_case(service: str, h_q: int) -> Case:
+    lengths = PROMPTS[service]
+    return Case(128, 1, sum(lengths) // len(lengths), h_q, prompts=service)
 
 
 CASES = [
@@ -43,7 +51,9 @@ CASES = [
     Case(1, 1, 8192, 16, graph=True),
     Case(4, 1, 8192, 128, graph=True),
     Case(1, 1, 65536, 128, graph=True),
-    *(Case(128, 1, 8192, h_q, page_size=16) for h_q in (16, 128)),
+    *(Case(128, 1, 8192, h_q, page_size=page_size) for page_size in (16, 1) for h_q in (16, 128)),
+    *(prompts_case(service, h_q) for service in PROMPTS for h_q in (16, 128)),
+    *(Case(16, 1, 8192, h_q, graph=True) for h_q in (16, 64, 128)),
 ]
 
 
@@ -51,7 +61,9 @@ def make(case: Case) -> tuple[dict[str, torch.Tensor], int]:
     """Inputs, and the tokens of all requests together."""
     rng = random.Random(0)
     lengths = [case.s_k]
-    if case.b > 4:
+    if case.prompts is not None:
+        lengths = list(shuffled(PROMPTS[case.prompts]))
+    elif case.b > 4:
         lengths = [max(case.s_q, int(rng.normalvariate(case.s_k, case.s_k / 2))) for _ in range(case.b)]
     seqlens = torch.tensor(lengths * (case.b // len(lengths)), dtype=torch.int32, device="cuda")
     slots = -(-int(seqlens.max()) // PEER_PAGE_SIZE) * PEER_PAGE_SIZE  # of a request

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +19,8 @@ def dense_decode_table(result: dict) -> str:
         f"Dense decode on one {result['gpu']}, {result['date']}, torch {result['torch']}: microseconds a call with the "
         "L2 flushed, and how much faster than FlashMLA in the same process, flushed and back to back. Ceilings of "
         f"the run: {ceilings['read_bytes_per_second'] / 1e9:.0f} GB/s read, "
-        f"{ceilings['matmul_cold_flops'] / 1e12:.0f} TFLOP/s bf16 matmul. {result.get('notes', '')}".rstrip(),
+        f"{ceilings['matmul_cold_flops'] / 1e12:.0f} TFLOP/s bf16 matmul. Prompts are those of two services (Azure LLM "
+        "inference traces 2023).",
         "",
         "| batch | query tokens | mean length | heads | us | TFLOP/s | GB/s | x flushed | x back to back |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -28,6 +30,8 @@ def dense_decode_table(result: dict) -> str:
         note = " causal" * row["causal"] + " (graph)" * row["graph"]
         page_size = row.get("page_size", 64)
         pages = f" in pages of {page_size}" * (page_size != 64)
+        if row.get("prompts"):
+            pages += f", {row['prompts']} prompts"
         lines.append(
             f"| {row['b']} | {row['s_q']}{note} | {row['s_k']}{pages} | {row['h_q']} | {cold['flash-mla']:.0f} "
             f"| {row['flops'] / cold['flash-mla'] / 1e6:.0f} | {row['bytes'] / cold['flash-mla'] / 1e3:.0f} "
@@ -83,11 +87,37 @@ def sparse_decode_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def mha_table(result: dict) -> str:
+def triton_decode_table(result: dict) -> str:
+    """A Markdown table of one recorded run of benchmarks/triton_decode.py."""
+    lines = [
+        f"Triton's kernels, which other GPUs get, on one {result['gpu']}, {result['date']}, Triton {result['triton']}, "
+        "measured likewise.",
+        "",
+        "| mode | batch | query tokens | keys a query token | heads | us | TFLOP/s | x flushed | x back to back |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        cold, hot = row["cold_us"], row["hot_us"]
+        mode = (
+            "sparse prefill"
+            if "s_kv" in row
+            else f"sparse decode, {row['kv_format']}"
+            if "topk" in row
+            else "dense decode"
+        )
+        lines.append(
+            f"| {mode} | {row.get('b', 1)} | {row['s_q']} | {row.get('topk') or row['s_k']} | {row['h_q']} "
+            f"| {cold['flash-mla']:.0f} | {row['flops'] / cold['flash-mla'] / 1e6:.0f} "
+            f"| {cold['peer'] / cold['flash-mla']:.2f} | {hot['peer'] / hot['flash-mla']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def mha_table(result: dict, kernels: str = "") -> str:
     """A Markdown table of one recorded run of benchmarks/mha.py."""
     lines = [
-        f"Dense multi-head attention on one {result['gpu']}, {result['date']}, torch {result['torch']}, measured "
-        "likewise, beside cuDNN as PyTorch calls it. bf16 matmul of the run: "
+        f"Dense multi-head attention{kernels} on one {result['gpu']}, {result['date']}, torch {result['torch']}, "
+        "measured likewise, beside cuDNN as PyTorch calls it. bf16 matmul of the run: "
         f"{result['ceilings']['matmul_cold_flops'] / 1e12:.0f} TFLOP/s.",
         "",
         "| pass | d | batch | length | heads | us | TFLOP/s | x flushed | x back to back |",
@@ -164,6 +194,8 @@ TABLES = {
     "sparse_decode": sparse_decode_table,
     "sparse_prefill": sparse_prefill_table,
     "mha": mha_table,
+    "triton_decode": triton_decode_table,
+    "triton_mha": partial(mha_table, kernels=" in Triton"),
     "host_time": host_time_table,
     "cpu_decode": cpu_decode_table,
 }
