@@ -121,14 +121,25 @@ def test_the_maximum_is_exact_however_the_reference_lags():
 
 
 @pytest.mark.parametrize("h_q", [7, 128])
-def test_strided_inputs_and_out(h_q):
-    args = case(20, 333, 200, h_q, lengths=[i * 10 for i in range(20)])
+@pytest.mark.parametrize("d", [576, 512])
+def test_strided_inputs_and_out(h_q, d):
+    args = case(20, 333, 200, h_q, d=d, lengths=[i * 10 for i in range(20)])
     wanted = flash_mla_sparse_fwd(**args)
     args |= {name: spread(args[name]) for name in ("q", "kv", "indices")}
     out = poisoned_out(20, h_q, 1024, dtype=torch.bfloat16, strided=True).cuda()
     check(args, out[..., 512:])
     assert out[..., :512].isnan().all(), "nothing is written outside the output"
     assert torch.equal(out[..., 512:], wanted[0])
+
+
+@pytest.mark.parametrize("d", [576, 512])
+@pytest.mark.parametrize("h_q", [1, 65, 96])
+def test_pieces_that_follow_each_other_on_an_sm(h_q, d):
+    lengths = [random.choice([0, 1, 64, 128, 129, 300]) for _ in range(400)]
+    args = case(400, 500, 300, h_q, d=d, lengths=lengths)
+    out = poisoned_out(400, h_q, 1024, dtype=torch.bfloat16, strided=True).cuda()
+    check(args, out[..., 512:])
+    assert out[..., :512].isnan().all(), "nothing is written outside the output"
 
 
 def test_misaligned_tensors():

@@ -3,8 +3,8 @@
 The producer warpgroup gathers the KV rows that a token's indices name, 16 bytes at a time, straight into the swizzled
 chunks that the tensor cores read; it runs ahead into the next piece while the consumers finish one. The consumer
 warpgroups keep the seesaw, and write a piece's output while the next one's Q and K arrive. Without a RoPE chunk there
-is shared memory left through which TMA writes the output, and the left warpgroup's registers suffice to score the next
-piece's first block meanwhile.
+is shared memory left for TMA to write the output from, and the left warpgroup scores the next piece's first block
+meanwhile.
 """
 
 from dataclasses import dataclass
@@ -152,7 +152,9 @@ class Arguments:
 class SparsePrefill(Seesaw):
     def __init__(self, dtype: type[cutlass.Numeric], d: int):
         super().__init__(dtype, d)
-        self.overlaps = not self.has_rope  # a piece's end with the next one's begin
+        # The end of a piece overlaps with the next one's begin. With RoPE there is room for a single stage of output,
+        # by which that gained nothing.
+        self.overlaps = not self.has_rope
 
     @cute.jit
     def __call__(
