@@ -22,7 +22,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot, dequant
-from flash_mla.backends.hopper.combine import merge_pieces
+from flash_mla.backends.hopper.combine import merge_pieces, partial_results
 from flash_mla.backends.hopper.dequant import (
     CHUNK_BYTES,
     HALF_CHUNKS,
@@ -169,13 +169,7 @@ class SparseDecode:
         self.Shared = Shared
         unit_rows = row_tiles * ROWS
         divisors = (page_size, extra_page_size, run, q.shape[1], (q.shape[2] + unit_rows - 1) // unit_rows)
-        partial_o = cute.make_tensor(
-            workspace.iterator, cute.make_ordered_layout((slots, unit_rows, D_V), order=(2, 1, 0))
-        )
-        partial_lse = cute.make_tensor(
-            workspace.iterator + Int64(slots) * unit_rows * D_V,
-            cute.make_ordered_layout((slots, unit_rows), order=(1, 0)),
-        )
+        partial_o, partial_lse = partial_results(workspace, slots, unit_rows, D_V)
         self.kernel(
             tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
             partial_o, partial_lse, out, lse, scale_log2, causal, batch_invariant, divisors, inverses(divisors),

@@ -24,6 +24,7 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource
 
 from flash_mla.backends.hopper import aot, dequant, few_heads_rows
+from flash_mla.backends.hopper.combine import partial_results
 from flash_mla.backends.hopper.dequant import copy_async, load_words
 from flash_mla.backends.hopper.few_heads_rows import (
     GROUP,
@@ -189,11 +190,7 @@ class SparseDecodeFewHeads(SparseDecode):
             raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.stages * self.stage_bytes], 128]
 
         self.Storage = Storage
-        partial_o = cute.make_tensor(workspace.iterator, cute.make_ordered_layout((slots, heads, D_V), order=(2, 1, 0)))
-        partial_lse = cute.make_tensor(
-            workspace.iterator + Int64(slots) * heads * D_V,
-            cute.make_ordered_layout((slots, heads), order=(1, 0)),
-        )
+        partial_o, partial_lse = partial_results(workspace, slots, heads, D_V)
         divisors = (page_size, extra_page_size, run, q.shape[1], Int32(1))
         self.kernel(
             q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits, partial_o,
