@@ -394,6 +394,14 @@ def _mha(
             (sum(lengths_qo), h_q, d_v),
         )
     )  # fmt: skip
+    # dv sums up P dout, of which P is rounded: with few keys and many queries of like size those errors would exceed
+    # what is left of sums that cancel. Hence the smaller, the more queries a key has, as the gradient of a mean is.
+    sizes = [
+        min(1.0, math.sqrt(keys / (queries * group)))
+        for queries, keys in zip(lengths_qo, lengths_kv, strict=True)
+        for _ in range(queries)
+    ]
+    dout = (dout * torch.tensor(sizes)[:, None, None]).to(dtype)
 
     def run() -> list[Result]:
         leaves = q.float().requires_grad_(), k.float().requires_grad_(), v.float().requires_grad_()

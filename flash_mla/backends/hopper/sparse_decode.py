@@ -411,7 +411,7 @@ class SparseDecode:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive(full)
         else:
-            self.push(shared, lane, block, half, late, full, barriers.peer)
+            self.push(shared, lane, block, half, full, barriers.peer)
 
     @cute.jit
     def fetch(self, lane: Lane, index, half: Int32, late: Int32, token: tuple):
@@ -551,17 +551,16 @@ class SparseDecode:
         return lane.plain + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
 
     @cute.jit
-    def push(self, shared, lane: Lane, block: Int32, half: Int32, late: Int32, full: cute.Pointer, peer: Int32):
+    def push(self, shared, lane: Lane, block: Int32, half: Int32, full: cute.Pointer, peer: Int32):
         """Copy what this warp has converted, eight rows of half a block, to the same place in the peer's memory."""
         start = shared.k.data_ptr() + block * K_CHUNKS * CHUNK_ELEMENTS
         source = Int32(start.toint()) + self.octet(lane.warp, 0) * (OCTET * ROW_BYTES)
         there = remote(source, peer) - source
         first = source + half * (HALF_CHUNKS * CHUNK_BYTES)
         full_there = Int32(full.toint()) + there
-        # Of four chunks the last may not be converted; converted RoPE is a fifth.
+        # Of four chunks the last may not be converted.
         last_is_plain = self.loader.plain_chunk == V_CHUNKS - 1
         count = HALF_CHUNKS - (half if const_expr(last_is_plain) else 0)
-        count += late if const_expr(self.loader.rope_codes) else 0
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         with cute.arch.elect_one():
@@ -572,9 +571,6 @@ class SparseDecode:
             if const_expr(last_is_plain):
                 if half == 0:
                     push_octet(first + (HALF_CHUNKS - 1) * CHUNK_BYTES, there, full_there)
-            if const_expr(self.loader.rope_codes):
-                if late != 0:
-                    push_octet(source + V_CHUNKS * CHUNK_BYTES, there, full_there)
 
     @cute.jit
     def note_attended(self, shared, attended: Int32, block: Int32, warp: Int32):

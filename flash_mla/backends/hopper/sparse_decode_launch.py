@@ -64,8 +64,10 @@ def sparse_decode_kernel(problem: DecodeProblem) -> str:
         return f"sparse_decode_{problem.kv_format.value}_{problem.d_qk}"
     formats = "_".join(kv_format.value for kv_format in _formats(problem))
     heads = _few_heads(problem)
-    # Queries in fp16 are rare: no CTAs share their rows, which any number of heads can do without.
-    cluster = cluster_size(problem.h_q) if problem.dtype == torch.bfloat16 else 1
+    # Any number of heads can do without CTAs that share rows. Queries in fp16 are rare; and a peer would have to have
+    # NVFP4's RoPE, which is converted, before probabilities take its place.
+    shared = problem.dtype == torch.bfloat16 and problem.kv_format is not KVCacheFormat.NVFP4
+    cluster = cluster_size(problem.h_q) if shared else 1
     layout = f"cluster{cluster}" if heads is None else f"heads{heads}"
     return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{formats}_{layout}"
 

@@ -72,9 +72,9 @@ SPARSE_DECODE = {
     f"sparse_decode_{short}_{formats}_cluster{cluster}": Variant(
         "flash_mla.backends.hopper.sparse_decode", 168, {"dtype": dtype, **config, "cluster": cluster}
     )
-    for short, dtype, clusters in (("bf16", "BFloat16", (1, 2)), ("fp16", "Float16", (1,)))
+    for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
     for formats, config in QUANTISED.items()
-    for cluster in clusters
+    for cluster in ((1, 2) if short == "bf16" and formats != "nvfp4" else (1,))
 }
 
 PLAIN_SPARSE_DECODE = {
