@@ -61,6 +61,11 @@ cp.async.{cache}.shared.global.L2::128B [{{$r0}}+{to[1]}], [{{$r2}}+{source[1]}]
     )
 
 
+def wait_copies(pending: int) -> None:
+    """Wait until at most `pending` of this thread's groups of asynchronous copies are under way."""
+    cute.arch.inline_ptx(f"cp.async.wait_group {pending};")
+
+
 def load_words(address: Int32, offset: int, count: int, dtype: type[cutlass.Numeric] = Uint32) -> tuple:
     """`count` (1, 2 or 4) 32-bit words of shared memory."""
     names = ", ".join(f"{{$w{i}}}" for i in range(count))

@@ -67,3 +67,27 @@ def write_interleaved_row(o: cute.Tensor, r: cutlass.Constexpr, inv: Float32, to
             for c in range_constexpr(4):
                 values[c] = o[4 * (j + c // 2) + 2 * r + c % 2] * inv
             cute.autovec_copy(values, cute.make_tensor((start + 8 * j).align(16), cute.make_layout(4)))
+
+
+@cute.jit
+def write_16bit_row(o: cute.Tensor, r: cutlass.Constexpr, factor: Float32, to: cute.Pointer, exists, lane: Int32):
+    """This thread's part of its row r in `to`'s dtype: four neighbours trade words, so that each writes 16 bytes."""
+    odd, upper = lane % 2 != 0, lane % 4 >= 2
+    start = to + lane % 4 * 8
+    for group in range_constexpr(COLUMNS // 32):
+        values = cute.make_rmem_tensor(8, to.dtype)
+        for j in range_constexpr(4):
+            for c in range_constexpr(2):
+                values[2 * j + c] = (o[16 * group + 4 * j + 2 * r + c] * factor).to(to.dtype)
+        # Word j is of columns 8 j + 2 (lane % 4) ...: a transpose among the four gives lane j columns 8 j ... 8 j + 7.
+        words = cute.recast_tensor(values, Int32)
+        for j in range_constexpr(0, 4, 2):
+            theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, words[j], words[j + 1]), 1)
+            low, high = words[j], words[j + 1]
+            words[j], words[j + 1] = cutlass.select_(odd, theirs, low), cutlass.select_(odd, high, theirs)
+        for j in range_constexpr(2):
+            theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(upper, words[j], words[j + 2]), 2)
+            low, high = words[j], words[j + 2]
+            words[j], words[j + 2] = cutlass.select_(upper, theirs, low), cutlass.select_(upper, high, theirs)
+        if exists:
+            cute.autovec_copy(values, cute.make_tensor((start + group * 32).align(16), cute.make_layout(8)))

@@ -12,17 +12,15 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint8, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, UNIT, copy_async
+from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, UNIT, copy_async, wait_copies
 from flash_mla.backends.hopper.schedule import end_of_work, first_piece
 from flash_mla.backends.hopper.sparse_decode import (
-    D_V,
     K_CHUNKS,
-    REGISTERS,
     ROW_BYTES,
     V_CHUNKS,
+    WARPGROUP,
     SparseDecode,
     compile_for,
-    wait_copies,
 )
 from flash_mla.backends.hopper.sparse_decode_walk import Tokens
 
@@ -43,21 +41,11 @@ class CopyLane:
 
 
 class PlainSparseDecode(SparseDecode):
-    def __init__(self, dtype: type[cutlass.Numeric], d: int):
-        self.dtype = dtype
-        self.cluster = 1
-        self.extra_loader = None
-        self.has_rope = d > D_V
-        self.registers = REGISTERS
-        self.scales_apart = False
-        self.converts_plain = False
-        self.raw_bytes = 0
-
     def token_bytes(self, cache: cute.Tensor, is_extra: bool) -> Int64:
         return cache.stride[1]
 
-    def comes_with_copies(self, block, half):
-        return True
+    def copies(self, block: int, half: int) -> int:
+        return WARPGROUP
 
     def copy_lane(self, shared, thread: Int32) -> CopyLane:
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)

@@ -1,39 +1,27 @@
-"""Token-sparse MLA decode over a quantised cache: persistent CTAs that walk a SplitPlan. Dense decode is a case of it.
+"""Token-sparse MLA decode: persistent CTAs that walk a SplitPlan. Dense decode over gathered tokens is a case of it.
 
 A unit of the plan is a query token and up to 64 of its heads, or 128 for a cluster of two CTAs. Two consumer
 warpgroups keep the seesaw of dense_decode: of each pair of 64-token blocks the left one scores block 0, the right one
 block 1; each hands its probabilities to the other through shared memory, and each accumulates one half of the output's
-512 columns. The producer warpgroup gathers the named rows and converts them to 16 bits, half a row at a time, and has
-the raw bytes of two more half rows on their way, across pieces too. In a cluster each CTA converts half of the rows and
-copies them to the other.
+512 columns. Producers, which gather the named rows, are in quantised_sparse_decode and plain_sparse_decode.
 
 P takes the place of the RoPE chunk, which nobody needs once the scores are complete: of block 0 it is freed with the
 right half of V, of block 1 with the left one, and the producers fill it together with those.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
-from cutlass import Float16, Float32, Int32, Int64, Uint8, const_expr, range_constexpr
+from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
-from flash_mla.backends.hopper import aot, dequant
+from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import merge_pieces, partial_results
-from flash_mla.backends.hopper.dequant import (
-    CHUNK_BYTES,
-    HALF_CHUNKS,
-    THREADS_PER_ROW,
-    UNIT,
-    bf16_to_fp16,
-    copy_async,
-    load_words,
-    store_words,
-)
-from flash_mla.backends.hopper.epilogue import write_interleaved_row
+from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS
+from flash_mla.backends.hopper.epilogue import write_16bit_row, write_interleaved_row
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains
 from flash_mla.backends.hopper.softmax import (
     LN2,
@@ -49,10 +37,9 @@ from flash_mla.backends.hopper.softmax import (
 from flash_mla.backends.hopper.sparse_decode_walk import (
     TILE,
     Arguments,
-    Cursor,
     Divisor,
     Source,
-    Tokens,
+    TokenWalk,
     inverses,
     tiles_of,
 )
@@ -64,12 +51,11 @@ V_CHUNKS = D_V // CHUNK
 K_CHUNKS = V_CHUNKS + 1  # the last is RoPE, then P
 CHUNK_ELEMENTS = ROWS * CHUNK
 WARPGROUP = 128
-OCTET = 32 // THREADS_PER_ROW  # rows that a warp converts at a time
+OCTET = 8  # rows whose tokens are looked up by lanes in a row
 ROW_BYTES = CHUNK * 2  # of a chunk
 PRODUCER_WARP = 8
 
-# Registers of a consumer and of a producer thread, of one format and of two: what ptxas fits without spilling.
-REGISTERS, TWO_FORMAT_REGISTERS = (208, 88), (216, 72)
+REGISTERS = (208, 88)  # of a consumer and of a producer thread: what ptxas fits without spilling
 
 LEFT, RIGHT = 0, 1
 
@@ -88,35 +74,22 @@ class Barriers:
     peer: Int32 | None  # rank of the cluster's other CTA
 
 
-@dataclass(frozen=True)
-class Lane:
-    """What a producer thread works on."""
+class SparseDecode(TokenWalk):
+    """What kernels of 64 heads a CTA have in common, whatever their producers do."""
 
-    warp: Int32
-    row: Int32  # of the eight that its warp converts at a time
-    slots: dequant.Slots  # of raw bytes
-    k: Int32  # address of its columns in the first of eight rows of block 0
-    plain: Int32  # address of its columns there in the chunk that is copied as it is
-    token: Int32  # of a tile: the one that it looks up
-    index: Int32  # address of that token's index
-
-
-class SparseDecode:
-    interleaves = True  # columns of partial outputs
-
-    def __init__(self, dtype: type[cutlass.Numeric], kv_format: str, cluster: int, extra_format: str | None = None):
+    def __init__(
+        self,
+        dtype: type[cutlass.Numeric],
+        d: int,
+        cluster: int = 1,
+        raw_bytes: int = 0,  # of shared memory for rows as they lie in the cache
+        registers: tuple[int, int] = REGISTERS,  # of a consumer and of a producer thread
+    ):
         self.dtype = dtype
+        self.has_rope = d > D_V
         self.cluster = cluster
-        self.loader = getattr(dequant, kv_format)(dtype)
-        # Of the extra cache, if it is of another format; its raw bytes take no other places than the main one's.
-        self.extra_loader: Any = None if extra_format is None else getattr(dequant, extra_format)(dtype)
-        self.has_rope = self.loader.d > D_V
-        self.registers = REGISTERS if extra_format is None else TWO_FORMAT_REGISTERS
-        self.scales_apart = self.loader.scales_apart
-        # Whether the chunk that rows hold in bf16 has to become fp16, in its place.
-        self.converts_plain = self.loader.plain_chunk is not None and dtype is Float16
-        self.raw_bytes = self.loader.raw_bytes()
-        self.octets = BLOCK // OCTET // 4 // cluster  # that each producer warp converts of a block
+        self.raw_bytes = raw_bytes
+        self.registers = registers
 
     @cute.jit
     def __call__(
@@ -181,33 +154,10 @@ class SparseDecode:
             min_blocks_per_mp=1,
         )  # fmt: skip
         if slots != 0:
-            self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps, stream)
-
-    @cute.jit
-    def combine(
-        self,
-        partial_o: cute.Tensor,
-        partial_lse: cute.Tensor,
-        work: cute.Tensor,
-        splits: cute.Tensor,
-        sink: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        by_unit: Int32,
-        warps: Int32,
-        stream,
-    ):
-        (b, s_q, h_q, _), (out_b, out_s, out_h, _) = out.shape, out.stride
-        lse_b, lse_h, lse_s = lse.stride
-        rows_out = cute.make_tensor(
-            out.iterator, cute.make_layout((b, s_q, 1, h_q, D_V), stride=(out_b, out_s, 0, out_h, 1))
-        )
-        rows_lse = cute.make_tensor(lse.iterator, cute.make_layout((b, s_q, 1, h_q), stride=(lse_b, lse_s, 0, lse_h)))
-        rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
-        merge_pieces(
-            self.dtype, partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, by_unit, warps, stream,
-            self.interleaves,
-        )  # fmt: skip
+            merge_queries(
+                self.dtype, partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps,
+                stream, interleaved=True,
+            )  # fmt: skip
 
     @cute.kernel
     def kernel(
@@ -268,10 +218,6 @@ class SparseDecode:
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
 
-    def token_bytes(self, cache: cute.Tensor, is_extra: bool) -> Int64 | int:
-        """From one token of a page to the next."""
-        return ((self.extra_loader if is_extra else None) or self.loader).token_bytes
-
     def cluster_rank(self) -> Int32:
         return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
 
@@ -280,9 +226,7 @@ class SparseDecode:
         if warp == 0:
             with cute.arch.elect_one():
                 for i in range_constexpr(4):
-                    # Every producer thread copies a part of what is not to be converted.
-                    copies = WARPGROUP if self.comes_with_copies(i // 2, i % 2) and not self.converts_plain else 0
-                    cute.arch.mbarrier_init(barriers.k_full + i, 4 + copies)
+                    cute.arch.mbarrier_init(barriers.k_full + i, 4 + self.copies(i // 2, i % 2))
                     cute.arch.mbarrier_init(barriers.k_empty + i, 4 * self.cluster)
                 cute.arch.mbarrier_init(barriers.q_full, 1)
                 cute.arch.mbarrier_init(barriers.q_empty, 8)
@@ -295,26 +239,18 @@ class SparseDecode:
 
     # ---------------------------------------------------------------------------------------------- producers
 
-    def comes_with_copies(self, block, half):
-        """Whether a half of a block comes with the chunk that is copied to its place: RoPE with the late half."""
-        if self.loader.plain_chunk is None:
-            return False
-        return (block ^ half) != 0 if self.loader.plain_chunk == V_CHUNKS else half != 0
+    def produce(self, args, shared, barriers, tma_q: cute.CopyAtom, q_tma: cute.Tensor, thread: Int32):
+        """Fill K blocks in four steps a tile: of block 0 the left half, then the right half and RoPE; of block 1 the
+        right half, then the left half and RoPE. That is the order in which the consumers need and free them."""
+        raise NotImplementedError
 
-    def lane(self, shared, thread: Int32) -> Lane:
-        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
-        u, row = lane % THREADS_PER_ROW, lane // THREADS_PER_ROW
-        k = Int32(shared.k.data_ptr().toint()) + row * ROW_BYTES
-        return Lane(
-            warp=warp,
-            row=row,
-            slots=self.loader.slots(Int32(shared.raw.data_ptr().toint()), thread),
-            # Columns 16 u are the units 2 u and 2 u + 1 of a chunk's row, which the swizzle permutes.
-            k=k + ((2 * u) ^ row) * UNIT,
-            plain=k + (self.loader.plain_chunk or 0) * CHUNK_BYTES + (u ^ row) * UNIT,
-            token=self.token(warp, lane),
-            index=Int32(shared.indices.data_ptr().toint()) + thread * 4,
-        )
+    def token_bytes(self, cache: cute.Tensor, is_extra: bool) -> Int64 | int:
+        """From one token of a page to the next."""
+        raise NotImplementedError
+
+    def copies(self, block: int, half: int) -> int:
+        """How many threads' copies half a block consists of, besides what each of the producers' four warps does."""
+        raise NotImplementedError
 
     def token(self, warp: Int32, lane: Int32) -> Int32:
         """The token of a tile that a producer lane looks up: half of the lanes block 0's, half block 1's; the first
@@ -328,249 +264,6 @@ class SparseDecode:
         In a cluster, i = 1 is what the peer's warp converts.
         """
         return 2 * warp + i if self.cluster == 1 else 4 * (self.cluster_rank() ^ i) + warp
-
-    @cute.jit
-    def produce(self, args, shared, barriers, tma_q: cute.CopyAtom, q_tma: cute.Tensor, thread: Int32):
-        """Fill K blocks in four steps a tile: of block 0 the left half, then the right half and RoPE; of block 1 the
-        right half, then the left half and RoPE. That is the order in which the consumers need and free them."""
-        lane = self.lane(shared, thread)
-        end = end_of_work(args.work)
-
-        cursor = self.settle(args, first_piece(args.work), end)
-        self.fetch_index(args, cursor, lane)
-        cute.arch.cp_async_commit_group()
-        if cursor.exists & (lane.warp == 0):
-            self.load_q(args, shared, barriers, tma_q, q_tma, cursor.unit, Int32(0))
-        wait_copies(0)
-
-        tiles, pieces, opened = Int32(0), Int32(1), Int32(-1)
-        # The first turn looks tokens up and converts none: code that is not there twice is sooner in the caches.
-        tokens, exists = Tokens.none(self.scales_apart, self.extra_loader is not None), cutlass.Boolean(False)
-        while exists | cursor.exists:
-            next_tokens = self.locate(args, cursor, lane)
-            next_exists = cursor.exists
-            next_opened = cutlass.select_(exists & next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
-            if not exists:
-                for i in range_constexpr(2):
-                    step, octet = i // self.octets, i % self.octets
-                    self.fetch(lane, i, Int32(step), Int32(step), next_tokens.of_lane(octet * OCTET + lane.row))
-            cursor = self.next_cursor(args, cursor, end)
-            self.fetch_index(args, cursor, lane)
-            if not exists:
-                cute.arch.cp_async_commit_group()
-                wait_copies(0)
-            else:
-                attended = cute.arch.vote_ballot_sync(tokens.row != 0)
-                for step in cutlass.range(4, unroll=1):
-                    block, late = step // 2, step % 2
-                    cute.arch.mbarrier_wait(barriers.k_empty + (2 * block + (block ^ late)), (tiles & 1) ^ 1)
-                    if step == 0 and lane.warp == 0 and opened >= 0:
-                        self.load_q(args, shared, barriers, tma_q, q_tma, opened, pieces)
-                    if late == 0:
-                        self.note_attended(shared, attended, block, lane.warp)
-                    self.fill(shared, barriers, lane, tokens, next_tokens, block, late)
-                pieces += cutlass.select_(opened >= 0, Int32(1), Int32(0))
-                tiles += 1
-            tokens, exists, opened = next_tokens, next_exists, next_opened
-
-    @cute.jit
-    def fill(self, shared, barriers, lane: Lane, tokens: Tokens, next_tokens: Tokens, block: Int32, late: Int32):
-        """Convert half a block of a tile: its first half, or the one that is `late`."""
-        half = block ^ late
-        full = barriers.k_full + (2 * block + half)
-        pending = 1 + self.converts_plain  # groups of copies behind the one that is needed
-        if const_expr(self.loader.plain_chunk is not None):
-            if self.comes_with_copies(block, half):
-                self.copy_plain(lane, tokens, block, full)
-        if const_expr(self.converts_plain):
-            cute.arch.cp_async_commit_group()
-        # Two half rows ahead.
-        ahead = 2 * block + late + 2 // self.octets
-        sources = tokens.unless(ahead >= 4, next_tokens)
-        next_block, next_late = ahead // 2 % 2, ahead % 2
-        for i in range_constexpr(self.octets):
-            index = i if const_expr(self.octets == 2) else late
-            token = sources.of_lane(next_block * (2 * OCTET) + i * OCTET + lane.row)
-            to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
-            wait_copies(pending)
-            cute.arch.sync_warp()
-            following = (next_block ^ next_late, next_late, token)
-            if const_expr(self.extra_loader is not None):
-                if tokens.extra != 0:
-                    self.convert(self.extra_loader, lane, index, half, late, to, following)
-                else:
-                    self.convert(self.loader, lane, index, half, late, to, following)
-            else:
-                self.convert(self.loader, lane, index, half, late, to, following)
-        if const_expr(self.converts_plain):
-            if self.comes_with_copies(block, half):
-                wait_copies(pending)
-                self.convert_plain(lane, block)
-        if const_expr(self.cluster == 1):
-            cute.arch.sync_warp()
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive(full)
-        else:
-            self.push(shared, lane, block, half, full, barriers.peer)
-
-    @cute.jit
-    def fetch(self, lane: Lane, index, half: Int32, late: Int32, token: tuple):
-        """Start the copies of half a row into the slots number `index`."""
-        row, scales, extra = token
-        if const_expr(self.extra_loader is not None):
-            if extra != 0:
-                self.extra_loader.fetch(lane.slots, index, half, row, scales)
-            else:
-                self.loader.fetch(lane.slots, index, half, row, scales)
-        else:
-            self.loader.fetch(lane.slots, index, half, row, scales)
-        if const_expr(self.loader.rope_codes):
-            if late != 0:
-                self.loader.fetch_rope(lane.slots, index, row)
-        cute.arch.cp_async_commit_group()
-
-    @cute.jit
-    def convert(
-        self, loader: cutlass.Constexpr, lane: Lane, index, half: Int32, late: Int32, to: Int32, following: tuple
-    ):
-        """Half a row out of its slots, which at once take the following (half, late, token), and into K at `to`."""
-        if const_expr(loader.rope_codes):
-            if late != 0:
-                at = to + V_CHUNKS * CHUNK_BYTES
-                self.loader.store_rope(lane.slots, index, (at, at ^ UNIT))
-        scales = loader.read_scales(lane.slots, index, half)
-        codes = [loader.read_codes(lane.slots, index, chunk) for chunk in range(2)]
-        to += half * (HALF_CHUNKS * CHUNK_BYTES)
-        for chunk in range_constexpr(HALF_CHUNKS):
-            if const_expr(chunk + 2 < HALF_CHUNKS):  # two chunks ahead: registers do not suffice for more
-                codes.append(loader.read_codes(lane.slots, index, chunk + 2))
-            if const_expr(chunk + 3 == HALF_CHUNKS):
-                self.fetch(lane, index, *following)
-            if const_expr(loader.plain_chunk == HALF_CHUNKS + chunk):
-                if half == 0:
-                    self.store(loader, lane, codes[chunk], scales, to, chunk)
-            else:
-                self.store(loader, lane, codes[chunk], scales, to, chunk)
-
-    def store(self, loader: dequant.Loader, lane: Lane, codes: tuple, scales: tuple, to: Int32, chunk: int):
-        """A chunk of half a row into K, the half beginning at `to`."""
-        scale = loader.scale(scales, chunk, lane.slots.thread % THREADS_PER_ROW)
-        loader.store(codes, scale, (to, to ^ UNIT), chunk * CHUNK_BYTES)
-
-    @cute.jit
-    def settle(self, args, piece: Piece, end):
-        """The first tile from the beginning of `piece` on."""
-        stop, length, extra_length = Int32(0), Int32(0), Int32(0)
-        while remains(piece, end) & (stop <= piece.tile):
-            length, extra_length = args.lengths(piece)
-            tiles = tiles_of(length) + tiles_of(extra_length)
-            stop = piece_stop(piece, end, tiles, args.batch_invariant)
-            if stop <= piece.tile:
-                piece = next_piece(piece, stop, tiles)
-                stop = Int32(0)
-        hidden, entries, extra_entries = args.entries(piece)
-        return Cursor(piece.unit, piece.tile, stop, Int32(1), length, extra_length, hidden, entries, extra_entries)
-
-    @cute.jit
-    def next_cursor(self, args, cursor: Cursor, end):
-        following = cursor.advanced()
-        if following.tile == following.stop:
-            # Which piece of its unit it is, is of no concern here.
-            tiles = tiles_of(cursor.length) + tiles_of(cursor.extra_length)
-            piece = next_piece(Piece(cursor.unit, cursor.tile, Int32(0)), cursor.stop, tiles)
-            following = self.settle(args, piece, end)
-        return following
-
-    def entry(self, args, position: Int32) -> Int32:
-        """Of the indices: the one that names a token, by the token's position."""
-        return cutlass.select_(args.run.value == 1, position, args.run.quotient(position))
-
-    @cute.jit
-    def fetch_index(self, args, cursor: Cursor, lane: Lane):
-        """Start to bring the index that this lane looks up: of a run of slots, or less than 0 if there is none."""
-        length = cutlass.select_(cursor.is_extra, cursor.extra_length, cursor.length)
-        position = cursor.position(lane.token)
-        if position < cutlass.select_(cursor.exists, length - cursor.hidden, Int32(0)):
-            entry = self.entry(args, position)
-            entries = cutlass.select_(cursor.is_extra, cursor.extra_entries, cursor.entries)
-            copy_async((lane.index, 0), entries, (entries + Int64(entry) * 4, 0), 4)
-        else:
-            cute.arch.inline_ptx("st.shared.s32 [{$r0}], -1;", read_only_args=[lane.index])
-
-    @cute.jit
-    def locate(self, args, cursor: Cursor, lane: Lane):
-        """The token whose index of the cursor's tile has arrived."""
-        index = cute.arch.inline_ptx(
-            "ld.shared.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[lane.index]
-        )
-        position = cursor.position(lane.token)
-        slot = (index - self.entry(args, position)) * args.run.value + position
-        extra = cursor.is_extra
-        sources = (args.main, args.extra)
-        page_size, inverse, num_pages, page_bytes, token_bytes, base = (
-            cutlass.select_(extra, of_extra, of_main)
-            for of_main, of_extra in (
-                [source.page_size.value for source in sources],
-                [source.page_size.inverse for source in sources],
-                [source.cache.shape[0] for source in sources],
-                [Int64(source.cache.stride[0]) for source in sources],
-                [Int64(source.token_bytes) for source in sources],
-                [source.cache.iterator.toint() for source in sources],
-            )
-        )
-        page = Divisor(page_size, inverse).quotient(slot)
-        offset = slot - page * page_size
-        row = base + Int64(page) * page_bytes + Int64(offset) * token_bytes
-        scales = None
-        if const_expr(self.scales_apart):
-            scales = (page_size - offset) * self.loader.token_bytes + offset * 8
-        row = cutlass.select_((slot >= 0) & (page < num_pages), row, Int64(0))
-        return Tokens(row, scales, None if self.extra_loader is None else Int32(extra))
-
-    @cute.jit
-    def copy_plain(self, lane: Lane, tokens: Tokens, block: Int32, full: cute.Pointer):
-        """Copy the values that need no conversion, of all tokens of a block that this warp looks up, into K."""
-        u = lane.slots.thread % THREADS_PER_ROW
-        for i in range_constexpr(2):
-            row = cute.arch.shuffle_sync(tokens.row, block * (2 * OCTET) + i * OCTET + lane.row)
-            to = self.plain_place(lane, block, i)
-            for units in range_constexpr(0, 2 * THREADS_PER_ROW, THREADS_PER_ROW):
-                source = (row + Int64(u * UNIT), self.loader.plain_offset + units * UNIT)
-                copy_async((to ^ (units * UNIT), 0), row, source, UNIT)
-        if const_expr(not self.converts_plain):
-            cute.arch.cp_async_mbarrier_arrive_noinc(full)
-
-    def convert_plain(self, lane: Lane, block: Int32):
-        """What this thread has copied of a block by `copy_plain`, to fp16, in place."""
-        for i in range(2):
-            for units in range(0, 2 * THREADS_PER_ROW, THREADS_PER_ROW):
-                at = self.plain_place(lane, block, i) ^ (units * UNIT)
-                store_words(at, 0, tuple(bf16_to_fp16(word) for word in load_words(at, 0, 4)))
-
-    def plain_place(self, lane: Lane, block: Int32, i: int) -> Int32:
-        return lane.plain + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
-
-    @cute.jit
-    def push(self, shared, lane: Lane, block: Int32, half: Int32, full: cute.Pointer, peer: Int32):
-        """Copy what this warp has converted, eight rows of half a block, to the same place in the peer's memory."""
-        start = shared.k.data_ptr() + block * K_CHUNKS * CHUNK_ELEMENTS
-        source = Int32(start.toint()) + self.octet(lane.warp, 0) * (OCTET * ROW_BYTES)
-        there = remote(source, peer) - source
-        first = source + half * (HALF_CHUNKS * CHUNK_BYTES)
-        full_there = Int32(full.toint()) + there
-        # Of four chunks the last may not be converted.
-        last_is_plain = self.loader.plain_chunk == V_CHUNKS - 1
-        count = HALF_CHUNKS - (half if const_expr(last_is_plain) else 0)
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            # The peer's warp of the same number sends as much.
-            cute.arch.mbarrier_arrive_and_expect_tx(full, count * (OCTET * ROW_BYTES))
-            for chunk in range_constexpr(HALF_CHUNKS - last_is_plain):
-                push_octet(first + chunk * CHUNK_BYTES, there, full_there)
-            if const_expr(last_is_plain):
-                if half == 0:
-                    push_octet(first + (HALF_CHUNKS - 1) * CHUNK_BYTES, there, full_there)
 
     @cute.jit
     def note_attended(self, shared, attended: Int32, block: Int32, warp: Int32):
@@ -940,60 +633,35 @@ def softmax(scores: cute.Tensor, p: cute.Tensor, sums: cute.Tensor, reference: c
     exponentials(scores, p, sums, reference, scale)
 
 
-def push_octet(source: Int32, there: Int32, full_there: Int32) -> None:
-    """Copy eight rows of a chunk, one swizzle atom, to the peer's shared memory, `there` farther."""
-    cute.arch.inline_ptx(
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
-        f"[{{$r0}}], [{{$r1}}], {OCTET * ROW_BYTES}, [{{$r2}}];",
-        read_only_args=[source + there, source, full_there],
-    )
-
-
-def remote(address: Int32, peer: Int32) -> Int32:
-    """The place of a shared-memory address in the peer's memory."""
-    there = cute.arch.inline_ptx(
-        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, peer]
-    )
-    return cute.arch.make_warp_uniform(there)
-
-
-def wait_copies(pending: int) -> None:
-    """Wait until at most `pending` of this thread's groups of asynchronous copies are under way."""
-    cute.arch.inline_ptx(f"cp.async.wait_group {pending};")
-
-
 @cute.jit
-def write_16bit_row(o: cute.Tensor, r: cutlass.Constexpr, factor: Float32, to: cute.Pointer, exists, lane: Int32):
-    """This thread's part of its row r in `to`'s dtype: four neighbours trade words, so that each writes 16 bytes."""
-    odd, upper = lane % 2 != 0, lane % 4 >= 2
-    start = to + lane % 4 * 8
-    for group in range_constexpr(D_V // 2 // 32):
-        values = cute.make_rmem_tensor(8, to.dtype)
-        for j in range_constexpr(4):
-            for c in range_constexpr(2):
-                values[2 * j + c] = (o[16 * group + 4 * j + 2 * r + c] * factor).to(to.dtype)
-        # Word j is of columns 8 j + 2 (lane % 4) ...: a transpose among the four gives lane j columns 8 j ... 8 j + 7.
-        words = cute.recast_tensor(values, Int32)
-        for j in range_constexpr(0, 4, 2):
-            theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, words[j], words[j + 1]), 1)
-            low, high = words[j], words[j + 1]
-            words[j], words[j + 1] = cutlass.select_(odd, theirs, low), cutlass.select_(odd, high, theirs)
-        for j in range_constexpr(2):
-            theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(upper, words[j], words[j + 2]), 2)
-            low, high = words[j], words[j + 2]
-            words[j], words[j + 2] = cutlass.select_(upper, theirs, low), cutlass.select_(upper, high, theirs)
-        if exists:
-            cute.autovec_copy(values, cute.make_tensor((start + group * 32).align(16), cute.make_layout(8)))
+def merge_queries(
+    dtype: cutlass.Constexpr,
+    partial_o: cute.Tensor,
+    partial_lse: cute.Tensor,
+    work: cute.Tensor,
+    splits: cute.Tensor,
+    sink: cute.Tensor,
+    out: cute.Tensor,
+    lse: cute.Tensor,
+    by_unit: Int32,
+    warps: Int32,
+    stream,
+    interleaved: cutlass.Constexpr,
+):
+    """`merge_pieces` of units that are query tokens and some of their heads."""
+    (b, s_q, h_q, _), (out_b, out_s, out_h, _) = out.shape, out.stride
+    lse_b, lse_h, lse_s = lse.stride
+    rows_out = cute.make_tensor(
+        out.iterator, cute.make_layout((b, s_q, 1, h_q, D_V), stride=(out_b, out_s, 0, out_h, 1))
+    )
+    rows_lse = cute.make_tensor(lse.iterator, cute.make_layout((b, s_q, 1, h_q), stride=(lse_b, lse_s, 0, lse_h)))
+    rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
+    merge_pieces(
+        dtype, partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, by_unit, warps, stream, interleaved
+    )
 
 
-def compile_variant(dtype: str, kv_format: str, cluster: int, extra_format: str | None = None) -> aot.Compiled:
-    """Compile for tensors of any extents whose rows, tokens and pages are 16-byte aligned."""
-    kernel = SparseDecode(getattr(cutlass, dtype), kv_format, cluster, extra_format)
-    caches = [aot.strided(Uint8, (cute.sym_int(), cute.sym_int()), dense_last=True, align=16) for _ in range(2)]
-    return compile_for(kernel, kernel.loader.d, caches)
-
-
-def compile_for(kernel: SparseDecode, d: int, caches: list) -> aot.Compiled:
+def compile_for(kernel: TokenWalk, d: int, caches: list) -> aot.Compiled:
     """Compile for descriptions of the main and the extra cache, and queries of head dim d."""
     b, s_q, h_q = (cute.sym_int() for _ in range(3))
     q = aot.strided(kernel.dtype, (b, s_q, h_q, d), dense_last=True, align=16)

@@ -25,7 +25,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource
 
 from flash_mla.backends.hopper import aot, dequant, few_heads_rows
 from flash_mla.backends.hopper.combine import partial_results
-from flash_mla.backends.hopper.dequant import copy_async, load_words
+from flash_mla.backends.hopper.dequant import copy_async, load_words, wait_copies
 from flash_mla.backends.hopper.few_heads_rows import (
     GROUP,
     UNIT,
@@ -51,11 +51,10 @@ from flash_mla.backends.hopper.sparse_decode import (
     PRODUCER_WARP,
     RIGHT,
     WARPGROUP,
-    SparseDecode,
     compile_for,
-    wait_copies,
+    merge_queries,
 )
-from flash_mla.backends.hopper.sparse_decode_walk import Arguments, Divisor, Source, inverses, tiles_of
+from flash_mla.backends.hopper.sparse_decode_walk import Arguments, Divisor, Source, TokenWalk, inverses, tiles_of
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS
 
 GROUPS = D_V // GROUP
@@ -123,14 +122,10 @@ class Block:
     empty: cute.Pointer  # barrier of the stage
 
 
-class SparseDecodeFewHeads(SparseDecode):
-    interleaves = False
-
+class SparseDecodeFewHeads(TokenWalk):
     def __init__(self, dtype: type[cutlass.Numeric], kv_format: str, heads: int):
         self.dtype = dtype
-        self.cluster = 1
         self.loader = getattr(dequant, kv_format)(self.dtype)  # which tells where tokens lie in a cache
-        self.extra_loader = None
         self.scales_apart = self.loader.scales_apart
         self.rows = getattr(few_heads_rows, kv_format + "Rows")()
         self.heads = heads
@@ -202,7 +197,10 @@ class SparseDecodeFewHeads(SparseDecode):
             min_blocks_per_mp=1,
         )  # fmt: skip
         if slots != 0:
-            self.combine(partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps, stream)
+            merge_queries(
+                self.dtype, partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps,
+                stream, interleaved=False,
+            )  # fmt: skip
 
     @cute.kernel
     def kernel(

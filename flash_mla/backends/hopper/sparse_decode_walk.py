@@ -1,12 +1,14 @@
 """How sparse decode's roles walk their worker's share: from a unit to its tiles, and to the tokens that these name."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
-from flash_mla.backends.hopper.schedule import Piece, uniform
+from flash_mla.backends.hopper.dequant import copy_async
+from flash_mla.backends.hopper.schedule import Piece, next_piece, piece_stop, remains, uniform
 from flash_mla.backends.hopper.wgmma import ROWS
 
 TILE = 128  # tokens in a tile of the plan
@@ -186,6 +188,85 @@ class Tokens:
             for mine, theirs in ((self.row, other.row), (self.scales, other.scales), (self.extra, other.extra))
         )
         return Tokens(row, scales, extra)
+
+
+class TokenWalk:
+    """How producers walk their worker's tiles and look tokens up; kernels inherit it."""
+
+    dtype: type[cutlass.Numeric]
+    loader: Any  # of `dequant`: how the main cache's rows lie in it
+    extra_loader: Any = None  # of the extra cache, if it is of another format
+    scales_apart = False  # whether a page holds its scales behind all its rows
+
+    @cute.jit
+    def settle(self, args, piece: Piece, end):
+        """The first tile from the beginning of `piece` on."""
+        stop, length, extra_length = Int32(0), Int32(0), Int32(0)
+        while remains(piece, end) & (stop <= piece.tile):
+            length, extra_length = args.lengths(piece)
+            tiles = tiles_of(length) + tiles_of(extra_length)
+            stop = piece_stop(piece, end, tiles, args.batch_invariant)
+            if stop <= piece.tile:
+                piece = next_piece(piece, stop, tiles)
+                stop = Int32(0)
+        hidden, entries, extra_entries = args.entries(piece)
+        return Cursor(piece.unit, piece.tile, stop, Int32(1), length, extra_length, hidden, entries, extra_entries)
+
+    @cute.jit
+    def next_cursor(self, args, cursor: Cursor, end):
+        following = cursor.advanced()
+        if following.tile == following.stop:
+            # Which piece of its unit it is, is of no concern here.
+            tiles = tiles_of(cursor.length) + tiles_of(cursor.extra_length)
+            piece = next_piece(Piece(cursor.unit, cursor.tile, Int32(0)), cursor.stop, tiles)
+            following = self.settle(args, piece, end)
+        return following
+
+    def entry(self, args, position: Int32) -> Int32:
+        """Of the indices: the one that names a token, by the token's position."""
+        return cutlass.select_(args.run.value == 1, position, args.run.quotient(position))
+
+    @cute.jit
+    def fetch_index(self, args, cursor: Cursor, lane):
+        """Start to bring the index that this lane looks up: of a run of slots, or less than 0 if there is none."""
+        length = cutlass.select_(cursor.is_extra, cursor.extra_length, cursor.length)
+        position = cursor.position(lane.token)
+        if position < cutlass.select_(cursor.exists, length - cursor.hidden, Int32(0)):
+            entry = self.entry(args, position)
+            entries = cutlass.select_(cursor.is_extra, cursor.extra_entries, cursor.entries)
+            copy_async((lane.index, 0), entries, (entries + Int64(entry) * 4, 0), 4)
+        else:
+            cute.arch.inline_ptx("st.shared.s32 [{$r0}], -1;", read_only_args=[lane.index])
+
+    @cute.jit
+    def locate(self, args, cursor: Cursor, lane):
+        """The token whose index of the cursor's tile has arrived."""
+        index = cute.arch.inline_ptx(
+            "ld.shared.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[lane.index]
+        )
+        position = cursor.position(lane.token)
+        slot = (index - self.entry(args, position)) * args.run.value + position
+        extra = cursor.is_extra
+        sources = (args.main, args.extra)
+        page_size, inverse, num_pages, page_bytes, token_bytes, base = (
+            cutlass.select_(extra, of_extra, of_main)
+            for of_main, of_extra in (
+                [source.page_size.value for source in sources],
+                [source.page_size.inverse for source in sources],
+                [source.cache.shape[0] for source in sources],
+                [Int64(source.cache.stride[0]) for source in sources],
+                [Int64(source.token_bytes) for source in sources],
+                [source.cache.iterator.toint() for source in sources],
+            )
+        )
+        page = Divisor(page_size, inverse).quotient(slot)
+        offset = slot - page * page_size
+        row = base + Int64(page) * page_bytes + Int64(offset) * token_bytes
+        scales = None
+        if const_expr(self.scales_apart):
+            scales = (page_size - offset) * self.loader.token_bytes + offset * 8
+        row = cutlass.select_((slot >= 0) & (page < num_pages), row, Int64(0))
+        return Tokens(row, scales, None if self.extra_loader is None else Int32(extra))
 
 
 def tiles_of(length: Int32) -> Int32:

@@ -70,7 +70,7 @@ QUANTISED = {
 
 SPARSE_DECODE = {
     f"sparse_decode_{short}_{formats}_cluster{cluster}": Variant(
-        "flash_mla.backends.hopper.sparse_decode", 168, {"dtype": dtype, **config, "cluster": cluster}
+        "flash_mla.backends.hopper.quantised_sparse_decode", 168, {"dtype": dtype, **config, "cluster": cluster}
     )
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
     for formats, config in QUANTISED.items()
