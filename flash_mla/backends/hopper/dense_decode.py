@@ -18,6 +18,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import merge_pieces, partial_results
+from flash_mla.backends.hopper.copies import EVICT_FIRST, EVICT_NORMAL, copy_or_zeros, prefetch
 from flash_mla.backends.hopper.dense_decode_geometry import Arguments, Pages, Rows, by_unit
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_fp32_row
 from flash_mla.backends.hopper.schedule import end_of_work, first_piece, next_piece, piece_stop, remains
@@ -41,9 +42,6 @@ CONSUMER_REGISTERS = 232
 PRODUCER_REGISTERS = 40
 K_WARP = 8  # the producer warpgroup's first warp loads K, the others Q
 Q_WARPS = 3
-
-# L2 cache hints of TMA loads, as CUTLASS encodes them.
-EVICT_NORMAL, EVICT_FIRST = 0x1000000000000000, 0x12F0000000000000
 
 # Chunks of a K block that are freed together: V columns of the left and the right consumer, and RoPE.
 LEFT, RIGHT, ROPE = 0, 1, 2
@@ -304,7 +302,7 @@ class DenseDecode:
                 row, page = boxes.get(token // self.box)
                 start = k_cache[page, row * self.box + token % self.box, kv_head, None].iterator.toint()
                 for line in cutlass.range(cta, self.d * 2 // 128, row_tiles, unroll=1):
-                    cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[start + Int64(line * 128)])
+                    prefetch(start + Int64(line * 128))
 
     @cute.jit
     def load_group(
@@ -360,7 +358,7 @@ class DenseDecode:
                 size = cutlass.select_(exists, Int32(16), Int32(0))
                 if exists:
                     for line in range_constexpr(self.d * 2 // 128):
-                        cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address + line * 128])
+                        prefetch(address + line * 128)
                 cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
                 for i in cutlass.range(-(-ROWS // Q_WARPS), unroll=2):
                     row = thread // 32 + Q_WARPS * i
@@ -370,10 +368,7 @@ class DenseDecode:
                     to = smem + (lane // 8) * (CHUNK_ELEMENTS * 2) + row * 128 + ((lane % 8) ^ (row % 8)) * 16
                     if row < ROWS:
                         for half in range_constexpr(2):
-                            cute.arch.inline_ptx(
-                                "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
-                                read_only_args=[to + half * 4 * CHUNK_ELEMENTS * 2, source + half * 512, row_size],
-                            )
+                            copy_or_zeros(to + half * 4 * CHUNK_ELEMENTS * 2, source + half * 512, row_size)
                 cute.arch.cp_async_commit_group()
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.fence_proxy("async.shared", space="cta")

@@ -17,6 +17,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLa
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import merge_pieces, partial_results
+from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros
 from flash_mla.backends.hopper.dense_decode_geometry import Arguments, by_unit
 from flash_mla.backends.hopper.schedule import anew, end_of_work, first_piece, next_piece, piece_stop, remains, uniform
 from flash_mla.backends.hopper.softmax import LN2, NO_SCORE, THRESHOLD
@@ -29,8 +30,6 @@ CHUNK_BYTES = BLOCK * CHUNK * 2
 WARPGROUP = 128
 Q_WARPS = 3  # of the producer warpgroup, whose first warp loads K
 STAGES = 2  # of K, Q and P
-
-EVICT_FIRST = 0x12F0000000000000  # L2 cache hint of a TMA load, as CUTLASS encodes it
 
 # Chunks of a K block that are freed together.
 GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
@@ -278,10 +277,7 @@ class FewRowsDecode:
                     if row < self.rows:
                         for chunk in range_constexpr(0, self.chunks, 4):
                             if lane // 8 < self.chunks - chunk:
-                                cute.arch.inline_ptx(
-                                    "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
-                                    read_only_args=[to + chunk * self.rows * CHUNK * 2, source + chunk * 128, size],
-                                )
+                                copy_or_zeros(to + chunk * self.rows * CHUNK * 2, source + chunk * 128, size)
                 cute.arch.cp_async_commit_group()
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.fence_proxy("async.shared", space="cta")

@@ -6,7 +6,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from flash_mla.backends.hopper.schedule import Piece, uniform
+from flash_mla.backends.hopper.schedule import Piece, slot_of, uniform
 from flash_mla.backends.hopper.wgmma import ROWS
 
 
@@ -52,8 +52,7 @@ class Arguments:
 
     def slot(self, piece: Piece) -> Int32:
         """Where the piece's partial result goes, or -1 if it is a whole unit."""
-        first, after = self.splits[piece.unit], self.splits[piece.unit + 1]
-        return uniform(cutlass.select_(first == after, Int32(-1), first + piece.split))
+        return slot_of(self.splits, piece)
 
 
 class Boxes:

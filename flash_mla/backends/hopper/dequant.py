@@ -13,6 +13,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
+from flash_mla.backends.hopper.copies import copy_async
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS
 
 THREADS = 128
@@ -46,24 +47,6 @@ class Slots:
     def scales(self, index) -> Int32:
         first = self.base + 2 * HALF_CHUNKS * THREADS * self.code_bytes
         return first + self.thread * self.scale_bytes + index * (THREADS * self.scale_bytes)
-
-
-def copy_async(to: tuple[Int32, int], token: Int64, source: tuple[Int64, int], nbytes: int) -> None:
-    """Start a copy of 16, 8 or 4 bytes to shared memory; of zeros, reading nothing, if `token` is 0."""
-    cache = "cg" if nbytes == 16 else "ca"
-    cute.arch.inline_ptx(
-        f"""{{
-.reg .pred absent;
-setp.eq.s64 absent, {{$r1}}, 0;
-cp.async.{cache}.shared.global.L2::128B [{{$r0}}+{to[1]}], [{{$r2}}+{source[1]}], {nbytes}, absent;
-}}""",
-        read_only_args=[to[0], token, source[0]],
-    )
-
-
-def wait_copies(pending: int) -> None:
-    """Wait until at most `pending` of this thread's groups of asynchronous copies are under way."""
-    cute.arch.inline_ptx(f"cp.async.wait_group {pending};")
 
 
 def load_words(address: Int32, offset: int, count: int, dtype: type[cutlass.Numeric] = Uint32) -> tuple:

@@ -35,7 +35,7 @@ from flash_mla.backends.hopper.mha_schedule import (
     take_number,
 )
 from flash_mla.backends.hopper.mha_tiles import expect, operand, partition, release, tma
-from flash_mla.backends.hopper.schedule import uniform
+from flash_mla.backends.hopper.schedule import anew, uniform
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, qk_op
 
 D_V = 128
@@ -789,11 +789,6 @@ class MHABackward:
         atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.dtype)
         layout = cute.tile_to_shape(atom, (ROWS, VISIT_Q, STAGES * SIDES), (0, 1, 2))
         return operand(shared.ds.data_ptr(), layout)
-
-
-def anew(value: Int32) -> Int32:
-    """The same value, opaque: what follows from it is not kept in registers across loops for code that runs rarely."""
-    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value])
 
 
 def compile_variant(dtype: str, d: int) -> aot.Compiled:

@@ -12,7 +12,8 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint8, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, UNIT, copy_async, wait_copies
+from flash_mla.backends.hopper.copies import copy_async, wait_copies
+from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, UNIT
 from flash_mla.backends.hopper.schedule import end_of_work, first_piece
 from flash_mla.backends.hopper.sparse_decode import (
     K_CHUNKS,

@@ -12,16 +12,15 @@ import cutlass.cute as cute
 from cutlass import Float16, Int32, Int64, Uint8, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot, dequant
+from flash_mla.backends.hopper.copies import copy_async, wait_copies
 from flash_mla.backends.hopper.dequant import (
     CHUNK_BYTES,
     HALF_CHUNKS,
     THREADS_PER_ROW,
     UNIT,
     bf16_to_fp16,
-    copy_async,
     load_words,
     store_words,
-    wait_copies,
 )
 from flash_mla.backends.hopper.schedule import end_of_work, first_piece
 from flash_mla.backends.hopper.sparse_decode import (

@@ -65,3 +65,9 @@ def next_piece(piece: Piece, stop: Int32, tiles: Int32) -> Piece:
         cutlass.select_(unit_done, Int32(0), stop),
         cutlass.select_(unit_done, Int32(0), piece.split + 1),
     )
+
+
+def slot_of(splits: cute.Tensor, piece: Piece) -> Int32:
+    """Where a piece's partial result goes, or -1 if it is a whole unit; `splits` as in SplitPlan."""
+    first, after = splits[piece.unit], splits[piece.unit + 1]
+    return uniform(cutlass.select_(first == after, Int32(-1), first + piece.split))

@@ -25,7 +25,8 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource
 
 from flash_mla.backends.hopper import aot, dequant, few_heads_rows
 from flash_mla.backends.hopper.combine import partial_results
-from flash_mla.backends.hopper.dequant import copy_async, load_words, wait_copies
+from flash_mla.backends.hopper.copies import copy_async, wait_copies
+from flash_mla.backends.hopper.dequant import load_words
 from flash_mla.backends.hopper.few_heads_rows import (
     GROUP,
     UNIT,

@@ -7,8 +7,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
-from flash_mla.backends.hopper.dequant import copy_async
-from flash_mla.backends.hopper.schedule import Piece, next_piece, piece_stop, remains, uniform
+from flash_mla.backends.hopper.copies import copy_async, prefetch
+from flash_mla.backends.hopper.schedule import Piece, next_piece, piece_stop, remains, slot_of, uniform
 from flash_mla.backends.hopper.wgmma import ROWS
 
 TILE = 128  # tokens in a tile of the plan
@@ -53,10 +53,10 @@ class Arguments:
 
     def prefetch(self):
         """Bring to the L2 what every worker reads first, before it is known where; for one warp."""
-        prefetch(self.work[cute.arch.block_idx()[1], None].iterator.toint(), 0)
+        prefetch(self.work[cute.arch.block_idx()[1], None].iterator.toint())
         for vector in (self.main.lengths, self.extra.lengths, self.splits, self.sink):
             first = cutlass.min(cute.arch.lane_idx() * 32, vector.shape[0] - 1)
-            prefetch((vector.iterator + first * vector.stride[0]).toint(), 0)
+            prefetch((vector.iterator + first * vector.stride[0]).toint())
 
     def place(self, unit: Int32) -> tuple[Int32, Int32, Int32]:
         """(request, query token, pass over its heads) of a unit."""
@@ -84,8 +84,7 @@ class Arguments:
 
     def slot(self, piece: Piece) -> Int32:
         """Where the piece's partial result goes, or -1 if it is a whole unit."""
-        first, after = self.splits[piece.unit], self.splits[piece.unit + 1]
-        return uniform(cutlass.select_(first == after, Int32(-1), first + piece.split))
+        return slot_of(self.splits, piece)
 
 
 @dataclass(frozen=True)
@@ -271,11 +270,6 @@ class TokenWalk:
 
 def tiles_of(length: Int32) -> Int32:
     return (length + (TILE - 1)) // TILE
-
-
-def prefetch(address: Int64, offset: int) -> None:
-    """Start to bring the line of a global address to the L2."""
-    cute.arch.inline_ptx(f"prefetch.global.L2 [{{$r0}}+{offset}];", read_only_args=[address])
 
 
 def inverses(divisors: tuple) -> tuple:

@@ -17,6 +17,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import Combine
+from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_fp32_row
 from flash_mla.backends.hopper.max_logits import MergeMaxLogits
 from flash_mla.backends.hopper.schedule import uniform
@@ -43,7 +44,6 @@ CONSUMER_REGISTERS = 232
 PRODUCER_REGISTERS = 40
 PRODUCER_WARP = 8  # the producer warpgroup's first
 WARP_ROWS = 16  # rows of a block that a producer warp gathers, and of the output that a consumer warp writes
-EVICT_FIRST = 0x12F0000000000000  # what is read or written once leaves L2 to KV
 
 
 @dataclass(frozen=True)
@@ -442,10 +442,7 @@ class SparsePrefill(Seesaw):
             number = buffer * self.chunks + chunk
             for i, (start, size) in enumerate(rows):
                 to = base + units[i % 2] + (number * CHUNK_ELEMENTS + 4 * i * CHUNK) * 2
-                cute.arch.inline_ptx(
-                    "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
-                    read_only_args=[to, start + Int64(chunk * CHUNK * 2), size],
-                )
+                copy_or_zeros(to, start + Int64(chunk * CHUNK * 2), size)
         cute.arch.cp_async_mbarrier_arrive_noinc(barriers.k_full + (buffer * len(self.groups) + group))
 
     def q_chunks(self, shared, tma_q, q_tma) -> tuple:
@@ -464,6 +461,7 @@ class SparsePrefill(Seesaw):
         cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_ELEMENTS * 2)
+        # What is read or written once leaves the L2 to KV.
         policy = {"cache_policy": Int64(EVICT_FIRST)} if self.overlaps else {}
         for chunk in range_constexpr(V_CHUNKS):
             of_q = source[None, piece.head_tile, chunk, piece.token]

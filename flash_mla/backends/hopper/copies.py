@@ -1,0 +1,35 @@
+"""Copies that run beside the code that starts them, in PTX, and how long the L2 keeps what they bring."""
+
+import cutlass.cute as cute
+from cutlass import Int32, Int64
+
+# L2 cache hints of TMA, as CUTLASS encodes them.
+EVICT_NORMAL, EVICT_FIRST = 0x1000000000000000, 0x12F0000000000000
+
+
+def prefetch(address: Int64) -> None:
+    """Start to bring the line of a global address to the L2."""
+    cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
+
+
+def copy_or_zeros(to: Int32, source: Int64, nbytes: Int32) -> None:
+    """Start to fill 16 bytes of shared memory: with the first `nbytes` of 16 at `source`, then zeros."""
+    cute.arch.inline_ptx("cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[to, source, nbytes])
+
+
+def copy_async(to: tuple[Int32, int], token: Int64, source: tuple[Int64, int], nbytes: int) -> None:
+    """Start a copy of 16, 8 or 4 bytes to shared memory; of zeros, reading nothing, if `token` is 0."""
+    cache = "cg" if nbytes == 16 else "ca"
+    cute.arch.inline_ptx(
+        f"""{{
+.reg .pred absent;
+setp.eq.s64 absent, {{$r1}}, 0;
+cp.async.{cache}.shared.global.L2::128B [{{$r0}}+{to[1]}], [{{$r2}}+{source[1]}], {nbytes}, absent;
+}}""",
+        read_only_args=[to[0], token, source[0]],
+    )
+
+
+def wait_copies(pending: int) -> None:
+    """Wait until at most `pending` of this thread's groups of asynchronous copies are under way."""
+    cute.arch.inline_ptx(f"cp.async.wait_group {pending};")
