@@ -47,6 +47,9 @@ Q_WARPS = 3
 LEFT, RIGHT, ROPE = 0, 1, 2
 GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
 
+# Pairs of blocks that a CTA loads before it also brings later ones to L2: at first all SMs wait for loads at once.
+PREFETCH_FROM = 4
+
 # Kinds of tiles that a consumer takes: all of it visible to every row, or perhaps not, or the last of a piece.
 PLAIN, MASKED, LAST = 0, 1, 2
 
@@ -109,9 +112,6 @@ class DenseDecode:
         tma_k, k_tma = cpasync.make_tiled_tma_atom(
             load_op, paged, box_layout, (self.box, CHUNK), num_multicast=self.shares_of_box
         )
-        tma_prefetch, k_prefetch = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), paged, box_layout, (self.box, CHUNK)
-        )
 
         @cute.struct
         class Shared:
@@ -132,8 +132,8 @@ class DenseDecode:
         h_kv = k_cache.shape[2]
         partial_o, partial_lse = partial_results(workspace, slots, row_tiles * ROWS, D_V)
         self.kernel(
-            tma_k, k_tma, tma_prefetch, k_prefetch, k_cache, q, block_table, seqlens, work, splits, partial_o,
-            partial_lse, out, lse, h_kv, k_cache.shape[1] // self.box, scale_log2, causal, batch_invariant,
+            tma_k, k_tma, k_cache, q, block_table, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv,
+            k_cache.shape[1] // self.box, scale_log2, causal, batch_invariant,
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -151,8 +151,6 @@ class DenseDecode:
         self,
         tma_k: cute.CopyAtom,
         k_tma: cute.Tensor,
-        tma_prefetch: cute.CopyAtom,
-        k_prefetch: cute.Tensor,
         k_cache: cute.Tensor,
         q: cute.Tensor,
         block_table: cute.Tensor,
@@ -189,7 +187,7 @@ class DenseDecode:
         if warp >= K_WARP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == K_WARP:
-                self.load_k(args, shared, barriers, tma_k, k_tma, tma_prefetch, k_prefetch, k_cache)
+                self.load_k(args, shared, barriers, tma_k, k_tma, k_cache)
             else:
                 self.load_q(args, shared, barriers, thread - (K_WARP + 1) * 32)
         elif warp < 4:
@@ -222,17 +220,7 @@ class DenseDecode:
     # ---------------------------------------------------------------------------------------------- producers
 
     @cute.jit
-    def load_k(
-        self,
-        args,
-        shared,
-        barriers,
-        tma_k: cute.CopyAtom,
-        k_tma: cute.Tensor,
-        tma_prefetch: cute.CopyAtom,
-        k_prefetch: cute.Tensor,
-        k_cache: cute.Tensor,
-    ):
+    def load_k(self, args, shared, barriers, tma_k: cute.CopyAtom, k_tma: cute.Tensor, k_cache: cute.Tensor):
         """Bring K blocks, a pair at a time; each chunk as soon as its group of the buffer is free."""
         cpasync.prefetch_descriptor(tma_k)
         smem_layout = cute.make_layout(
@@ -245,13 +233,6 @@ class DenseDecode:
             cute.make_layout(self.shares_of_box),
             cute.group_modes(smem, 0, 2),
             cute.group_modes(cute.local_tile(k_tma, (self.box, CHUNK), (None, None, None, None)), 0, 2),
-        )
-        _, ahead = cpasync.tma_partition(
-            tma_prefetch,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(smem, 0, 2),
-            cute.group_modes(cute.local_tile(k_prefetch, (self.box, CHUNK), (None, None, None, None)), 0, 2),
         )
         row_tiles = cute.arch.grid_dim()[0]
         # K that no other cluster reads need not stay in L2, where Q, outputs and partial results are.
@@ -273,7 +254,8 @@ class DenseDecode:
                 for tile in cutlass.range(piece.tile, stop, unroll=1):
                     later = pages.locate(tile + 2)
                     if const_expr(self.cluster > 1):
-                        self.prefetch(tma_prefetch, ahead, k_cache, then, kv_head)
+                        if (pairs >= PREFETCH_FROM) & (tile + 1 < stop):
+                            self.prefetch(tma_k, source, k_cache, then, kv_head)
                     for buffer, group in self.load_order():
                         empty = barriers.k_empty + (buffer * len(self.groups) + group)
                         cute.arch.mbarrier_wait(empty, (pairs & 1) ^ 1)
@@ -288,14 +270,14 @@ class DenseDecode:
         return (*rope, (0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))
 
     @cute.jit
-    def prefetch(self, tma_prefetch: cute.CopyAtom, ahead: cute.Tensor, k_cache: cute.Tensor, boxes, kv_head: Int32):
+    def prefetch(self, tma_k: cute.CopyAtom, source: cute.Tensor, k_cache: cute.Tensor, boxes, kv_head: Int32):
         """Bring a pair of blocks into L2, shared among the CTAs of this worker."""
         cta, row_tiles = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         if const_expr(self.box == BLOCK):
             for box in cutlass.range(2, unroll=2):
                 row, page = boxes.get(box)
-                for chunk in cutlass.range(cta, self.chunks, row_tiles, unroll=1):
-                    cute.prefetch(tma_prefetch, ahead[None, row, chunk, kv_head, page])
+                for chunk in cutlass.range(cta // self.cluster, self.chunks, row_tiles // self.cluster, unroll=1):
+                    cute.prefetch(tma_k, source[None, row, chunk, kv_head, page])
         else:  # loading small boxes takes all of TMA's time: a lane asks for a token's lines instead
             for i in range_constexpr(TILE // 32):
                 token = 32 * i + cute.arch.lane_idx()
