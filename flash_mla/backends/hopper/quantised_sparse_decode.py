@@ -124,7 +124,7 @@ class QuantisedSparseDecode(SparseDecode):
             else:
                 attended = cute.arch.vote_ballot_sync(tokens.row != 0)
                 for step in cutlass.range(4, unroll=1):
-                    block, late = step // 2, step % 2
+                    block, late = step >> 1, step & 1
                     cute.arch.mbarrier_wait(barriers.k_empty + (2 * block + (block ^ late)), (tiles & 1) ^ 1)
                     if step == 0 and lane.warp == 0 and opened >= 0:
                         self.load_q(args, shared, barriers, tma_q, q_tma, opened, pieces)
@@ -149,7 +149,7 @@ class QuantisedSparseDecode(SparseDecode):
         # Two half rows ahead.
         ahead = 2 * block + late + 2 // self.octets
         sources = tokens.unless(ahead >= 4, next_tokens)
-        next_block, next_late = ahead // 2 % 2, ahead % 2
+        next_block, next_late = ahead >> 1 & 1, ahead & 1
         for i in range_constexpr(self.octets):
             index = i if const_expr(self.octets == 2) else late
             token = sources.of_lane(next_block * (2 * OCTET) + i * OCTET + lane.row)

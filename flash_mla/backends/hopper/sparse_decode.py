@@ -19,9 +19,9 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.combine import merge_pieces, partial_results
+from flash_mla.backends.hopper.combine import merge_pieces, scaled_partial_results
 from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS
-from flash_mla.backends.hopper.epilogue import write_16bit_row, write_interleaved_row
+from flash_mla.backends.hopper.epilogue import write_16bit_row, write_scaled_row
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains
 from flash_mla.backends.hopper.softmax import (
     LN2,
@@ -104,7 +104,7 @@ class SparseDecode(TokenWalk):
         sink: cute.Tensor,  # [h_q] fp32, natural log
         work: cute.Tensor,  # [workers + 1, 4]: SplitPlan.work over units (request, query token, head tiles)
         splits: cute.Tensor,  # [units + 1]: SplitPlan.splits
-        workspace: cute.Tensor,  # [slots, row_tiles * 64, d_v + 1] fp32 in all: partial outputs, then their lse
+        workspace: cute.Tensor,  # fp32, at least [slots, row_tiles * 64, d_v / 2 + 3]: scaled partial results
         out: cute.Tensor,  # [b, s_q, h_q, d_v]
         lse: cute.Tensor,  # [b, h_q, s_q] fp32, natural log
         scale_log2: Float32,
@@ -142,21 +142,23 @@ class SparseDecode(TokenWalk):
         self.Shared = Shared
         unit_rows = row_tiles * ROWS
         divisors = (page_size, extra_page_size, run, q.shape[1], (q.shape[2] + unit_rows - 1) // unit_rows)
-        partial_o, partial_lse = partial_results(workspace, slots, unit_rows, D_V)
+        partials = scaled_partial_results(workspace, slots, unit_rows, D_V)
         self.kernel(
             tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
-            partial_o, partial_lse, out, lse, scale_log2, causal, batch_invariant, divisors, inverses(divisors),
+            *partials, out, lse, scale_log2, causal, batch_invariant, divisors, inverses(divisors),
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
             cluster=(self.cluster, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
+            use_pdl=True,
         )  # fmt: skip
         if slots != 0:
+            partial_o, partial_lse, partial_scale = partials
             merge_queries(
                 self.dtype, partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps,
-                stream, interleaved=True,
+                stream, partial_scale,
             )  # fmt: skip
 
     @cute.kernel
@@ -176,6 +178,7 @@ class SparseDecode(TokenWalk):
         splits: cute.Tensor,
         partial_o: cute.Tensor,
         partial_lse: cute.Tensor,
+        partial_scale: cute.Tensor,
         out: cute.Tensor,
         lse: cute.Tensor,
         scale_log2: Float32,
@@ -198,14 +201,16 @@ class SparseDecode(TokenWalk):
         args = Arguments(
             q, Source(k_cache, page_size, self.token_bytes(k_cache, False), indices, lengths),
             Source(extra_cache, extra_page_size, self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
-            sink, work, splits, partial_o, partial_lse, out, lse, scale_log2, *rest, causal, batch_invariant,
+            sink, work, splits, partial_o, partial_lse, partial_scale, out, lse, scale_log2, *rest, causal,
+            batch_invariant,
         )  # fmt: skip
         if warp == PRODUCER_WARP:
             cpasync.prefetch_descriptor(tma_q)
         if warp == PRODUCER_WARP + 1:
             args.prefetch()
         self.init_barriers(barriers, warp)
-        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()  # for the kernel before, under whose end all this has run
+        cute.arch.griddepcontrol_launch_dependents()  # not earlier: combine reads the plan without waiting for it
 
         if warp >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(self.registers[1])
@@ -619,7 +624,9 @@ class SparseDecode(TokenWalk):
             if exists and lane % 4 == 0 and side == LEFT:
                 args.partial_lse[slot, unit_row] = lse2[r]
             to = args.partial_o[slot, unit_row, None].iterator + side * (D_V // 2)
-            write_interleaved_row(f.o, r, inv[r], to, exists, lane)
+            scale = write_scaled_row(f.o, r, to, exists, lane)
+            if exists and lane % 4 == 0:
+                args.partial_scale[slot, unit_row, side] = scale * inv[r]
 
 
 @cute.jit
@@ -646,7 +653,7 @@ def merge_queries(
     by_unit: Int32,
     warps: Int32,
     stream,
-    interleaved: cutlass.Constexpr,
+    partial_scale: cute.Tensor | None = None,
 ):
     """`merge_pieces` of units that are query tokens and some of their heads."""
     (b, s_q, h_q, _), (out_b, out_s, out_h, _) = out.shape, out.stride
@@ -657,8 +664,9 @@ def merge_queries(
     rows_lse = cute.make_tensor(lse.iterator, cute.make_layout((b, s_q, 1, h_q), stride=(lse_b, lse_s, 0, lse_h)))
     rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
     merge_pieces(
-        dtype, partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, by_unit, warps, stream, interleaved
-    )
+        dtype, partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, by_unit, warps, stream,
+        partial_scale,
+    )  # fmt: skip
 
 
 def compile_for(kernel: TokenWalk, d: int, caches: list) -> aot.Compiled:
