@@ -9,36 +9,39 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass import Float16, Float32, Int32, Int64, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot
+from flash_mla.backends.hopper.epilogue import trade_words
 
 LANES = 32
 WARPS = 8
-VECTOR = 4  # fp32 values in a 16-byte load
+VECTOR_BYTES = 16  # of a load
+SCALED_COLUMNS = 256  # of a partial output in fp16 that share a scale
 LN2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
 
 
 class Combine:
-    """Warps own slices of rows: a whole row (`columns=512`, many rows) or a quarter (128: few rows, many splits).
+    """Warps own slices of rows: a whole row (many rows) or `columns` of one (few rows, many splits).
 
-    interleaved: partial outputs are written as accumulators lie in registers: of each 16 columns, 2 q + {0, 1} and
-    8 + 2 q + {0, 1} are neighbours, for q = 0 ... 3.
+    scaled: partial outputs are fp16, to be multiplied by a scale for each 256 columns, and in the order in which
+    accumulators lie in registers: of each 32 columns, 8 j + 2 q + {0, 1} of all j are neighbours, for q = 0 ... 3.
     """
 
-    def __init__(self, dtype: type[cutlass.Numeric], d_v: int, columns: int, interleaved: bool = False):
+    def __init__(self, dtype: type[cutlass.Numeric], d_v: int, columns: int, scaled: bool = False):
         self.dtype = dtype
-        self.interleaved = interleaved
+        self.scaled = scaled
         self.d_v = d_v
-        self.chunks = columns // (LANES * VECTOR)
+        self.vector = VECTOR_BYTES * 8 // (Float16 if scaled else Float32).width
+        self.chunks = columns // (LANES * self.vector)
         self.slices = d_v // columns  # of a row
-        self.in_flight = 6 if self.chunks == 1 else 2  # splits whose loads are issued together
+        self.in_flight = {1: 8 if scaled else 6, 2: 4, 4: 2}[self.chunks]  # splits whose loads are issued together
 
     @cute.jit
     def __call__(
         self,
-        partial_o: cute.Tensor,  # [slots, rows_per_unit, d_v] fp32
+        partial_o: cute.Tensor,  # [slots, rows_per_unit, d_v] fp32, or fp16 if scaled
         partial_lse: cute.Tensor,  # [slots, rows_per_unit] fp32, base 2
         work: cute.Tensor,  # [workers + 1, 4]: SplitPlan.work
         splits: cute.Tensor,  # [units + 1]: SplitPlan.splits
@@ -49,10 +52,11 @@ class Combine:
         by_unit: Int32,  # 1: look at every unit; 0: at the unit in which each worker begins its second piece
         warps: Int32,  # that share a slice's splits: 1, 2, 4 or 8
         stream,
+        partial_scale: cute.Tensor | None = None,  # [slots, rows_per_unit, d_v / 256] fp32
     ):
         slices_per_cta = WARPS // warps
         ctas = (partial_o.shape[1] * self.slices + slices_per_cta - 1) // slices_per_cta
-        self.kernel(partial_o, partial_lse, work, splits, sink, out, lse, by_unit, Int32(warps)).launch(
+        self.kernel(partial_o, partial_lse, partial_scale, work, splits, sink, out, lse, by_unit, Int32(warps)).launch(
             grid=(ctas, Int32(candidates), 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True
         )
 
@@ -61,6 +65,7 @@ class Combine:
         self,
         partial_o: cute.Tensor,
         partial_lse: cute.Tensor,
+        partial_scale: cute.Tensor | None,
         work: cute.Tensor,
         splits: cute.Tensor,
         sink: cute.Tensor | None,
@@ -69,6 +74,7 @@ class Combine:
         by_unit: Int32,
         warps: Int32,
     ):
+        cute.arch.griddepcontrol_launch_dependents()
         cta, candidate, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         number = cta * (WARPS // warps) + warp // warps
@@ -84,6 +90,9 @@ class Combine:
             unit = work[candidate, 0]
             split = work[candidate, 2]
         out_row = unit % passes * rows_per_unit + row
+        # What is launched behind this kernel takes its end for the attention kernel's, too.
+        if (cta == 0) & (candidate == 0):
+            cute.arch.griddepcontrol_wait()
         # Only the worker that begins a unit's second piece stands for the unit, so each is merged once.
         if split == 1:
             first = splits[unit]
@@ -91,7 +100,8 @@ class Combine:
             if count > 0:
                 cute.arch.griddepcontrol_wait()
                 exists = (row < rows_per_unit) & (out_row < rows)
-                pieces = Pieces(partial_o, partial_lse, first, count, cutlass.select_(exists, row, Int32(0)), slice)
+                any_row = cutlass.select_(exists, row, Int32(0))
+                pieces = Pieces(partial_o, partial_lse, partial_scale, first, count, any_row, slice)
                 self.merge_slice(pieces, sink, out, lse, unit // passes, out_row, exists, warp % warps, warps)
 
     @cute.jit
@@ -109,22 +119,24 @@ class Combine:
     ):
         """Merge a slice as warp `rank` of those that share it; all warps of a CTA come here, rows or not."""
         lane = cute.arch.lane_idx()
-        acc = cute.make_rmem_tensor((VECTOR, self.chunks), Float32)
+        acc = cute.make_rmem_tensor((self.vector, self.chunks), Float32)
         acc.fill(0.0)
-        o = cute.make_rmem_tensor((VECTOR, self.chunks, self.in_flight), Float32)
-        self.load(pieces, rank, warps, lane, o)
+        o = cute.make_rmem_tensor((self.vector, self.chunks, self.in_flight), pieces.partial_o.element_type)
+        scales = cute.make_rmem_tensor((self.chunks, self.in_flight), Float32)
+        scales.fill(1.0)
+        self.load(pieces, rank, warps, lane, o, scales)
         top, total = self.merged_lse(pieces, lane)
         inv_total = cutlass.select_(total > 0.0, 1.0 / total, Float32(0.0))
         for begin in cutlass.range(rank, pieces.count, warps * self.in_flight, unroll=1):
             if begin != rank:
-                self.load(pieces, begin, warps, lane, o)
+                self.load(pieces, begin, warps, lane, o, scales)
             for k in range_constexpr(self.in_flight):
                 i = begin + k * warps
                 if i < pieces.count:
                     weight = cute.math.exp2(pieces.lse(i) - top, fastmath=True) * inv_total
                     for c in range_constexpr(self.chunks):
-                        for v in range_constexpr(VECTOR):
-                            acc[v, c] = acc[v, c] + weight * o[v, c, k]
+                        for v in range_constexpr(self.vector):
+                            acc[v, c] = acc[v, c] + weight * scales[c, k] * o[v, c, k].to(Float32)
 
         if warps > 1:
             self.sum_over_warps(acc, rank, warps, lane)
@@ -136,19 +148,25 @@ class Combine:
                 # exp(lse) / (exp(lse) + exp(sink)); an empty row's out is 0 in any case.
                 kept = 1.0 / (1.0 + cute.math.exp2((sink[u1, r1] - row_lse) * LOG2_E, fastmath=True))
                 acc.store(acc.load() * cutlass.select_(total > 0.0, kept, Float32(0.0)))
-            result = cute.make_rmem_tensor((VECTOR, self.chunks), self.dtype)
+            result = cute.make_rmem_tensor((self.vector, self.chunks), self.dtype)
             result.store(acc.load().to(self.dtype))
-            self.write(result, out[u0, u1, r0, r1, None], pieces.slice, lane)
+            if const_expr(self.scaled):
+                for c in range_constexpr(self.chunks):
+                    trade_words(cute.recast_tensor(result[None, c], Int32), lane)
+            cute.autovec_copy(result, self.lane_view(out[u0, u1, r0, r1, None], pieces.slice, lane))
             if (lane == 0) & (pieces.slice == 0):
                 lse[u0, u1, r0, r1] = row_lse
 
     @cute.jit
-    def load(self, pieces: "Pieces", begin: Int32, step: Int32, lane: Int32, to: cute.Tensor):
+    def load(self, pieces: "Pieces", begin: Int32, step: Int32, lane: Int32, o: cute.Tensor, scales: cute.Tensor):
         """Start the loads of the partial outputs begin, begin + step, ... of a slice."""
         for k in range_constexpr(self.in_flight):
             i = begin + k * step
             if i < pieces.count:
-                cute.autovec_copy(self.lane_view(pieces.o(i), pieces.slice, lane), to[None, None, k])
+                cute.autovec_copy(self.lane_view(pieces.o(i), pieces.slice, lane), o[None, None, k])
+                if const_expr(self.scaled):
+                    for c in range_constexpr(self.chunks):  # of 256 columns each
+                        scales[c, k] = pieces.scale(i, pieces.slice + c)
 
     @cute.jit
     def merged_lse(self, pieces: "Pieces", lane: Int32):
@@ -165,28 +183,17 @@ class Combine:
 
     @cute.jit
     def lane_view(self, row: cute.Tensor, slice: Int32, lane: Int32) -> cute.Tensor:
-        """The (VECTOR, chunks) elements of a slice of a row of d_v that a lane owns."""
-        start = row.iterator + (slice * (self.d_v // self.slices) + lane * VECTOR)
-        start = start.align(VECTOR * row.element_type.width // 8)
-        return cute.make_tensor(start, cute.make_layout((VECTOR, self.chunks), stride=(1, LANES * VECTOR)))
-
-    @cute.jit
-    def write(self, result: cute.Tensor, row: cute.Tensor, slice: Int32, lane: Int32):
-        """The columns of a lane to their row of the output."""
-        if const_expr(self.interleaved):
-            to = self.lane_view(row, slice, lane).iterator - lane % 4 * 2
-            pairs = (2, 2, self.chunks)
-            values = cute.make_tensor(result.iterator, cute.make_layout(pairs, stride=(1, 2, VECTOR)))
-            layout = cute.make_layout(pairs, stride=(1, 8, LANES * VECTOR))
-            cute.autovec_copy(values, cute.make_tensor(to.align(2 * row.element_type.width // 8), layout))
-        else:
-            cute.autovec_copy(result, self.lane_view(row, slice, lane))
+        """The (vector, chunks) elements of a slice of a row of d_v that a lane owns."""
+        start = row.iterator + (slice * (self.d_v // self.slices) + lane * self.vector)
+        start = start.align(self.vector * row.element_type.width // 8)
+        return cute.make_tensor(start, cute.make_layout((self.vector, self.chunks), stride=(1, LANES * self.vector)))
 
     @cute.jit
     def sum_over_warps(self, acc: cute.Tensor, rank: Int32, warps: Int32, lane: Int32):
         """Add the accumulators of the warps that share a slice, in order, into that of the first."""
         layout = cute.make_layout(
-            (VECTOR, self.chunks, LANES, WARPS), stride=(1, LANES * VECTOR, VECTOR, self.d_v // self.slices)
+            (self.vector, self.chunks, LANES, WARPS),
+            stride=(1, LANES * self.vector, self.vector, self.d_v // self.slices),
         )
         shared = cute.make_tensor(cute.arch.alloc_smem(Float32, cute.cosize(layout), alignment=16), layout)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -197,7 +204,7 @@ class Combine:
             for w in cutlass.range(1, warps, unroll=1):
                 cute.autovec_copy(shared[None, None, lane, warp + w], other)
                 for c in range_constexpr(self.chunks):
-                    for v in range_constexpr(VECTOR):
+                    for v in range_constexpr(self.vector):
                         acc[v, c] = acc[v, c] + other[v, c]
 
 
@@ -207,6 +214,7 @@ class Pieces:
 
     partial_o: cute.Tensor
     partial_lse: cute.Tensor
+    partial_scale: cute.Tensor | None
     first: Int32  # slot
     count: Int32
     row: Int32
@@ -218,6 +226,9 @@ class Pieces:
     def lse(self, i: Int32) -> Float32:
         return self.partial_lse[self.first + i, self.row]
 
+    def scale(self, i: Int32, part: Int32) -> Float32:
+        return self.partial_scale[self.first + i, self.row, part]
+
 
 def partial_results(
     workspace: cute.Tensor, slots: Int32, rows: Int32 | int, d_v: int
@@ -228,6 +239,17 @@ def partial_results(
         workspace.iterator + Int64(slots) * rows * d_v, cute.make_ordered_layout((slots, rows), order=(1, 0))
     )
     return partial_o, partial_lse
+
+
+def scaled_partial_results(workspace: cute.Tensor, slots: Int32, rows: Int32 | int, d_v: int) -> tuple:
+    """(partial_o [slots, rows, d_v] in fp16, partial_lse [slots, rows], partial_scale [slots, rows, d_v / 256]), one
+    behind the other in a workspace of fp32."""
+    o, lse = cute.recast_ptr(workspace.iterator, dtype=Float16), workspace.iterator + Int64(slots) * rows * (d_v // 2)
+    scale, scales = lse + Int64(slots) * rows, d_v // SCALED_COLUMNS
+    partial_o = cute.make_tensor(o, cute.make_ordered_layout((slots, rows, d_v), order=(2, 1, 0)))
+    partial_lse = cute.make_tensor(lse, cute.make_ordered_layout((slots, rows), order=(1, 0)))
+    partial_scale = cute.make_tensor(scale, cute.make_ordered_layout((slots, rows, scales), order=(2, 1, 0)))
+    return partial_o, partial_lse, partial_scale
 
 
 @cute.jit
@@ -243,20 +265,21 @@ def merge_pieces(
     by_unit: Int32,
     warps: Int32,
     stream,
-    interleaved: cutlass.Constexpr = False,
+    partial_scale: cute.Tensor | None = None,
 ):
     """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done.
 
-    The arguments are those of `Combine` and of its `__call__`; one warp takes a whole row, of more each takes a
-    quarter's splits.
+    The arguments are those of `Combine` and of its `__call__`. One warp takes a whole row; of more, each takes splits
+    of as few columns as its lanes can load.
     """
     candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
     arguments = (partial_o, partial_lse, work, splits, sink, out, lse, candidates, by_unit, warps, stream)
     d_v = partial_o.shape[2]
+    scaled = partial_scale is not None
     if warps == 1:
-        Combine(dtype, d_v, d_v, interleaved)(*arguments)
+        Combine(dtype, d_v, d_v, scaled)(*arguments, partial_scale)
     else:
-        Combine(dtype, d_v, d_v // 4, interleaved)(*arguments)
+        Combine(dtype, d_v, SCALED_COLUMNS if scaled else d_v // 4, scaled)(*arguments, partial_scale)
 
 
 def compile_variant(dtype: str, d_v: int, columns: int) -> aot.Compiled:

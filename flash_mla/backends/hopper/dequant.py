@@ -2,7 +2,8 @@
 
 Four threads share a row: thread u of them owns columns 16 u ... 16 u + 15 of each chunk of 64 columns. It copies its
 codes into slots of shared memory that no other thread touches, hence needs no barrier before it reads them again, and
-waits on no scoreboard; the four share scales, for which their warp synchronises. There is room for two half rows.
+waits on no scoreboard; the four share scales, for which their warp synchronises. There is room for two half rows, or
+three: what is on its way to them is what keeps the memory busy.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ E2M1_BYTES = {
 
 @dataclass(frozen=True)
 class Slots:
-    """A thread's place in shared memory for the raw bytes of half rows; `index` (0 or 1) says which of two."""
+    """A thread's place in shared memory for the raw bytes of half rows; `index` says which of `count`."""
 
     base: Int32
     thread: Int32
     code_bytes: int  # of a thread and chunk
     scale_bytes: int  # of a thread
+    count: int
 
     def codes(self, index, chunk: int) -> tuple[Int32, int]:
         """Address, and an offset that can be part of an instruction."""
@@ -45,7 +47,7 @@ class Slots:
         return self.base + self.thread * self.code_bytes + index * (HALF_CHUNKS * size), chunk * size
 
     def scales(self, index) -> Int32:
-        first = self.base + 2 * HALF_CHUNKS * THREADS * self.code_bytes
+        first = self.base + self.count * HALF_CHUNKS * THREADS * self.code_bytes
         return first + self.thread * self.scale_bytes + index * (THREADS * self.scale_bytes)
 
 
@@ -182,6 +184,7 @@ class Loader:
     """How the rows of a format are fetched and converted; a chunk is one of the four of a half row.
 
     plain_chunk: the chunk of K, if any, whose 64 values a row holds in bf16, at `plain_offset`.
+    half_rows: of a thread, that there is room for; K without RoPE leaves room for three.
     """
 
     d: int
@@ -193,16 +196,17 @@ class Loader:
     plain_chunk: int | None = None
     plain_offset = 0
     rope_codes = False  # whether RoPE is converted, too
+    half_rows = 2
 
     def __init__(self, dtype: type[cutlass.Numeric]):
         self.dtype = dtype
 
     @classmethod
     def raw_bytes(cls) -> int:
-        return 2 * THREADS * (HALF_CHUNKS * cls.code_bytes + cls.scale_bytes + UNIT * cls.rope_codes)
+        return cls.half_rows * THREADS * (HALF_CHUNKS * cls.code_bytes + cls.scale_bytes + UNIT * cls.rope_codes)
 
     def slots(self, base: Int32, thread: Int32) -> Slots:
-        return Slots(base, thread, self.code_bytes, self.scale_bytes)
+        return Slots(base, thread, self.code_bytes, self.scale_bytes, self.half_rows)
 
     def fetch(self, slots: Slots, index, half: Int32, token: Int64, scales: Int64) -> None:
         """Start the copies of half a row; of zeros if `token` is 0. scales: address of the row's scales."""
@@ -267,6 +271,7 @@ class Fp8V4(Loader):
     code_bytes, scale_bytes = 16, 4
     scales_apart = True
     plain_chunk, plain_offset = 7, 448
+    half_rows = 3
 
     def scale_source(self, scales: Int64, u: Int32) -> tuple[Int64, int]:
         return scales + Int64(u % 2 * 4), 0
@@ -285,6 +290,7 @@ class Fp8V41(Loader):
     token_bytes = 528
     code_bytes, scale_bytes = 16, 4
     scale_offset = 512
+    half_rows = 3
 
     def read_scales(self, slots: Slots, index, half: Int32) -> tuple:
         return load_words(self.row_scales(slots, index) + half * 8, 0, 2)
@@ -333,7 +339,7 @@ class Nvfp4(E2m1):
     rope_codes = True
 
     def rope_slot(self, slots: Slots, index) -> Int32:
-        first = slots.base + 2 * THREADS * (HALF_CHUNKS * self.code_bytes + self.scale_bytes)
+        first = slots.base + slots.count * THREADS * (HALF_CHUNKS * self.code_bytes + self.scale_bytes)
         return first + slots.thread * UNIT + index * (THREADS * UNIT)
 
     def fetch_rope(self, slots: Slots, index, token: Int64) -> None:

@@ -6,11 +6,13 @@ as they are, rows of 16-bit values would go out in 4-byte pieces.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, range_constexpr
+from cutlass import Float16, Float32, Int32, range_constexpr
 
+from flash_mla.backends.hopper.softmax import largest, quad_max
 from flash_mla.backends.hopper.wgmma import CHUNK
 
 COLUMNS = 256
+LEAST_SCALE = 2.0**-100
 
 
 @cute.jit
@@ -58,36 +60,55 @@ def write_fp32_row(o: cute.Tensor, r: cutlass.Constexpr, inv: Float32, to: cute.
 
 
 @cute.jit
-def write_interleaved_row(o: cute.Tensor, r: cutlass.Constexpr, inv: Float32, to: cute.Pointer, exists, lane: Int32):
-    """This thread's part of its row r as fp32, 16 bytes at once, in the order that `Combine` calls interleaved."""
-    start = to + lane % 4 * 4
+def write_scaled_row(o: cute.Tensor, r: cutlass.Constexpr, to: cute.Pointer, exists, lane: Int32) -> Float32:
+    """This thread's part of its row r as fp16, 16 bytes at once, in the order of a scaled `Combine`; returns the scale.
+
+    That is the row's largest magnitude: relative to it, fp16 is eight times as precise as the P that went into o.
+    """
+    start = to + lane % 4 * 8
+    magnitudes = []
+    for i in range_constexpr(COLUMNS // 4):
+        value = o[4 * (i // 2) + 2 * r + i % 2]
+        magnitudes.append(cute.arch.fmax(value, -value))
+    scale = quad_max(largest(magnitudes))
+    # Nothing is lost if 0, infinity and what is too small to be inverted are not scaled.
+    scale = cutlass.select_((scale > LEAST_SCALE) & (scale < Float32.inf), scale, Float32(1.0))
+    inv = cute.arch.rcp_approx(scale)
     if exists:
-        for j in range_constexpr(0, COLUMNS // 8, 2):
-            values = cute.make_rmem_tensor(4, Float32)
-            for c in range_constexpr(4):
-                values[c] = o[4 * (j + c // 2) + 2 * r + c % 2] * inv
-            cute.autovec_copy(values, cute.make_tensor((start + 8 * j).align(16), cute.make_layout(4)))
+        for j in range_constexpr(0, COLUMNS // 8, 4):
+            values = cute.make_rmem_tensor(8, Float16)
+            for c in range_constexpr(8):
+                values[c] = (o[4 * (j + c // 2) + 2 * r + c % 2] * inv).to(Float16)
+            cute.autovec_copy(values, cute.make_tensor((start + 8 * j).align(16), cute.make_layout(8)))
+    return scale
 
 
 @cute.jit
 def write_16bit_row(o: cute.Tensor, r: cutlass.Constexpr, factor: Float32, to: cute.Pointer, exists, lane: Int32):
-    """This thread's part of its row r in `to`'s dtype: four neighbours trade words, so that each writes 16 bytes."""
-    odd, upper = lane % 2 != 0, lane % 4 >= 2
+    """This thread's part of its row r in `to`'s dtype, 16 bytes at once."""
     start = to + lane % 4 * 8
     for group in range_constexpr(COLUMNS // 32):
         values = cute.make_rmem_tensor(8, to.dtype)
         for j in range_constexpr(4):
             for c in range_constexpr(2):
                 values[2 * j + c] = (o[16 * group + 4 * j + 2 * r + c] * factor).to(to.dtype)
-        # Word j is of columns 8 j + 2 (lane % 4) ...: a transpose among the four gives lane j columns 8 j ... 8 j + 7.
-        words = cute.recast_tensor(values, Int32)
-        for j in range_constexpr(0, 4, 2):
-            theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, words[j], words[j + 1]), 1)
-            low, high = words[j], words[j + 1]
-            words[j], words[j + 1] = cutlass.select_(odd, theirs, low), cutlass.select_(odd, high, theirs)
-        for j in range_constexpr(2):
-            theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(upper, words[j], words[j + 2]), 2)
-            low, high = words[j], words[j + 2]
-            words[j], words[j + 2] = cutlass.select_(upper, theirs, low), cutlass.select_(upper, high, theirs)
+        trade_words(cute.recast_tensor(values, Int32), lane)
         if exists:
             cute.autovec_copy(values, cute.make_tensor((start + group * 32).align(16), cute.make_layout(8)))
+
+
+@cute.jit
+def trade_words(words: cute.Tensor, lane: Int32):
+    """Transpose words among four neighbouring lanes: word j of lane i becomes word i of lane j.
+
+    If it is of columns 8 j + 2 i + {0, 1}, a lane ends up with columns 8 j ... 8 j + 7.
+    """
+    odd, upper = lane % 2 != 0, lane % 4 >= 2
+    for j in range_constexpr(0, 4, 2):
+        theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, words[j], words[j + 1]), 1)
+        low, high = words[j], words[j + 1]
+        words[j], words[j + 1] = cutlass.select_(odd, theirs, low), cutlass.select_(odd, high, theirs)
+    for j in range_constexpr(2):
+        theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(upper, words[j], words[j + 2]), 2)
+        low, high = words[j], words[j + 2]
+        words[j], words[j + 2] = cutlass.select_(upper, theirs, low), cutlass.select_(upper, high, theirs)

@@ -16,7 +16,6 @@ from flash_mla.backends.hopper.copies import copy_async, wait_copies
 from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS, UNIT
 from flash_mla.backends.hopper.schedule import end_of_work, first_piece
 from flash_mla.backends.hopper.sparse_decode import (
-    K_CHUNKS,
     ROW_BYTES,
     V_CHUNKS,
     WARPGROUP,
@@ -130,7 +129,7 @@ class PlainSparseDecode(SparseDecode):
         """Start to copy this warp's rows of some chunks; those of tokens that are not attended to become zeros."""
         unit = Int64(lane.lane % LANES_PER_ROW * UNIT)
         for chunk in chunks:
-            number = block * K_CHUNKS + chunk
+            number = block * self.k_chunks + chunk
             for i, row in enumerate(rows):
                 to = (lane.k[i % 2], number * CHUNK_BYTES + i * ROWS_PER_COPY * ROW_BYTES)
                 copy_async(to, row, (row + unit, chunk * ROW_BYTES), UNIT)

@@ -1,8 +1,8 @@
 """Token-sparse MLA decode over a quantised cache: the consumers of sparse_decode, and producers that convert.
 
 The producer warpgroup gathers the named rows and converts them to 16 bits, half a row at a time, and has the raw bytes
-of two more half rows on their way, across pieces too. In a cluster each CTA converts half of the rows and copies them
-to the other.
+of two or three more half rows on their way, across pieces too. In a cluster each CTA converts half of the rows and
+copies them to the other.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ from flash_mla.backends.hopper.schedule import end_of_work, first_piece
 from flash_mla.backends.hopper.sparse_decode import (
     BLOCK,
     CHUNK_ELEMENTS,
-    K_CHUNKS,
     OCTET,
     REGISTERS,
     ROW_BYTES,
@@ -105,7 +104,7 @@ class QuantisedSparseDecode(SparseDecode):
             self.load_q(args, shared, barriers, tma_q, q_tma, cursor.unit, Int32(0))
         wait_copies(0)
 
-        tiles, pieces, opened = Int32(0), Int32(1), Int32(-1)
+        tiles, pieces, opened, slot = Int32(0), Int32(1), Int32(-1), Int32(0)
         # The first turn looks tokens up and converts none: code that is not there twice is sooner in the caches.
         tokens, exists = Tokens.none(self.scales_apart, self.extra_loader is not None), cutlass.Boolean(False)
         while exists | cursor.exists:
@@ -113,9 +112,10 @@ class QuantisedSparseDecode(SparseDecode):
             next_exists = cursor.exists
             next_opened = cutlass.select_(exists & next_exists & (cursor.opens != 0), cursor.unit, Int32(-1))
             if not exists:
-                for i in range_constexpr(2):
-                    step, octet = i // self.octets, i % self.octets
-                    self.fetch(lane, i, Int32(step), Int32(step), next_tokens.of_lane(octet * OCTET + lane.row))
+                for i in range_constexpr(self.loader.half_rows):
+                    (block, late), octet = self.place(i)
+                    token = next_tokens.of_lane(block * (2 * OCTET) + octet * OCTET + lane.row)
+                    self.fetch(lane, i, Int32(block ^ late), Int32(late), token)
             cursor = self.next_cursor(args, cursor, end)
             self.fetch_index(args, cursor, lane)
             if not exists:
@@ -124,36 +124,46 @@ class QuantisedSparseDecode(SparseDecode):
             else:
                 attended = cute.arch.vote_ballot_sync(tokens.row != 0)
                 for step in cutlass.range(4, unroll=1):
-                    block, late = step // 2, step % 2
+                    block, late = step >> 1, step & 1
                     cute.arch.mbarrier_wait(barriers.k_empty + (2 * block + (block ^ late)), (tiles & 1) ^ 1)
                     if step == 0 and lane.warp == 0 and opened >= 0:
                         self.load_q(args, shared, barriers, tma_q, q_tma, opened, pieces)
                     if late == 0:
                         self.note_attended(shared, attended, block, lane.warp)
-                    self.fill(shared, barriers, lane, tokens, next_tokens, block, late)
+                    slot = self.fill(shared, barriers, lane, tokens, next_tokens, block, late, slot)
                 pieces += cutlass.select_(opened >= 0, Int32(1), Int32(0))
                 tiles += 1
             tokens, exists, opened = next_tokens, next_exists, next_opened
 
+    def place(self, number):
+        """((block, whether it is the late half), octet) of a tile's half rows, in the order of their conversion."""
+        step, octet = (number >> 1, number & 1) if self.octets == 2 else (number, 0)
+        return (step >> 1 & 1, step & 1), octet
+
     @cute.jit
-    def fill(self, shared, barriers, lane: Lane, tokens: Tokens, next_tokens: Tokens, block: Int32, late: Int32):
-        """Convert half a block of a tile: its first half, or the one that is `late`."""
+    def fill(
+        self, shared, barriers, lane: Lane, tokens: Tokens, next_tokens: Tokens, block: Int32, late: Int32, slot: Int32
+    ):
+        """Convert half a block of a tile, its first half, or the one that is `late`, out of slots from `slot` on.
+
+        The slot that comes next is returned.
+        """
         half = block ^ late
         full = barriers.k_full + (2 * block + half)
-        pending = 1 + self.converts_plain  # groups of copies behind the one that is needed
+        half_rows = self.loader.half_rows
+        pending = half_rows - 1 + self.converts_plain  # groups of copies behind the one that is needed
         if const_expr(self.loader.plain_chunk is not None):
             if self.comes_with_copies(block, half):
                 self.copy_plain(lane, tokens, block, full)
         if const_expr(self.converts_plain):
             cute.arch.cp_async_commit_group()
-        # Two half rows ahead.
-        ahead = 2 * block + late + 2 // self.octets
-        sources = tokens.unless(ahead >= 4, next_tokens)
-        next_block, next_late = ahead // 2 % 2, ahead % 2
         for i in range_constexpr(self.octets):
-            index = i if const_expr(self.octets == 2) else late
-            token = sources.of_lane(next_block * (2 * OCTET) + i * OCTET + lane.row)
-            to = lane.k + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
+            index = i if const_expr(half_rows == self.octets) else slot
+            ahead = (2 * block + late) * self.octets + (i + half_rows)
+            (next_block, next_late), octet = self.place(ahead)
+            sources = tokens.unless(ahead >= 4 * self.octets, next_tokens)
+            token = sources.of_lane(next_block * (2 * OCTET) + octet * OCTET + lane.row)
+            to = lane.k + block * (self.k_chunks * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
             wait_copies(pending)
             cute.arch.sync_warp()
             following = (next_block ^ next_late, next_late, token)
@@ -164,9 +174,10 @@ class QuantisedSparseDecode(SparseDecode):
                     self.convert(self.loader, lane, index, half, late, to, following)
             else:
                 self.convert(self.loader, lane, index, half, late, to, following)
+            slot = cutlass.select_(slot + 1 == half_rows, Int32(0), slot + 1)
         if const_expr(self.converts_plain):
             if self.comes_with_copies(block, half):
-                wait_copies(pending)
+                wait_copies(self.octets)
                 self.convert_plain(lane, block)
         if const_expr(self.cluster == 1):
             cute.arch.sync_warp()
@@ -174,6 +185,7 @@ class QuantisedSparseDecode(SparseDecode):
                 cute.arch.mbarrier_arrive(full)
         else:
             self.push(shared, lane, block, half, full, barriers.peer)
+        return slot
 
     @cute.jit
     def fetch(self, lane: Lane, index, half: Int32, late: Int32, token: tuple):
@@ -240,12 +252,12 @@ class QuantisedSparseDecode(SparseDecode):
                 store_words(at, 0, tuple(bf16_to_fp16(word) for word in load_words(at, 0, 4)))
 
     def plain_place(self, lane: Lane, block: Int32, i: int) -> Int32:
-        return lane.plain + block * (K_CHUNKS * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
+        return lane.plain + block * (self.k_chunks * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
 
     @cute.jit
     def push(self, shared, lane: Lane, block: Int32, half: Int32, full: cute.Pointer, peer: Int32):
         """Copy what this warp has converted, eight rows of half a block, to the same place in the peer's memory."""
-        start = shared.k.data_ptr() + block * K_CHUNKS * CHUNK_ELEMENTS
+        start = shared.k.data_ptr() + block * self.k_chunks * CHUNK_ELEMENTS
         source = Int32(start.toint()) + self.octet(lane.warp, 0) * (OCTET * ROW_BYTES)
         there = remote(source, peer) - source
         first = source + half * (HALF_CHUNKS * CHUNK_BYTES)

@@ -19,7 +19,11 @@ LN2 = math.log(2.0)
 
 def row_max(scores: cute.Tensor, r: int) -> Float32:
     """Maximum over this thread's columns of its row r."""
-    values = [scores[4 * j + 2 * r + c] for j in range(8) for c in range(2)]
+    return largest([scores[4 * j + 2 * r + c] for j in range(8) for c in range(2)])
+
+
+def largest(values: list) -> Float32:
+    """Of as many values as a power of two."""
     while len(values) > 1:
         values = [cute.arch.fmax(values[i], values[i + 1]) for i in range(0, len(values), 2)]
     return values[0]

@@ -6,7 +6,8 @@ block 1; each hands its probabilities to the other through shared memory, and ea
 512 columns. Producers, which gather the named rows, are in quantised_sparse_decode and plain_sparse_decode.
 
 P takes the place of the RoPE chunk, which nobody needs once the scores are complete: of block 0 it is freed with the
-right half of V, of block 1 with the left one, and the producers fill it together with those.
+right half of V, of block 1 with the left one, and the producers fill it together with those. Without RoPE both blocks'
+P take one place in turns: a side has read the other's when it writes its own.
 """
 
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.combine import merge_pieces, partial_results
+from flash_mla.backends.hopper.combine import merge_pieces, scaled_partial_results
 from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS
-from flash_mla.backends.hopper.epilogue import write_16bit_row, write_interleaved_row
+from flash_mla.backends.hopper.epilogue import write_16bit_row, write_scaled_row
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains
 from flash_mla.backends.hopper.softmax import (
     LN2,
@@ -48,7 +49,6 @@ from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, p
 BLOCK = TILE // 2  # tokens in a KV block, of which each consumer warpgroup has one of a tile
 D_V = 512
 V_CHUNKS = D_V // CHUNK
-K_CHUNKS = V_CHUNKS + 1  # the last is RoPE, then P
 CHUNK_ELEMENTS = ROWS * CHUNK
 WARPGROUP = 128
 OCTET = 8  # rows whose tokens are looked up by lanes in a row
@@ -87,6 +87,7 @@ class SparseDecode(TokenWalk):
     ):
         self.dtype = dtype
         self.has_rope = d > D_V
+        self.k_chunks = V_CHUNKS + self.has_rope  # of a block
         self.cluster = cluster
         self.raw_bytes = raw_bytes
         self.registers = registers
@@ -104,7 +105,7 @@ class SparseDecode(TokenWalk):
         sink: cute.Tensor,  # [h_q] fp32, natural log
         work: cute.Tensor,  # [workers + 1, 4]: SplitPlan.work over units (request, query token, head tiles)
         splits: cute.Tensor,  # [units + 1]: SplitPlan.splits
-        workspace: cute.Tensor,  # [slots, row_tiles * 64, d_v + 1] fp32 in all: partial outputs, then their lse
+        workspace: cute.Tensor,  # fp32, at least [slots, row_tiles * 64, d_v / 2 + 3]: scaled partial results
         out: cute.Tensor,  # [b, s_q, h_q, d_v]
         lse: cute.Tensor,  # [b, h_q, s_q] fp32, natural log
         scale_log2: Float32,
@@ -131,32 +132,34 @@ class SparseDecode(TokenWalk):
             q_full: cute.struct.MemRange[Int64, 1]
             q_empty: cute.struct.MemRange[Int64, 1]
             attended: cute.struct.MemRange[Int64, 2]  # of each block, a bit a token
-            indices: cute.struct.MemRange[Int32, WARPGROUP]  # of the next tile
-            max0: cute.struct.MemRange[Float32, ROWS]
-            max1: cute.struct.MemRange[Float32, ROWS]
-            sums: cute.struct.MemRange[Float32, 2 * ROWS]  # of each side
+            maxima: cute.struct.MemRange[Float32, 2 * ROWS]  # of each side; at the end of a piece, the other's sums
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
-            k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
+            k: cute.struct.Align[
+                cute.struct.MemRange[self.dtype, (self.p_chunk(1) + 1) * CHUNK_ELEMENTS], 1024
+            ]  # and P
             raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.raw_bytes], 128]
+            indices: cute.struct.MemRange[Int32, WARPGROUP]  # of the next tile
 
         self.Shared = Shared
         unit_rows = row_tiles * ROWS
         divisors = (page_size, extra_page_size, run, q.shape[1], (q.shape[2] + unit_rows - 1) // unit_rows)
-        partial_o, partial_lse = partial_results(workspace, slots, unit_rows, D_V)
+        partials = scaled_partial_results(workspace, slots, unit_rows, D_V)
         self.kernel(
             tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
-            partial_o, partial_lse, out, lse, scale_log2, causal, batch_invariant, divisors, inverses(divisors),
+            *partials, out, lse, scale_log2, causal, batch_invariant, divisors, inverses(divisors),
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
             cluster=(self.cluster, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
+            use_pdl=True,
         )  # fmt: skip
         if slots != 0:
+            partial_o, partial_lse, partial_scale = partials
             merge_queries(
                 self.dtype, partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps,
-                stream, interleaved=True,
+                stream, partial_scale,
             )  # fmt: skip
 
     @cute.kernel
@@ -176,6 +179,7 @@ class SparseDecode(TokenWalk):
         splits: cute.Tensor,
         partial_o: cute.Tensor,
         partial_lse: cute.Tensor,
+        partial_scale: cute.Tensor,
         out: cute.Tensor,
         lse: cute.Tensor,
         scale_log2: Float32,
@@ -198,14 +202,16 @@ class SparseDecode(TokenWalk):
         args = Arguments(
             q, Source(k_cache, page_size, self.token_bytes(k_cache, False), indices, lengths),
             Source(extra_cache, extra_page_size, self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
-            sink, work, splits, partial_o, partial_lse, out, lse, scale_log2, *rest, causal, batch_invariant,
+            sink, work, splits, partial_o, partial_lse, partial_scale, out, lse, scale_log2, *rest, causal,
+            batch_invariant,
         )  # fmt: skip
         if warp == PRODUCER_WARP:
             cpasync.prefetch_descriptor(tma_q)
         if warp == PRODUCER_WARP + 1:
             args.prefetch()
         self.init_barriers(barriers, warp)
-        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()  # for the kernel before, under whose end all this has run
+        cute.arch.griddepcontrol_launch_dependents()  # not earlier: combine reads the plan without waiting for it
 
         if warp >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(self.registers[1])
@@ -217,6 +223,10 @@ class SparseDecode(TokenWalk):
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
+
+    def p_chunk(self, block):
+        """Which chunk of K's shared memory P of a block takes."""
+        return block * self.k_chunks + V_CHUNKS if self.has_rope else 2 * V_CHUNKS
 
     def cluster_rank(self) -> Int32:
         return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
@@ -382,7 +392,7 @@ class SparseDecode(TokenWalk):
         pv = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM))
         qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
         q, k = shared.q.data_ptr(), shared.k.data_ptr()
-        p, other_p = (tile_at(k, block * K_CHUNKS + V_CHUNKS, chunk) for block in (side, 1 - side))
+        p, other_p = (tile_at(k, self.p_chunk(block), chunk) for block in (side, 1 - side))
 
         s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, BLOCK)))
         p_scores = cute.make_rmem_tensor(s.layout, dtype)
@@ -394,11 +404,13 @@ class SparseDecode(TokenWalk):
             q=[qk_slice.make_fragment_A(qk_slice.partition_A(tile_at(q, c, chunk))) for c in range(V_CHUNKS)],
             q_rope=cute.make_rmem_tensor(p_operand.layout, dtype),
             k=[
-                qk_slice.make_fragment_B(qk_slice.partition_B(tile_at(k, side * K_CHUNKS + c, chunk)))
-                for c in range(K_CHUNKS)
+                qk_slice.make_fragment_B(qk_slice.partition_B(tile_at(k, side * self.k_chunks + c, chunk)))
+                for c in range(self.k_chunks)
             ],
             v=[
-                pv_slice.make_fragment_B(pv_slice.partition_B(tile_at(k, block * K_CHUNKS + HALF_CHUNKS * side, v)))
+                pv_slice.make_fragment_B(
+                    pv_slice.partition_B(tile_at(k, block * self.k_chunks + HALF_CHUNKS * side, v))
+                )
                 for block in range(2)
             ],
             p_in=pv_slice.make_fragment_A(pv_slice.partition_A(other_p)),
@@ -439,8 +451,8 @@ class SparseDecode(TokenWalk):
         n = cute.make_rmem_tensor(2, Float32)
         sums = cute.make_rmem_tensor(2, Float32)
         row = thread // 32 * 16 + thread % 32 // 4
-        max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
-        max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
+        maxima = shared.maxima.get_tensor(cute.make_layout((ROWS, 2)))
+        max0, max1 = maxima[None, LEFT], maxima[None, RIGHT]
 
         warpgroup.fence()
         self.issue_qk(LEFT, f, barriers, 0, parity)
@@ -452,8 +464,8 @@ class SparseDecode(TokenWalk):
         n[0], n[1] = m[0], m[1]
         self.hide_unattended(f.s, shared, LEFT, thread % 32)
         softmax(f.s, f.p_scores, sums, n, scale)
-        # P takes the place of RoPE, which every warp of this side has multiplied by now.
-        cute.arch.barrier(barrier_id=LEFT_ONLY, number_of_threads=WARPGROUP)
+        if self.has_rope:  # P takes its place, once every warp of this side has multiplied it
+            cute.arch.barrier(barrier_id=LEFT_ONLY, number_of_threads=WARPGROUP)
         cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
         max0[row], max0[row + 8] = n[0], n[1]
         cute.arch.fence_proxy("async.shared", space="cta")
@@ -483,8 +495,8 @@ class SparseDecode(TokenWalk):
         n = cute.make_rmem_tensor(2, Float32)
         sums = cute.make_rmem_tensor(2, Float32)
         row = thread // 32 * 16 + thread % 32 // 4
-        max0 = shared.max0.get_tensor(cute.make_layout(ROWS))
-        max1 = shared.max1.get_tensor(cute.make_layout(ROWS))
+        maxima = shared.maxima.get_tensor(cute.make_layout((ROWS, 2)))
+        max0, max1 = maxima[None, LEFT], maxima[None, RIGHT]
 
         warpgroup.fence()
         self.issue_qk(RIGHT, f, barriers, 0, parity)
@@ -505,7 +517,8 @@ class SparseDecode(TokenWalk):
 
         self.hide_unattended(f.s, shared, RIGHT, thread % 32)
         softmax(f.s, f.p_scores, sums, n, scale)
-        cute.arch.barrier(barrier_id=RIGHT_ONLY, number_of_threads=WARPGROUP)
+        if self.has_rope:
+            cute.arch.barrier(barrier_id=RIGHT_ONLY, number_of_threads=WARPGROUP)
         cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
         max1[row], max1[row + 8] = n[0], n[1]
         cute.arch.fence_proxy("async.shared", space="cta")
@@ -554,16 +567,17 @@ class SparseDecode(TokenWalk):
         """Normalise and write a whole unit to the outputs, a piece of one to its slot of the workspace."""
         lane = thread % 32
         row0 = thread // 32 * 16 + lane // 4
-        sums = shared.sums.get_tensor(cute.make_layout((ROWS, 2)))
+        # Nobody but the warp that reads a maximum of the other side writes its sum there.
+        sums = shared.maxima.get_tensor(cute.make_layout((ROWS, 2)))
         heads = [cutlass.min(rows.head_tile * ROWS + row0 + 8 * r, args.q.shape[2] - 1) for r in range(2)]
         sinks = [args.sink[head] * LOG2_E for head in heads]  # early, for their latency
         row_sum[0], row_sum[1] = quad_sum(row_sum[0]), quad_sum(row_sum[1])
         if lane % 4 == 0:
-            sums[row0, side], sums[row0 + 8, side] = row_sum[0], row_sum[1]
+            sums[row0, 1 - side], sums[row0 + 8, 1 - side] = row_sum[0], row_sum[1]
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
         inv = cute.make_rmem_tensor(2, Float32)
         for r in range_constexpr(2):
-            total = row_sum[r] + sums[row0 + 8 * r, 1 - side]
+            total = row_sum[r] + sums[row0 + 8 * r, side]
             inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
             # lse in base 2; an empty row's is -inf here.
             row_sum[r] = cute.math.log2(total) + m[r] * args.scale_log2
@@ -619,7 +633,9 @@ class SparseDecode(TokenWalk):
             if exists and lane % 4 == 0 and side == LEFT:
                 args.partial_lse[slot, unit_row] = lse2[r]
             to = args.partial_o[slot, unit_row, None].iterator + side * (D_V // 2)
-            write_interleaved_row(f.o, r, inv[r], to, exists, lane)
+            scale = write_scaled_row(f.o, r, to, exists, lane)
+            if exists and lane % 4 == 0:
+                args.partial_scale[slot, unit_row, side] = scale * inv[r]
 
 
 @cute.jit
@@ -646,7 +662,7 @@ def merge_queries(
     by_unit: Int32,
     warps: Int32,
     stream,
-    interleaved: cutlass.Constexpr,
+    partial_scale: cute.Tensor | None = None,
 ):
     """`merge_pieces` of units that are query tokens and some of their heads."""
     (b, s_q, h_q, _), (out_b, out_s, out_h, _) = out.shape, out.stride
@@ -657,8 +673,9 @@ def merge_queries(
     rows_lse = cute.make_tensor(lse.iterator, cute.make_layout((b, s_q, 1, h_q), stride=(lse_b, lse_s, 0, lse_h)))
     rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
     merge_pieces(
-        dtype, partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, by_unit, warps, stream, interleaved
-    )
+        dtype, partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, by_unit, warps, stream,
+        partial_scale,
+    )  # fmt: skip
 
 
 def compile_for(kernel: TokenWalk, d: int, caches: list) -> aot.Compiled:

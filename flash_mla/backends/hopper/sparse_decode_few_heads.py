@@ -196,11 +196,11 @@ class SparseDecodeFewHeads(TokenWalk):
             block=(3 * WARPGROUP, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
+            use_pdl=True,
         )  # fmt: skip
         if slots != 0:
             merge_queries(
-                self.dtype, partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps,
-                stream, interleaved=False,
+                self.dtype, partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps, stream
             )  # fmt: skip
 
     @cute.kernel
@@ -234,7 +234,7 @@ class SparseDecodeFewHeads(TokenWalk):
         args = Arguments(
             q, Source(k_cache, page_size, self.loader.token_bytes, indices, lengths),
             Source(extra_cache, extra_page_size, self.loader.token_bytes, extra_indices, extra_lengths), sink, work,
-            splits, partial_o, partial_lse, out, lse, scale_log2, *rest, causal, batch_invariant,
+            splits, partial_o, partial_lse, None, out, lse, scale_log2, *rest, causal, batch_invariant,
         )  # fmt: skip
         if warp == PRODUCER_WARP:
             args.prefetch()
@@ -246,7 +246,8 @@ class SparseDecodeFewHeads(TokenWalk):
                     cute.arch.mbarrier_init(barriers.empty + i, 4)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()  # for the kernel before, under whose end all this has run
+        cute.arch.griddepcontrol_launch_dependents()  # not earlier: combine reads the plan without waiting for it
 
         if warp >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(self.registers[1])

@@ -11,7 +11,8 @@ from flash_mla.backends.hopper.copies import copy_async, prefetch
 from flash_mla.backends.hopper.schedule import Piece, next_piece, piece_stop, remains, slot_of, uniform
 from flash_mla.backends.hopper.wgmma import ROWS
 
-TILE = 128  # tokens in a tile of the plan
+TILE_BITS = 7
+TILE = 1 << TILE_BITS  # tokens in a tile of the plan
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Arguments:
     splits: cute.Tensor
     partial_o: cute.Tensor
     partial_lse: cute.Tensor
+    partial_scale: cute.Tensor | None  # None if partial outputs are fp32
     out: cute.Tensor
     lse: cute.Tensor
     scale_log2: Float32
@@ -269,7 +271,7 @@ class TokenWalk:
 
 
 def tiles_of(length: Int32) -> Int32:
-    return (length + (TILE - 1)) // TILE
+    return (length + (TILE - 1)) >> TILE_BITS  # a division would round towards 0, and correct that
 
 
 def inverses(divisors: tuple) -> tuple:
