@@ -63,14 +63,14 @@ def test_triton_3_4_is_given_no_tiles_of_dk_and_dv_for_tensor_memory(monkeypatch
     assert mha._dkdv_tiles((10, 0), d_qk).tile_kv == 64
 
 
-@pytest.mark.parametrize("d_qk", [128, 192])
-def test_triton_3_2_is_given_a_stage_less_on_hopper(monkeypatch, d_qk):
-    def stages(version, capability):
+def test_triton_3_2_is_given_a_stage_less_where_two_programs_share_an_sm(monkeypatch):
+    def stages(version, capability, d_qk):
         monkeypatch.setattr(triton, "__version__", version)
         return mha._forward_tiles(capability, d_qk).num_stages
 
-    assert stages("3.2.0", (9, 0)) == stages("3.3.1", (9, 0)) - 1
-    assert stages("3.2.0", (8, 0)) == stages("3.3.1", (8, 0))
+    assert stages("3.2.0", (9, 0), 128) == stages("3.3.1", (9, 0), 128) - 1
+    for capability, d_qk in (((9, 0), 192), ((8, 0), 128)):
+        assert stages("3.2.0", capability, d_qk) == stages("3.3.1", capability, d_qk)
 
 
 def check_in_process(*args: str) -> subprocess.CompletedProcess:

@@ -157,8 +157,8 @@ def _capability(q: torch.Tensor) -> Capability:
 
 def _forward_tiles(capability: Capability, d_qk: int) -> Tiles:
     tiles = forward_tiles(capability, d_qk)
-    # Triton 3.2 reduces parts of rows through shared memory, in which it leaves no room for the last stage.
-    if capability[0] == HOPPER and triton.__version__.startswith("3.2."):
+    # Triton 3.2 reduces parts of rows through shared memory: with the last stage, an SM has room for one program only.
+    if capability[0] == HOPPER and d_qk == 128 and triton.__version__.startswith("3.2."):
         return tiles._replace(num_stages=tiles.num_stages - 1)
     return tiles
 
@@ -172,7 +172,7 @@ def _dkdv_tiles(capability: Capability, d_qk: int) -> Tiles:
 
 # Bytes that a thread may keep in local memory, by kernel, d_qk and major version of the architecture.
 SPILL = {
-    ("dkdv", 192, 8): 24, ("dkdv", 192, 9): 128, ("dkdv", 192, 10): 64, ("dkdv", 192, 12): 24, ("dq", 192, 12): 32,
+    ("dkdv", 192, 8): 24, ("dkdv", 192, 9): 128, ("dkdv", 192, 10): 64, ("dkdv", 192, 12): 24, ("dq", 192, 12): 64,
 }  # fmt: skip
 
 

@@ -10,7 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flash_mla.backends.triton.mha_tiles import LOG2_E, load_rest, load_rows, products, sequence, store_rows
+from flash_mla.backends.triton.mha_tiles import (
+    FIRST,
+    LOG2_E,
+    first_of_tile,
+    load_rest,
+    load_rows,
+    load_tile,
+    offsets_in_tile,
+    products,
+    sequence,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=("total_q", "h_q"))
@@ -75,15 +86,19 @@ def dq_kernel(
     if CAUSAL:
         whole = tl.minimum(s_kv - s_q + row + 1, s_kv)
         stop = tl.minimum(s_kv - s_q + row + TILE_Q, s_kv)
+    k_offsets = offsets_in_tile(s_kv, k_stride_t, TILE_KV, 128)
+    k_rest_offsets = offsets_in_tile(s_kv, k_stride_t, TILE_KV, REST) if REST > 0 else 0
+    v_offsets = offsets_in_tile(s_kv, v_stride_t, TILE_KV, D_V)
     for key in tl.range(0, stop, TILE_KV):
-        k = load_rows(k_ptr, key, s_kv, k_stride_t, TILE_KV, 128)
-        k_rest = load_rest(k_ptr, key, s_kv, k_stride_t, TILE_KV, REST)
-        v = load_rows(v_ptr, key, s_kv, v_stride_t, TILE_KV, D_V)
+        first = first_of_tile(key, s_kv, TILE_KV)
+        k = load_tile(k_ptr, first, k_stride_t, k_offsets)
+        k_rest = load_tile(k_ptr + FIRST, first, k_stride_t, k_rest_offsets) if REST > 0 else 0.0
+        v = load_tile(v_ptr, first, v_stride_t, v_offsets)
         p = tl.math.exp2(products(q, q_rest, k, k_rest, REST) * scale - lse[:, None])
         ds = p * (tl.dot(dout, tl.trans(v)) - delta[:, None])
         if key + TILE_KV > whole:
-            keys = key + tl.arange(0, TILE_KV)
-            sees = keys[None, :] < s_kv
+            keys = first + tl.arange(0, TILE_KV)
+            sees = ((keys >= key) & (keys < s_kv))[None, :]
             if CAUSAL:
                 sees = sees & (keys[None, :] <= (s_kv - s_q + rows)[:, None])
             # Also where p overflowed, or a row that sees nothing has lse -inf and any dout.

@@ -6,11 +6,13 @@ import triton
 import triton.language as tl
 
 from flash_mla.backends.triton.mha_tiles import (
+    FIRST,
     LOG2_E,
-    load_existing_rest,
-    load_existing_rows,
+    first_of_tile,
     load_rest,
     load_rows,
+    load_tile,
+    offsets_in_tile,
     products,
     sequence,
     store_rows,
@@ -82,15 +84,20 @@ def forward_kernel(
         whole = tl.minimum(s_kv - s_q + row + 1, s_kv)
         stop = tl.minimum(s_kv - s_q + row + TILE_Q, s_kv)
         limits = tl.minimum(s_kv - s_q + rows + 1, s_kv)
+    k_offsets = offsets_in_tile(s_kv, k_stride_t, TILE_KV, 128)
+    k_rest_offsets = offsets_in_tile(s_kv, k_stride_t, TILE_KV, REST) if REST > 0 else 0
+    v_offsets = offsets_in_tile(s_kv, v_stride_t, TILE_KV, D_V)
     for key in tl.range(0, stop, TILE_KV):
-        k = load_existing_rows(k_ptr, key, s_kv, k_stride_t, TILE_KV, 128)
-        k_rest = load_existing_rest(k_ptr, key, s_kv, k_stride_t, TILE_KV, REST)
+        first = first_of_tile(key, s_kv, TILE_KV)
+        k = load_tile(k_ptr, first, k_stride_t, k_offsets)
+        k_rest = load_tile(k_ptr + FIRST, first, k_stride_t, k_rest_offsets) if REST > 0 else 0.0
         s = products(q, q_rest, k, k_rest, REST)
         if key + TILE_KV > whole:
-            sees = (key + tl.arange(0, TILE_KV))[None, :] < limits[:, None]
+            keys = first + tl.arange(0, TILE_KV)
+            sees = (keys >= key)[None, :] & (keys[None, :] < limits[:, None])
             s = tl.where(sees, s, float("inf") if NEGATIVE_SCALE else float("-inf"))
         p, shrink, row_max, row_sum = _softmax(s, scale, row_max, row_sum, NEGATIVE_SCALE)
-        v = load_existing_rows(v_ptr, key, s_kv, v_stride_t, TILE_KV, D_V)
+        v = load_tile(v_ptr, first, v_stride_t, v_offsets)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
 
     row_sum = tl.sum(row_sum, 1)

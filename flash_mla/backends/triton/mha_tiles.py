@@ -44,20 +44,25 @@ def load_rest(ptr, row, num_rows, row_stride, ROWS: tl.constexpr, REST: tl.const
 
 
 @triton.jit
-def load_existing_rows(ptr, row, num_rows, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows `row` to row + ROWS of a matrix, its last row instead of those from num_rows on: without a mask, which costs
-    more than the load itself where each row needs its own."""
-    rows = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1)
-    return tl.load(ptr + rows.to(tl.int64)[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :])
+def first_of_tile(row, num_rows, ROWS: tl.constexpr):
+    """Where the tile for the rows `row` to row + ROWS begins so that all its rows exist: the last of a matrix begins
+    with rows of the tile before. A matrix with fewer than ROWS rows is one tile."""
+    return tl.maximum(tl.minimum(row, num_rows - ROWS), 0)
 
 
 @triton.jit
-def load_existing_rest(ptr, row, num_rows, row_stride, ROWS: tl.constexpr, REST: tl.constexpr):
-    """The rest of the columns of `load_existing_rows`, or a stand-in."""
-    if REST > 0:
-        return load_existing_rows(ptr + FIRST, row, num_rows, row_stride, ROWS, REST)
-    else:  # noqa: RET505 - or Triton would compile what follows the return
-        return 0.0
+def offsets_in_tile(num_rows, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """From the first element of a tile of `first_of_tile` to its [ROWS, COLUMNS]; if the matrix has fewer rows, to its
+    last row instead of those it lacks. All tiles share them, so that a loop spends two instructions on an address: with
+    a mask or a bound for each row, addresses cost more than the loads themselves."""
+    rows = tl.minimum(tl.arange(0, ROWS), num_rows - 1)
+    return rows.to(tl.int64)[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def load_tile(ptr, first, row_stride, offsets):
+    """The tile of a matrix that begins with row `first`."""
+    return tl.load(ptr + tl.cast(first, tl.int64) * row_stride + offsets)
 
 
 @triton.jit
