@@ -12,11 +12,11 @@ from flash_mla.backends.hopper.launch import _who_merges
         (16, 64, 128, 1),
         (8, 64, 128, 1),
         (4, 64, 128, 2),
-        (1, 66, 128, 4),
+        (1, 66, 128, 8),
         (32, 132, 16, 1),  # few rows, but no more than five splits of each
         (4, 132, 16, 8),
         (1, 132, 16, 8),
-        (3, 132, 64, 2),
+        (3, 132, 64, 4),
     ],
 )
 def test_several_warps_merge_few_rows_of_many_splits(units, workers, unit_rows, warps):

@@ -17,10 +17,10 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.combine import merge_pieces, partial_results
+from flash_mla.backends.hopper.combine import merge_pieces, scaled_partial_results
 from flash_mla.backends.hopper.copies import EVICT_FIRST, EVICT_NORMAL, copy_or_zeros, prefetch
 from flash_mla.backends.hopper.dense_decode_geometry import Arguments, Pages, Rows, by_unit
-from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_fp32_row
+from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_scaled_row
 from flash_mla.backends.hopper.schedule import end_of_work, first_piece, next_piece, piece_stop, remains
 from flash_mla.backends.hopper.softmax import (
     LN2,
@@ -94,7 +94,7 @@ class DenseDecode:
         seqlens: cute.Tensor,  # [b]
         work: cute.Tensor,  # [workers + 1, 4]: SplitPlan.work over units (request, KV head, pass)
         splits: cute.Tensor,  # [units + 1]: SplitPlan.splits
-        workspace: cute.Tensor,  # [slots, row_tiles * 64, d_v + 1] fp32 in all: partial outputs, then their lse
+        workspace: cute.Tensor,  # fp32, at least [slots, row_tiles * 64, d_v / 2 + 3]: scaled partial results
         out: cute.Tensor,  # [b, s_q, h_q, d_v]
         lse: cute.Tensor,  # [b, h_q, s_q] fp32, natural log
         scale_log2: Float32,
@@ -130,9 +130,9 @@ class DenseDecode:
 
         self.Shared = Shared
         h_kv = k_cache.shape[2]
-        partial_o, partial_lse = partial_results(workspace, slots, row_tiles * ROWS, D_V)
+        partials = scaled_partial_results(workspace, slots, row_tiles * ROWS, D_V)
         self.kernel(
-            tma_k, k_tma, k_cache, q, block_table, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv,
+            tma_k, k_tma, k_cache, q, block_table, seqlens, work, splits, *partials, out, lse, h_kv,
             k_cache.shape[1] // self.box, scale_log2, causal, batch_invariant,
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
@@ -141,9 +141,10 @@ class DenseDecode:
             stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
+        partial_o, partial_lse, partial_scale = partials
         merge_pieces(
             self.dtype, partial_o, partial_lse, work, splits, None, *by_unit(out, lse, h_kv), combine_by_unit,
-            combine_warps, stream,
+            combine_warps, stream, partial_scale,
         )  # fmt: skip
 
     @cute.kernel
@@ -159,6 +160,7 @@ class DenseDecode:
         splits: cute.Tensor,
         partial_o: cute.Tensor,
         partial_lse: cute.Tensor,
+        partial_scale: cute.Tensor,
         out: cute.Tensor,
         lse: cute.Tensor,
         h_kv: Int32,
@@ -178,8 +180,8 @@ class DenseDecode:
             self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
         args = Arguments(
-            q, block_table, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv, boxes_per_page, scale_log2,
-            causal, batch_invariant,
+            q, block_table, seqlens, work, splits, partial_o, partial_lse, partial_scale, out, lse, h_kv,
+            boxes_per_page, scale_log2, causal, batch_invariant,
         )  # fmt: skip
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
@@ -740,7 +742,9 @@ class DenseDecode:
                 if exists and lane % 4 == 0:
                     args.partial_lse[slot, tile_row + row] = lse2[r]
             to = args.partial_o[slot, tile_row + row, None].iterator + side * (D_V // 2)
-            write_fp32_row(f.o, r, inv[r], to, exists, lane)
+            scale = write_scaled_row(f.o, r, to, exists, lane)
+            if exists and lane % 4 == 0:
+                args.partial_scale[slot, tile_row + row, side] = scale * inv[r]
 
     # ---------------------------------------------------------------------------------------------- geometry
 

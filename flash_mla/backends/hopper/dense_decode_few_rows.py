@@ -160,8 +160,8 @@ class FewRowsDecode:
             shared.sums_empty.data_ptr(),
         )
         args = Arguments(
-            q, block_table, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv, blocks_per_page, scale_log2,
-            causal, batch_invariant,
+            q, block_table, seqlens, work, splits, partial_o, partial_lse, None, out, lse, h_kv, blocks_per_page,
+            scale_log2, causal, batch_invariant,
         )  # fmt: skip
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()

@@ -21,6 +21,7 @@ class Arguments:
     splits: cute.Tensor
     partial_o: cute.Tensor
     partial_lse: cute.Tensor
+    partial_scale: cute.Tensor | None
     out: cute.Tensor
     lse: cute.Tensor
     h_kv: Int32

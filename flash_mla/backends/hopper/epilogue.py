@@ -12,7 +12,7 @@ from flash_mla.backends.hopper.softmax import largest, quad_max
 from flash_mla.backends.hopper.wgmma import CHUNK
 
 COLUMNS = 256
-LEAST_SCALE = 2.0**-100
+LEAST_SCALE, MOST_SCALE = 2.0**-100, 2.0**112  # times fp16's largest number, the latter is fp32's largest
 
 
 @cute.jit
@@ -71,8 +71,8 @@ def write_scaled_row(o: cute.Tensor, r: cutlass.Constexpr, to: cute.Pointer, exi
         value = o[4 * (i // 2) + 2 * r + i % 2]
         magnitudes.append(cute.arch.fmax(value, -value))
     scale = quad_max(largest(magnitudes))
-    # Nothing is lost if 0, infinity and what is too small to be inverted are not scaled.
-    scale = cutlass.select_((scale > LEAST_SCALE) & (scale < Float32.inf), scale, Float32(1.0))
+    # A scale must have an inverse; 0 and what is next to it need none.
+    scale = cutlass.select_(scale > LEAST_SCALE, cute.arch.fmin(scale, MOST_SCALE), Float32(1.0))
     inv = cute.arch.rcp_approx(scale)
     if exists:
         for j in range_constexpr(0, COLUMNS // 8, 4):

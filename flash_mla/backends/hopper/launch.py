@@ -104,7 +104,7 @@ def combine(
 def _who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[int, bool, int]:
     """(how many, units rather than workers) combine looks at to find splits, and warps that share the splits of a row.
 
-    One warp takes a whole row. From two on each takes a quarter of its columns, in ever more CTAs: that pays for few
+    One warp takes a whole row. From two on each takes some of its columns, in ever more CTAs: that pays for few
     rows of many splits.
     """
     if batch_invariant:
@@ -114,7 +114,7 @@ def _who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invarian
     rows = candidates * unit_rows
     if rows >= MANY_ROWS or num_workers <= FEW_SPLITS * num_units:
         return candidates, by_unit, 1
-    side_by_side = max(2, min(8, MANY_ROWS // 2 // rows))
+    side_by_side = max(2, min(8, MANY_ROWS // rows))
     return candidates, by_unit, 1 << (side_by_side.bit_length() - 1)
 
 
