@@ -32,7 +32,7 @@ KINDS += [
 
 
 def scope_of(generator, kv_format, d, b, s_q, topk, *, lengths=None, **pages):
-    """A cache and indices into it; latents so small that P rounded to bf16 keeps the tolerance where few keys cancel."""
+    """A cache and indices into it; latents so small that P in bf16 keeps the tolerance where few keys cancel."""
     scope = sparse_scope(generator, kv_format, b, s_q, topk, d=d, lengths=lengths, **pages)
     counted = scope.indices
     if lengths is not None:
