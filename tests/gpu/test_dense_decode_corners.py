@@ -40,6 +40,15 @@ def test_huge_scores():
     check(case(3, 1, 64, 1, [500, 77, 129], q_scale=300.0))
 
 
+@pytest.mark.parametrize(("columns", "power"), [(4, 20), (512, 110), (512, -60)])
+@pytest.mark.parametrize("h_q", [16, 64, 128])
+def test_values_of_any_magnitude(h_q, columns, power):
+    q, k, table, lengths = case(2, 1, h_q, 1, [9000, 500])
+    q[..., :columns] = 0
+    k[..., :columns] *= 2.0**power
+    check((q, k, table, lengths))
+
+
 def test_causal_with_more_queries_than_keys():
     check(case(3, 8, 16, 1, [3, 8, 0]), causal=True)
 

@@ -12,7 +12,8 @@ from flash_mla.backends.hopper.softmax import largest, quad_max
 from flash_mla.backends.hopper.wgmma import CHUNK
 
 COLUMNS = 256
-LEAST_SCALE, MOST_SCALE = 2.0**-100, 2.0**112  # times fp16's largest number, the latter is fp32's largest
+FP16_TOP = 2.0**15
+LEAST_SCALE, MOST_SCALE = 2.0**-115, 2.0**113  # which have inverses, and times which FP16_TOP is fp32's range
 
 
 @cute.jit
@@ -63,16 +64,16 @@ def write_fp32_row(o: cute.Tensor, r: cutlass.Constexpr, inv: Float32, to: cute.
 def write_scaled_row(o: cute.Tensor, r: cutlass.Constexpr, to: cute.Pointer, exists, lane: Int32) -> Float32:
     """This thread's part of its row r as fp16, 16 bytes at once, in the order of a scaled `Combine`; returns the scale.
 
-    That is the row's largest magnitude: relative to it, fp16 is eight times as precise as the P that went into o.
+    It takes the row's largest magnitude to the top of fp16's range: what is at least 2^-29 of that keeps 11 bits, three
+    more than P had when it went into o.
     """
     start = to + lane % 4 * 8
     magnitudes = []
     for i in range_constexpr(COLUMNS // 4):
         value = o[4 * (i // 2) + 2 * r + i % 2]
         magnitudes.append(cute.arch.fmax(value, -value))
-    scale = quad_max(largest(magnitudes))
-    # A scale must have an inverse; 0 and what is next to it need none.
-    scale = cutlass.select_(scale > LEAST_SCALE, cute.arch.fmin(scale, MOST_SCALE), Float32(1.0))
+    scale = quad_max(largest(magnitudes)) * (1.0 / FP16_TOP)
+    scale = cute.arch.fmin(cute.arch.fmax(scale, LEAST_SCALE), MOST_SCALE)
     inv = cute.arch.rcp_approx(scale)
     if exists:
         for j in range_constexpr(0, COLUMNS // 8, 4):
