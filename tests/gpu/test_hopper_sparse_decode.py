@@ -220,6 +220,18 @@ def test_scales_that_are_no_powers_of_two():
     check(arguments)
 
 
+@pytest.mark.parametrize("large", [0, 256])
+def test_merged_columns_of_very_different_size(large):
+    """Partial outputs beyond fp16's range in one half of the columns cost the other half nothing."""
+    arguments = case(1, 1, 64, 2048, kv_format=KVCacheFormat.BF16, d=512, q_scale=2.0**-17)
+    arguments["k_cache"][..., large : large + 256] *= 2.0**20
+    out, _ = run(arguments)
+    want, _ = reference.decode(**arguments)
+    for first, size in ((large, 2.0**20), (256 - large, 1.0)):
+        columns = slice(first, first + 256)
+        assert_close_out(out[..., columns] / size, want[..., columns] / size)
+
+
 def test_out_is_written_in_place():
     arguments = case(3, 2, 40, 200)
     want, want_lse = reference.decode(**arguments)

@@ -36,7 +36,8 @@ class Combine:
         self.vector = VECTOR_BYTES * 8 // (Float16 if scaled else Float32).width
         self.chunks = columns // (LANES * self.vector)
         self.slices = d_v // columns  # of a row
-        self.in_flight = {1: 8 if scaled else 6, 2: 4, 4: 2}[self.chunks]  # splits whose loads are issued together
+        # Splits whose loads are issued together.
+        self.in_flight = (8 if scaled else 6) if self.chunks == 1 else 2
 
     @cute.jit
     def __call__(

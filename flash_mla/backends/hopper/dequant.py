@@ -208,13 +208,16 @@ class Loader:
     def slots(self, base: Int32, thread: Int32) -> Slots:
         return Slots(base, thread, self.code_bytes, self.scale_bytes, self.half_rows)
 
-    def fetch(self, slots: Slots, index, half: Int32, token: Int64, scales: Int64) -> None:
-        """Start the copies of half a row; of zeros if `token` is 0. scales: address of the row's scales."""
+    def fetch(self, slots: Slots, index, half: Int32, token: Int64, scales: Int64, chunks: range) -> None:
+        """Start the copies of some chunks of half a row, of its scales with the first; of zeros if `token` is 0.
+
+        scales: address of the row's scales.
+        """
         u = slots.thread % THREADS_PER_ROW
-        # Thread u of a row brings a part of its scales.
-        copy_async(self.scale_slot(slots, index), token, self.scale_source(scales, u), self.scale_bytes)
+        if 0 in chunks:  # thread u of a row brings a part of its scales
+            copy_async(self.scale_slot(slots, index), token, self.scale_source(scales, u), self.scale_bytes)
         source = token + Int64(half * (HALF_CHUNKS * THREADS_PER_ROW * self.code_bytes) + u * self.code_bytes)
-        for chunk in range(HALF_CHUNKS):
+        for chunk in chunks:
             offset = chunk * THREADS_PER_ROW * self.code_bytes
             copy_async(slots.codes(index, chunk), token, (source, offset), self.code_bytes)
 
