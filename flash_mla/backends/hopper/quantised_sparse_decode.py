@@ -115,8 +115,7 @@ class QuantisedSparseDecode(SparseDecode):
                 for i in range_constexpr(self.loader.half_rows):
                     (block, late), octet = self.place(i)
                     token = next_tokens.of_lane(block * (2 * OCTET) + octet * OCTET + lane.row)
-                    for part in range_constexpr(2):
-                        self.fetch(lane, i, Int32(block ^ late), Int32(late), token, part)
+                    self.fetch(lane, i, Int32(block ^ late), Int32(late), token, range(HALF_CHUNKS))
             cursor = self.next_cursor(args, cursor, end)
             self.fetch_index(args, cursor, lane)
             if not exists:
@@ -189,10 +188,9 @@ class QuantisedSparseDecode(SparseDecode):
         return slot
 
     @cute.jit
-    def fetch(self, lane: Lane, index, half: Int32, late: Int32, token: tuple, part: cutlass.Constexpr):
-        """Start the copies of two of the four chunks of half a row into the slots number `index`."""
+    def fetch(self, lane: Lane, index, half: Int32, late: Int32, token: tuple, chunks: cutlass.Constexpr):
+        """Start the copies of some chunks of half a row, in order, into the slots number `index`."""
         row, scales, extra = token
-        chunks = range(2 * part, 2 * part + 2)
         if const_expr(self.extra_loader is not None):
             if extra != 0:
                 self.extra_loader.fetch(lane.slots, index, half, row, scales, chunks)
@@ -200,7 +198,7 @@ class QuantisedSparseDecode(SparseDecode):
                 self.loader.fetch(lane.slots, index, half, row, scales, chunks)
         else:
             self.loader.fetch(lane.slots, index, half, row, scales, chunks)
-        if const_expr(part == 1):
+        if const_expr(HALF_CHUNKS - 1 in chunks):
             if const_expr(self.loader.rope_codes):
                 if late != 0:
                     self.loader.fetch_rope(lane.slots, index, row)
@@ -217,13 +215,16 @@ class QuantisedSparseDecode(SparseDecode):
                 self.loader.store_rope(lane.slots, index, (at, at ^ UNIT))
         scales = loader.read_scales(lane.slots, index, half)
         codes = [loader.read_codes(lane.slots, index, chunk) for chunk in range(2)]
-        self.fetch(lane, index, *following, 0)
+        # What has been read makes room at once; where there are two slots only, that measured 0.7 % slower.
+        early = len(codes) if self.loader.half_rows > 2 else 0
+        if const_expr(early > 0):
+            self.fetch(lane, index, *following, range(early))
         to += half * (HALF_CHUNKS * CHUNK_BYTES)
         for chunk in range_constexpr(HALF_CHUNKS):
             if const_expr(chunk + 2 < HALF_CHUNKS):  # two chunks ahead: registers do not suffice for more
                 codes.append(loader.read_codes(lane.slots, index, chunk + 2))
             if const_expr(chunk + 3 == HALF_CHUNKS):
-                self.fetch(lane, index, *following, 1)
+                self.fetch(lane, index, *following, range(early, HALF_CHUNKS))
             if const_expr(loader.plain_chunk == HALF_CHUNKS + chunk):
                 if half == 0:
                     self.store(loader, lane, codes[chunk], scales, to, chunk)
