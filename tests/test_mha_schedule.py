@@ -85,6 +85,12 @@ def test_every_key_of_every_kv_head_once_with_the_queries_that_see_it(seed):
             seen = s_kv - s_q + query + 1 if causal else s_kv
             assert (first_key < seen) == (query >= tile.sees_first)
             assert first_key >= seen or query in visited
+        whole, end = tile.whole_visits()
+        for visit in range(tile.first, tile.first + visits):
+            last_row = visit * VISIT_Q + VISIT_Q - 1
+            least_seen = s_kv - s_q + visit * VISIT_Q + 1 if causal else s_kv
+            sees_all = last_row < s_q and tile.keys == TILE_KV and first_key + TILE_KV <= least_seen
+            assert (whole <= visit < end) == sees_all
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -23,7 +23,13 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLa
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
-from flash_mla.backends.hopper.mha_gradient_rows import UNIT, GradientRows, add_to_sums, stage, wait_for_staged
+from flash_mla.backends.hopper.mha_gradient_rows import (
+    GradientRows,
+    add_registers,
+    add_staged,
+    stage,
+    wait_for_staged,
+)
 from flash_mla.backends.hopper.mha_schedule import (
     TILE_KV,
     VISIT_Q,
@@ -50,11 +56,11 @@ K_COLUMNS = 32  # of a chunk of K: half of dQ's columns are a multiple of it
 Q_CHUNK_ELEMENTS = VISIT_Q * CHUNK
 V_CHUNK_ELEMENTS = TILE_KV * CHUNK
 V_CHUNKS = D_V // CHUNK
-STAGED = 1024  # fp32 values that a warp stages on their way to global memory, in a room that serves nothing else
 WORDS = 16  # of a work tile as the producer hands it to the consumers
 L2_BYTES = 24 << 20  # of what a group of heads reads and adds to: beyond L2, adding is at most half as fast
-# Named barriers: rows beyond a sequence are zero in shared memory; consumer 0 or 1 has stored its dS.
-CLEARED, DS_STORED = 1, 2
+# Named barriers: rows beyond a sequence are zero in shared memory; consumer 0 or 1 has stored its dS; the turns of
+# consumer 0 and 1 to issue their scores.
+CLEARED, DS_STORED, TURN = 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -155,8 +161,10 @@ class MHABackward:
         self.chunks = d // CHUNK
         self.k_chunks = d // K_COLUMNS
         self.dq_columns = d // SIDES  # of a consumer
-        self.dq_under_scores = d == 128  # registers hold dQ beside the scores
-        self.dq_units = VISIT_Q // 4 * self.dq_columns // UNIT  # of a warp
+        self.dp_beside_scores = d == 128  # registers hold both, and then dQ beside dP
+        self.dq_part = VISIT_Q // 4 * self.dq_columns  # values of dQ that a warp holds
+        # Copies from shared memory add dQ while its warp goes on, if there is room to stage it; else the warp adds it.
+        self.staged = self.dq_part if self.dp_beside_scores else 0
 
     @cute.jit
     def __call__(
@@ -206,7 +214,7 @@ class MHABackward:
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * self.d], 1024]
             dout: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * D_V], 1024]
             ds: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * VISIT_Q * TILE_KV], 1024]
-            staged: cute.struct.Align[cute.struct.MemRange[Float32, CONSUMERS // 32 * STAGED], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[Float32, CONSUMERS // 32 * self.staged], 1024]
 
         self.Shared = Shared
         rows = GradientRows(self.dtype, self.d)
@@ -394,11 +402,11 @@ class MHABackward:
 
     @cute.jit
     def load_row_values(self, work, visit, row_values: cute.Tensor):
-        """lse and delta of this lane's rows, two of each; a row that does not exist has P = exp2(0 - inf) = 0."""
+        """-lse and -delta of this lane's rows, two of each; a row that does not exist has P = exp2(0 - inf) = 0."""
         values = cute.make_rmem_tensor(4, Float32)
         for half in range_constexpr(2):
             row = visit.tile * VISIT_Q + 32 * half + cute.arch.lane_idx()
-            values[2 * half], values[2 * half + 1] = Float32.inf, Float32(0.0)
+            values[2 * half], values[2 * half + 1] = Float32(-Float32.inf), Float32(0.0)
             if row < work.seqlen_qo:
                 values[2 * half] = row_values[0, visit.head, work.q_row + row]
                 values[2 * half + 1] = row_values[1, visit.head, work.q_row + row]
@@ -412,7 +420,7 @@ class MHABackward:
         cute.arch.sync_warp()
 
     def row_values(self, shared, stage) -> cute.Tensor:
-        """[64 rows, lse or delta] of a stage."""
+        """[64 rows, -lse or -delta] of a stage."""
         start = shared.row_values.data_ptr() + stage * (2 * VISIT_Q)
         return cute.make_tensor(start.align(16), cute.make_layout((VISIT_Q, 2)))
 
@@ -433,6 +441,8 @@ class MHABackward:
         """One consumer warpgroup: keys 64 side ... + 63 of every tile."""
         f = self.fragments(shared, side, thread)
         c = Consumer(side, thread, barriers, shared, f, gradients, scale, scale_log2)
+        if side == 1:
+            self.give_turn(c)  # the first is the other's
         visits = Int32(0)
         works = Int32(0)
         work = self.next_work(c, works)
@@ -443,19 +453,29 @@ class MHABackward:
             self.clear_keys(c, work)
             if work.tiles > 0:
                 visit = Visit(work.kv_head * group, work.first)
-                previous = Visit(visit.head, Int32(-1))
-                self.visit(c, work, visit, previous, previous, visits, first=True)
-                for _ in cutlass.range(work.tiles - 1, unroll=1):
-                    following = self.next_visit(work, visit)
-                    visits += 1
-                    self.visit(c, work, following, visit, previous, visits, first=False)
-                    previous = visit
-                    visit = following
-                self.finish(c, work, visit, previous, visits)
+                self.visit(c, work, visit, visit, visits, first=True)
+                left = work.tiles - 1
+                whole, whole_end = work.whole_visits()
+                while left > 0:
+                    tile = self.next_visit(work, visit).tile
+                    run = cutlass.select_(tile >= whole, cutlass.max(whole_end - tile, 0), Int32(0))
+                    for _ in cutlass.range(run, unroll=1):
+                        following = self.next_visit(work, visit)
+                        visits += 1
+                        self.visit(c, work, following, visit, visits, whole=True)
+                        visit = following
+                    left -= run
+                    if left > 0:
+                        following = self.next_visit(work, visit)
+                        visits += 1
+                        self.visit(c, work, following, visit, visits)
+                        visit = following
+                        left -= 1
+                self.finish(c, work, visit, visits)
                 visits += 1
             release(barriers.v_empty)
             release(barriers.k_empty)
-            self.write(c, work, visits % STAGES)
+            self.write(c, work, visits)
             works += 1
             work = self.next_work(c, works)
         wait_for_staged()  # shared memory must outlive the copies
@@ -545,85 +565,116 @@ class MHABackward:
         return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, OperandSource.SMEM, mn, mn)
 
     def visit(
-        self, c: Consumer, work: KeyTile, visit: Visit, previous: Visit, older: Visit, number: Int32, *, first: bool
+        self,
+        c: Consumer,
+        work: KeyTile,
+        visit: Visit,
+        previous: Visit,
+        number: Int32,
+        *,
+        first: bool = False,
+        whole: bool = False,
     ):
         """Take P and dS of 64 query rows, hand over dS, and add to dV.
 
-        What the `previous` rows' dS adds to dK and dQ comes here, too, so that tensor cores have work under the softmax
-        and no consumer waits for the other's dS. dQ is staged at once, which frees its registers, but sent only after a
-        fence that no product waits for: that of dS, or under the next scores, when it is the `older` rows'.
+        What the `previous` visit's dS adds to dK and dQ comes here, too, so that tensor cores have work under the
+        softmax and no consumer waits for the other's dS. A warp that issues products waits until the tensor cores have
+        begun most of them: what frees Q comes first.
+
+        Args:
+            number: of the visit, among all that the CTA makes.
+            first: of the work; there is no previous visit.
+            whole: all rows exist, and all keys, and each row sees each key: two copies of the visit are faster than one
+                that asks.
         """
         b, f = c.barriers, c.f
-        stage, parity = number % STAGES, number // STAGES & 1
+        stage, parity, before = number % STAGES, number // STAGES & 1, (number - 1) % STAGES
+        early_dq = self.dp_beside_scores and not first
         cute.arch.mbarrier_wait(b.q_full + stage, parity)
         cute.arch.mbarrier_wait(b.dout_full + stage, parity)
-        self.clear_queries(c, work, visit, stage)
-        if not first and self.dq_under_scores:
-            self.wait_ds(c, number - 1)
+        if not whole:
+            self.clear_queries(c, work, visit, stage)
         values = self.row_values(c.shared, stage)
+        self.take_turn(c)
         warpgroup.fence()
         gemm(self.score_op(), f.s, f.k, f.q[None, None, None, stage], overwrite=True)
         warpgroup.commit_group()
         if not first:
             self.issue_dk(c, number - 1)
-            if self.dq_under_scores:
-                self.issue_dq(c, number - 1)
-            else:
-                self.add_staged(c, work, older, number - 2)
-        warpgroup.wait_group(0 if first else 1 + self.dq_under_scores)
+        if self.dp_beside_scores:
+            self.issue_dp(c, stage)
+        self.give_turn(c)
+        warpgroup.wait_group(int(self.dp_beside_scores))  # the scores are there, and dK
+        if not first:
+            release(b.q_empty + before)
         self.probabilities(c, values)
-        self.mask(c, work, visit)
+        if not whole:
+            self.mask(c, work, visit)
+        self.settle_probabilities(c)
 
+        if early_dq:
+            self.wait_ds(c, number - 1)
         warpgroup.fence()
-        gemm(self.score_op(), f.dp, f.v, f.dout[None, None, None, stage], overwrite=True)
-        warpgroup.commit_group()
+        if not self.dp_beside_scores:
+            self.issue_dp(c, stage)
+        if early_dq:
+            self.issue_dq(c, number - 1)
         gemm(self.dv_op(), f.dv, f.p, f.dout_by_columns[None, None, None, stage])
         warpgroup.commit_group()
-        if not first:
-            warpgroup.wait_group(2)
-            release(b.q_empty + (number - 1) % STAGES)
-            if self.dq_under_scores:
-                wait_for_staged()
-                self.stage_dq(c, number - 1)
-        warpgroup.wait_group(1)
+        warpgroup.wait_group(1 + early_dq)  # dP is there
         self.score_gradients(c, values)
-        if self.dq_under_scores:
-            cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
-        else:
-            wait_for_staged()  # some of it lies where dS goes
+        if early_dq:
+            warpgroup.wait_group(1)  # dQ is there
+            release(b.ds_empty + before)
+            self.stage_dq(c)
+        cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
         store, ds, to = f.store
         cute.copy(store, ds, to[None, None, None, stage * SIDES + c.side])
         self.written()
         release(b.ds_full + stage)
-        if not first and self.dq_under_scores:
-            self.add_dq(c, work, previous, number - 1)
-        cute.arch.barrier(barrier_id=DS_STORED + c.side, number_of_threads=WARPGROUP)
+        if early_dq:
+            add_staged(self.sums(c, work, previous), self.room(c), self.staged)
         warpgroup.wait_group(0)
         release(b.dout_empty + stage)
-        if not first and not self.dq_under_scores:
+        cute.arch.barrier(barrier_id=DS_STORED + c.side, number_of_threads=WARPGROUP)
+        if not first and not early_dq:
             self.wait_ds(c, number - 1)
             warpgroup.fence()
             self.issue_dq(c, number - 1)
             warpgroup.wait_group(0)
-            self.stage_dq(c, number - 1)
+            release(b.ds_empty + before)
+            add_registers(self.sums(c, work, previous), f.dq, c.thread % 32)
 
-    def finish(self, c: Consumer, work: KeyTile, visit: Visit, previous: Visit, number: Int32):
+    def finish(self, c: Consumer, work: KeyTile, visit: Visit, number: Int32):
         """Add to dK and dQ what the last visit contributes."""
-        if not self.dq_under_scores:
-            self.add_staged(c, work, previous, number - 1)
         self.wait_ds(c, number)
         warpgroup.fence()
         self.issue_dk(c, number)
         self.issue_dq(c, number)
         warpgroup.wait_group(0)
         release(c.barriers.q_empty + number % STAGES)
-        wait_for_staged()
-        self.stage_dq(c, number)
-        self.written()
-        self.add_dq(c, work, visit, number)
+        release(c.barriers.ds_empty + number % STAGES)
+        if self.staged:
+            self.stage_dq(c)
+            self.written()
+            add_staged(self.sums(c, work, visit), self.room(c), self.staged)
+        else:
+            add_registers(self.sums(c, work, visit), c.f.dq, c.thread % 32)
+
+    def take_turn(self, c: Consumer):
+        """Wait until the other consumer has issued its scores, so that one's softmax is beside the other's products."""
+        cute.arch.barrier(barrier_id=TURN + c.side, number_of_threads=CONSUMERS)
+
+    def give_turn(self, c: Consumer):
+        cute.arch.barrier_arrive(barrier_id=TURN + 1 - c.side, number_of_threads=CONSUMERS)
 
     def wait_ds(self, c: Consumer, number):
         cute.arch.mbarrier_wait(c.barriers.ds_full + number % STAGES, number // STAGES & 1)
+
+    def issue_dp(self, c: Consumer, stage: Int32):
+        """Issue dP^T = V dO^T."""
+        gemm(self.score_op(), c.f.dp, c.f.v, c.f.dout[None, None, None, stage], overwrite=True)
+        warpgroup.commit_group()
 
     def issue_dk(self, c: Consumer, number):
         """Issue dK += dS^T Q for the visit `number`."""
@@ -641,18 +692,24 @@ class MHABackward:
     def probabilities(self, c: Consumer, values):
         """P^T = 2^(S^T scale - lse), rounded."""
         for j in range(VISIT_Q // 8):
-            lse = self.of_columns(c, values, j, 0)
+            minus_lse = self.of_columns(c, values, j, 0)
             for e in range(4):
-                score = c.f.s[4 * j + e] * c.scale_log2 - lse[e % 2]
+                score = c.f.s[4 * j + e] * c.scale_log2 + minus_lse[e % 2]
                 c.f.p_scores[4 * j + e] = cute.math.exp2(score, fastmath=True).to(self.dtype)
+
+    def settle_probabilities(self, c: Consumer):
+        """Have later uses of P unpack the registers that dV takes, which else it would keep beside unpacked ones."""
+        packed = cute.recast_tensor(c.f.p_scores, Int32)
+        for i in range(cute.size(packed)):
+            packed[i] = anew(packed[i])
 
     def score_gradients(self, c: Consumer, values):
         """dS^T = P^T (dP^T - delta), rounded."""
         for j in range(VISIT_Q // 8):
-            delta = self.of_columns(c, values, j, 1)
+            minus_delta = self.of_columns(c, values, j, 1)
             for e in range(4):
                 p = c.f.p_scores[4 * j + e].to(Float32)
-                c.f.ds_scores[4 * j + e] = (p * (c.f.dp[4 * j + e] - delta[e % 2])).to(self.dtype)
+                c.f.ds_scores[4 * j + e] = (p * (c.f.dp[4 * j + e] + minus_delta[e % 2])).to(self.dtype)
 
     def of_columns(self, c: Consumer, values, j: int, kind: int) -> cute.Tensor:
         """The value of query rows 8 j + 2 (lane % 4) + {0, 1}."""
@@ -678,39 +735,24 @@ class MHABackward:
                         p = c.f.p_scores[e]
                         c.f.p_scores[e] = cutlass.select_(hidden, self.dtype(0.0), p)
 
-    def rooms(self, c: Consumer, number: Int32) -> list[tuple[cute.Pointer, int]]:
-        """Where this warp stages dQ of the visit `number`: what does not fit its own room goes where its dS was."""
-        units = STAGED // UNIT
-        rooms = [(c.shared.staged.data_ptr() + c.warp * STAGED, min(self.dq_units, units))]
-        if self.dq_units > units:
-            ds = c.shared.ds.data_ptr() + (number % STAGES * (SIDES * 4) + c.warp) * (16 * VISIT_Q)
-            rooms.append((cute.recast_ptr(ds.align(1024), dtype=Float32), self.dq_units - units))
-        return rooms
+    def sums(self, c: Consumer, work: KeyTile, visit: Visit) -> cute.Pointer:
+        """Where this warp's part of dQ is added up."""
+        tile = c.gradients.dq_sums[visit.head, work.q_tile + visit.tile, None].iterator
+        return tile + c.warp * self.dq_part
 
-    def stage_dq(self, c: Consumer, number: Int32):
-        """Leave dQ, which is there, where it can be added from; what was staged before has been read."""
-        release(c.barriers.ds_empty + number % STAGES)
-        rooms = self.rooms(c, number)
-        if len(rooms) > 1:
-            cute.arch.mbarrier_wait(c.barriers.ds_empty + number % STAGES, number // STAGES & 1)
-        stage(c.f.dq, rooms, c.thread % 32)
+    def room(self, c: Consumer) -> cute.Pointer:
+        """Where this warp stages its part of dQ."""
+        return c.shared.staged.data_ptr() + c.warp * self.staged
+
+    def stage_dq(self, c: Consumer):
+        """Leave dQ where it can be added from, once what was staged before has been read."""
+        wait_for_staged()
+        stage(c.f.dq, self.room(c), c.thread % 32)
 
     def written(self):
         """Let copies and tensor cores read what this warp has stored."""
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
-
-    def add_dq(self, c: Consumer, work: KeyTile, visit: Visit, number: Int32):
-        """Add what `stage_dq` has left to the sums."""
-        tile = c.gradients.dq_sums[visit.head, work.q_tile + visit.tile, None].iterator
-        add_to_sums(tile, self.rooms(c, number), c.warp)
-
-    @cute.jit
-    def add_staged(self, c, work, visit, number: Int32):
-        """The same for what may not yet be visible to the copies, unless there is no such visit."""
-        self.written()
-        if visit.tile >= 0:
-            self.add_dq(c, work, visit, number)
 
     @cute.jit
     def clear_keys(self, c, work):
@@ -751,9 +793,11 @@ class MHABackward:
         cute.arch.barrier(barrier_id=CLEARED, number_of_threads=CONSUMERS)
 
     @cute.jit
-    def write(self, c, work, stage: Int32):
+    def write(self, c, work, visits: Int32):
         """Write dK and dV of the keys that exist, staged where this warp's dS of the next visit will be."""
         thread = anew(c.thread)
+        stage = visits % STAGES
+        cute.arch.mbarrier_wait(c.barriers.ds_empty + stage, (visits // STAGES & 1) ^ 1)
         self.write_rows(c, work, thread, stage, c.f.dk, c.gradients.dk, self.chunks, c.scale)
         self.write_rows(c, work, thread, stage, c.f.dv, c.gradients.dv, V_CHUNKS, Float32(1.0))
 

@@ -2,7 +2,8 @@
 
 A warp brings Q, K and V by TMA and finds the tiles. Two consumer warpgroups, 64 rows each, take turns on the tensor
 cores: one issues its P V and the next Q K^T while the other is in its softmax. Keys are visited from the last one that
-a tile sees to the first, so the tiles of keys that need masks come first.
+a tile sees to the first, so the tiles of keys that need masks come first. A tile's first scores are under way while the
+output of the tile before it is written.
 """
 
 from __future__ import annotations
@@ -332,13 +333,11 @@ class MHAForward:
         visited = Int32(0)  # tiles of keys
         works = Int32(0)
         rows = self.next_rows(c, works)
+        self.begin_rows(c, rows, visited)
         while rows.tiles >= 0:
-            f.o.fill(0.0)
-            reference.fill(NO_SCORE)
-            row_sum.fill(0.0)
+            works += 1
             if rows.tiles > 0:
                 last = rows.tiles - 1
-                self.first_scores(c, rows, last, visited)
                 # Keys before this one are seen by all rows.
                 plain = cutlass.min(cutlass.max(rows.seen, 0) // TILE_KV, last)
                 for i in cutlass.range(last - plain, unroll=1):
@@ -349,11 +348,35 @@ class MHAForward:
                     visited += 1
                 self.last_values(c, visited)
                 visited += 1
+                following = self.next_rows(c, works)
+                if following.tiles > 0:
+                    self.first_scores(c, visited)
+                    warpgroup.wait_group(1)
+                    release(barriers.v_empty + (visited - 1) % STAGES)
+                    self.write(c, rows, out, lse)
+                    self.first_probabilities(c, following, visited)
+                else:
+                    warpgroup.wait_group(0)
+                    release(barriers.v_empty + (visited - 1) % STAGES)
+                    self.write(c, rows, out, lse)
+                    release(barriers.q_empty + side)
+                rows = following
             else:
-                release(barriers.q_empty + side)
-            self.write(c, rows, out, lse)
-            works += 1
-            rows = self.next_rows(c, works)
+                f.o.fill(0.0)
+                reference.fill(NO_SCORE)
+                row_sum.fill(0.0)
+                self.write(c, rows, out, lse)
+                rows = self.next_rows(c, works)
+                self.begin_rows(c, rows, visited)
+
+    @cute.jit
+    def begin_rows(self, c, rows, visited: Int32):
+        """Take the first probabilities of rows with no others before them; free Q if they see no key."""
+        if rows.tiles > 0:
+            self.first_scores(c, visited)
+            self.first_probabilities(c, rows, visited)
+        else:
+            release(c.barriers.q_empty + c.side)
 
     def next_rows(self, c: Consumer, works) -> Rows:
         """Wait for the next work's Q."""
@@ -443,20 +466,26 @@ class MHAForward:
     def give_turn(self, c: Consumer):
         cute.arch.barrier_arrive(barrier_id=TURN + 1 - c.side, number_of_threads=CONSUMERS)
 
-    def first_scores(self, c: Consumer, rows: Rows, block, number):
-        """Probabilities of the first tile of keys visited, which is the last that a row sees."""
-        b, sums = c.barriers, cute.make_rmem_tensor(2, Float32)
-        self.wait(b.k_full, number)
+    def first_scores(self, c: Consumer, number):
+        """Issue the scores of the first tile of keys visited, which is the last that a row sees."""
+        self.wait(c.barriers.k_full, number)
         self.take_turn(c)
         warpgroup.fence()
         self.issue_scores(c, number)
         self.give_turn(c)
+
+    def first_probabilities(self, c: Consumer, rows: Rows, number):
+        """Wait for the first scores and take their probabilities."""
+        sums = cute.make_rmem_tensor(2, Float32)
+        block = rows.tiles - 1
         warpgroup.wait_group(0)
-        release(b.k_empty + number % STAGES)
+        release(c.barriers.k_empty + number % STAGES)
         self.release_q(c, block)
         self.mask_block(c, rows, block)
+        c.reference.fill(NO_SCORE)
         exact_softmax(c.f.s, c.f.p_scores, sums, c.reference, c.scale)
         c.row_sum[0], c.row_sum[1] = sums[0], sums[1]
+        c.f.o.fill(0.0)
         self.clear_values(c, rows, block, number)
 
     def step(self, c: Consumer, rows: Rows, block, number, masked: bool):
@@ -486,14 +515,12 @@ class MHAForward:
         c.row_sum[0], c.row_sum[1] = c.row_sum[0] + sums[0], c.row_sum[1] + sums[1]
 
     def last_values(self, c: Consumer, number):
-        """Add the values of the last tile of keys visited."""
+        """Issue the values of the last tile of keys visited."""
         self.wait(c.barriers.v_full, number)
         self.take_turn(c)
         warpgroup.fence()
         self.issue_values(c, number)
         self.give_turn(c)
-        warpgroup.wait_group(0)
-        release(c.barriers.v_empty + number % STAGES)
 
     @cute.jit
     def release_q(self, c, block: Int32):

@@ -1,17 +1,15 @@
 """What dense MHA's backward does a query row at a time: values of rows before, sums of dQ during it, dQ after it.
 
-dQ is summed in fp32 [h_q, tiles, 64 * d] by bulk copies that add, each of what a warp holds: a tile is 64 rows of one
-sequence, in the order of the accumulators, so that a warp's part of it is contiguous. Of every 16 rows x 16 columns,
-thread c of the four that share a row of an accumulator holds columns 2 c, 2 c + 1, 8 + 2 c and 9 + 2 c: 16 bytes.
+dQ is summed in fp32 [h_q, tiles, 64 * d], each warp adding what it holds: a tile is 64 rows of one sequence, in the
+order of the accumulators, so that a warp's part of it is contiguous. Of every 16 rows x 16 columns, thread c of the
+four that share a row of an accumulator holds columns 2 c, 2 c + 1, 8 + 2 c and 9 + 2 c: 16 bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, range_constexpr
+from cutlass import Float32, Int32, Int64, range_constexpr
 
 from flash_mla.backends.hopper.mha_schedule import VISIT_Q, first_tile
 from flash_mla.backends.hopper.softmax import LOG2_E
@@ -22,7 +20,6 @@ ROWS = 16  # of a CTA, before
 COLUMNS = 16  # of a thread, after
 SIDES = 2  # halves of dQ's columns
 UNIT = 128  # fp32 values that a warp stores at once, 16 bytes a lane: 8 rows of 16 columns
-Rooms = Sequence[tuple[cute.Pointer, int]]  # in shared memory, for parts of so many units
 
 
 class GradientRows:
@@ -42,7 +39,7 @@ class GradientRows:
         next_tile: cute.Tensor,
         stream,
     ):
-        """lse in base 2 and delta = rowsum(dout out) - dlse of every row; sums and counter set to 0."""
+        """-lse in base 2 and -delta = dlse - rowsum(dout out) of every row; sums and counter set to 0."""
         grid = (dq_sums.shape[1] * (VISIT_Q // ROWS), out.shape[1], 1)
         self.before_kernel(dout, out, lse, dlse, row_values, dq_sums, next_tile).launch(
             grid=grid, block=(ROWS * LANES, 1, 1), stream=stream
@@ -78,8 +75,8 @@ class GradientRows:
         if exists & (lane == 0):
             # A row that sees no key has P = exp2(0 - inf) = 0, whatever its dout.
             blind = lse[token, head] == -Float32.inf
-            row_values[0, head, token] = cutlass.select_(blind, Float32.inf, lse[token, head] * LOG2_E)
-            row_values[1, head, token] = cutlass.select_(blind, Float32(0.0), delta - dlse[token, head])
+            row_values[0, head, token] = cutlass.select_(blind, -Float32.inf, lse[token, head] * -LOG2_E)
+            row_values[1, head, token] = cutlass.select_(blind, Float32(0.0), dlse[token, head] - delta)
         zeros = cute.make_rmem_tensor(4, Float32)
         zeros.fill(0.0)
         sums = dq_sums[head, row // VISIT_Q, None].iterator + row % VISIT_Q * self.d + lane * 4
@@ -130,31 +127,41 @@ def sequence_of(cu_seqlens: cute.Tensor, tile: Int32) -> Int32:
     return low
 
 
-def stage(dq: cute.Tensor, rooms: Rooms, lane: Int32):
-    """Put this warp's part of dQ [64, half of d] into its rooms, of which `add_to_sums` tells after a fence."""
-    unit = 0
-    for room, units in rooms:
-        for i in range(units):
-            j, r = unit // 2 * 2, unit % 2
-            values = cute.make_rmem_tensor(4, Float32)
-            for e in range(4):
-                values[e] = dq[4 * (j + e // 2) + 2 * r + e % 2]
-            start = room + i * UNIT + lane * 4
-            cute.autovec_copy(values, cute.make_tensor(start.align(16), values.layout))
-            unit += 1
+def units_of(dq: cute.Tensor) -> list[cute.Tensor]:
+    """This thread's registers of a warp's part of dQ [64, half of d], four for each unit."""
+    units = []
+    for unit in range(cute.size(dq) // 4):
+        j, r = unit // 2 * 2, unit % 2
+        values = cute.make_rmem_tensor(4, Float32)
+        for e in range(4):
+            values[e] = dq[4 * (j + e // 2) + 2 * r + e % 2]
+        units.append(values)
+    return units
 
 
-def add_to_sums(tile: cute.Pointer, rooms: Rooms, warp: Int32):
-    """Begin to add what this warp has staged to a tile's sums."""
-    to = (tile + warp * (sum(units for _, units in rooms) * UNIT)).toint()
+def add_registers(to: cute.Pointer, dq: cute.Tensor, lane: Int32):
+    """Add this warp's part of dQ to its sums."""
+    start = (to + lane * 4).toint()
+    for i, values in enumerate(units_of(dq)):
+        cute.arch.inline_ptx(
+            "red.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+            read_only_args=[start + Int64(i * UNIT * 4), *(values[e] for e in range(4))],
+        )
+
+
+def stage(dq: cute.Tensor, room: cute.Pointer, lane: Int32):
+    """Put this warp's part of dQ into shared memory, from where `add_staged` adds it after a fence."""
+    for i, values in enumerate(units_of(dq)):
+        cute.autovec_copy(values, cute.make_tensor((room + i * UNIT + lane * 4).align(16), values.layout))
+
+
+def add_staged(to: cute.Pointer, room: cute.Pointer, count: int):
+    """Begin to add the `count` values that this warp has staged to their sums."""
     with cute.arch.elect_one():
-        for room, units in rooms:
-            size = units * UNIT * 4
-            cute.arch.inline_ptx(
-                f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{{$r0}}], [{{$r1}}], {size};",
-                read_only_args=[to, Int32(room.toint())],
-            )
-            to += size
+        cute.arch.inline_ptx(
+            f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{{$r0}}], [{{$r1}}], {count * 4};",
+            read_only_args=[to.toint(), Int32(room.toint())],
+        )
         cute.arch.cp_async_bulk_commit_group()
 
 

@@ -75,6 +75,12 @@ class KeyTile(InRegisters):
         self.sees_first = sees_first  # the query from which on the first key is seen; each next key one query later
         self.blind = blind  # queries, the first ones, that see no key at all
 
+    def whole_visits(self) -> tuple[Int32, Int32]:
+        """The query tiles, from and up to which all rows exist and see all of the tile's keys, which all exist."""
+        sees_all = cutlass.max(cutlass.max(self.sees_first + (TILE_KV - 1), self.blind), 0)
+        end = cutlass.select_(self.keys < TILE_KV, Int32(0), self.seqlen_qo // VISIT_Q)
+        return (sees_all + (VISIT_Q - 1)) // VISIT_Q, end
+
 
 class Window(InRegisters):
     """32 consecutive sequences, a lane each: from `first` on, with `before` tiles in front of them."""
