@@ -28,7 +28,8 @@ class MergeMaxLogits:
         head_tile, token, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         head = head_tile * THREADS + thread
-        # What is launched behind this kernel counts on it to have waited for the pieces.
+        # What is launched behind this kernel starts early, too, but waits for its end, and so for the pieces.
+        cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
         if head < max_logits.shape[1]:
             first = (token * cute.arch.grid_dim()[0] + head_tile) * splits

@@ -15,7 +15,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, range_constexpr
+from cutlass import Boolean, Float32, Int32, range_constexpr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
@@ -72,14 +72,6 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """What scores wait for that are issued behind the last P V of a pair: parities of arrivals."""
-
-    k: Int32
-    q: Int32 | None = None  # None: the pair's own Q
-
-
-@dataclass(frozen=True)
 class Consumer:
     """A consumer warpgroup: what its steps share."""
 
@@ -114,12 +106,11 @@ class Seesaw:
         """Wait until a group of chunks of this side's block has arrived."""
         raise NotImplementedError
 
-    def wait_q(self, c: Consumer, parity):
-        """Wait until a piece's Q has arrived."""
-        raise NotImplementedError
+    def softmax(self, c: Consumer, n, sums, parity, begins: bool | Boolean):
+        """From c.f.s: c.f.p_scores and this thread's `sums` against n, which moves if it must; c.running.top.
 
-    def softmax(self, c: Consumer, n, sums, parity):
-        """From c.f.s: c.f.p_scores and this thread's `sums` against n, which moves if it must; c.running.top."""
+        begins: whether n is of no score yet.
+        """
         raise NotImplementedError
 
     # What it gets.
@@ -180,15 +171,13 @@ class Seesaw:
                 gemm(qk_op(self.dtype, source), f.s, q, f.k[chunk], overwrite=chunk == first_chunk)
         warpgroup.commit_group()
 
-    def scores(self, c: Consumer, parity):
-        warpgroup.fence()
-        self.issue_scores(c, self.qk_order[c.side], parity)
-        warpgroup.wait_group(0)
+    def issue_pv(self, f: Fragments, a, buffer: int, begins: bool | Boolean = False):
+        """Issue O += P V for this side's half of a buffer; P in registers or as the other side left it.
 
-    def issue_pv(self, f: Fragments, a, buffer: int):
-        """Issue O += P V for this side's half of a buffer; P in registers or as the other side left it."""
+        begins: whether O = P V instead.
+        """
         source = OperandSource.RMEM if a is f.p else OperandSource.SMEM
-        gemm(pv_op(self.dtype, source), f.o, a, f.v[buffer])
+        gemm(pv_op(self.dtype, source), f.o, a, f.v[buffer], overwrite=begins)
 
     def free(self, c: Consumer, buffer: int, group: int):
         """Tell the producers that a group of chunks has been read."""
@@ -197,6 +186,13 @@ class Seesaw:
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(c.barriers.k_empty + (buffer * len(self.groups) + group))
 
+    @cute.jit
+    def free_q(self, c, group: cutlass.Constexpr, is_read: bool | Boolean):
+        """Tell the producers that a group of Q's chunks has been read, if it has."""
+        if is_read:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(c.barriers.q_empty + group)
+
     def hand_over(self, c: Consumer, p_max: cute.Tensor, n: cute.Tensor, ready: int):
         """Give the other side this one's probabilities and the reference that they were taken against."""
         cute.copy(c.f.p_out[0], c.f.p_out[1], c.f.p_out[2])
@@ -204,40 +200,47 @@ class Seesaw:
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier_arrive(barrier_id=ready, number_of_threads=2 * WARPGROUP)
 
-    def pair(self, c: Consumer, pairs):
+    def pair(self, c: Consumer, pairs, begins, precedes_last):
         """One pair of K blocks, not the last one: its scores are complete on entry, those of the next pair on exit.
 
         pairs: how many went before, of this and earlier work.
+        begins: whether it is the first of a piece of work.
+        precedes_last: whether the next one is the piece's last.
         """
         if c.side == LEFT:
-            self.pair_left(c, pairs & 1, None, Ahead((pairs & 1) ^ 1))
-            warpgroup.wait_group(0)
+            self.pair_left(c, pairs & 1, begins, None)
         else:
-            self.pair_right(c, pairs & 1, None)
+            self.pair_right(c, pairs & 1, begins, None, precedes_last)
 
-    def last_pair(self, c: Consumer, pairs, prepare: tuple, ahead: Ahead | None):
+    def last_pair(self, c: Consumer, pairs, begins, prepare: tuple):
         """The last pair of a piece of work. All of K's buffers are free on exit.
 
         prepare: (function, its arguments), called when Q has been read and nothing that it loads can hold up a fence;
         its result is returned.
-        ahead: if not None, the left side's scores of the next piece's first pair are in flight on exit; else no wgmma.
         """
         if c.side == LEFT:
-            return self.pair_left(c, pairs & 1, prepare, ahead)
-        return self.pair_right(c, pairs & 1, prepare)
+            return self.pair_left(c, pairs & 1, begins, prepare)
+        return self.pair_right(c, pairs & 1, begins, prepare)
 
-    def pair_left(self, c: Consumer, parity, prepare: tuple | None, ahead: Ahead | None):
+    def move_reference(self, c: Consumer, n: cute.Tensor, begins: bool | Boolean = False):
+        """Take the reference n for O and the sums, of which there are none if the piece of work `begins`."""
+        m = c.running.reference
+        if begins is not False:
+            m[0], m[1] = cutlass.select_(begins, n[0], m[0]), cutlass.select_(begins, n[1], m[1])
+        rescale(c.f.o, c.running.row_sum, m, n[0], n[1], c.scale)
+
+    def pair_left(self, c: Consumer, parity, begins, prepare: tuple | None):
         f, m, row_sum = c.f, c.running.reference, c.running.row_sum
         n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (c.shared.max0, c.shared.max1))
         prepared = None
 
         n[0], n[1] = m[0], m[1]
-        self.softmax(c, n, sums, parity)
+        self.softmax(c, n, sums, parity, begins)
         self.hand_over(c, max0, n, P0_READY)
-        rescale(f.o, row_sum, m, n[0], n[1], c.scale)
+        self.move_reference(c, n, begins)
         warpgroup.fence()
-        self.issue_pv(f, f.p, 0)
+        self.issue_pv(f, f.p, 0, begins)
         warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
         self.free(c, 0, ROPE)
@@ -247,26 +250,26 @@ class Seesaw:
         self.free(c, 0, LEFT)
 
         cute.arch.barrier(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
-        rescale(f.o, row_sum, m, max1[c.row], max1[c.row + 8], c.scale)
+        n[0], n[1] = max1[c.row], max1[c.row + 8]
+        self.move_reference(c, n)
         warpgroup.fence()
         self.issue_pv(f, f.p_in, 1)
         warpgroup.commit_group()
-        if ahead is None:
-            warpgroup.wait_group(0)
-            self.free(c, 1, LEFT)
-        else:
+        if prepare is None:
             # What this side takes first has been free for long, so the tensor cores need not run dry.
             first, *rest = self.qk_order[LEFT]
-            if ahead.q is not None:
-                self.wait_q(c, ahead.q)
-            self.issue_scores(c, (first,), ahead.k)
+            self.issue_scores(c, (first,), parity ^ 1)
             warpgroup.wait_group(1)
             self.free(c, 1, LEFT)
-            self.issue_scores(c, rest, ahead.k)
+            self.issue_scores(c, rest, parity ^ 1)
+            warpgroup.wait_group(0)
+        else:
+            warpgroup.wait_group(0)
+            self.free(c, 1, LEFT)
         return prepared
 
-    def pair_right(self, c: Consumer, parity, prepare: tuple | None):
-        f, m, row_sum = c.f, c.running.reference, c.running.row_sum
+    def pair_right(self, c: Consumer, parity, begins, prepare: tuple | None, precedes_last=False):
+        f, row_sum = c.f, c.running.row_sum
         n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (c.shared.max0, c.shared.max1))
         prepared = None
@@ -274,16 +277,16 @@ class Seesaw:
         self.free(c, 1, ROPE)
         cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
         n[0], n[1] = max0[c.row], max0[c.row + 8]
-        rescale(f.o, row_sum, m, n[0], n[1], c.scale)
+        self.move_reference(c, n, begins)
         warpgroup.fence()
-        self.issue_pv(f, f.p_in, 0)
+        self.issue_pv(f, f.p_in, 0, begins)
         warpgroup.commit_group()
-        self.softmax(c, n, sums, parity)
+        self.softmax(c, n, sums, parity, False)
         self.hand_over(c, max1, n, P1_READY)
         warpgroup.wait_group(0)
         self.free(c, 0, RIGHT)
 
-        rescale(f.o, row_sum, m, n[0], n[1], c.scale)
+        self.move_reference(c, n)
         warpgroup.fence()
         self.issue_pv(f, f.p, 1)
         warpgroup.commit_group()
@@ -293,7 +296,14 @@ class Seesaw:
         warpgroup.wait_group(0)
         self.free(c, 1, RIGHT)
         if prepare is None:
-            self.scores(c, parity ^ 1)
+            first, *rest = self.qk_order[RIGHT]
+            warpgroup.fence()
+            self.issue_scores(c, (first,), parity ^ 1)
+            self.issue_scores(c, rest, parity ^ 1)
+            # This side is the last to read Q: half of the next one comes while it still reads the rest.
+            warpgroup.wait_group(1)
+            self.free_q(c, first, precedes_last)
+            warpgroup.wait_group(0)
         return prepared
 
     def by_side(self, side: int, left, right) -> tuple:

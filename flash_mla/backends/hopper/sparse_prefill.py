@@ -3,8 +3,7 @@
 The producer warpgroup gathers the KV rows that a token's indices name, 16 bytes at a time, straight into the swizzled
 chunks that the tensor cores read; it runs ahead into the next piece while the consumers finish one. The consumer
 warpgroups keep the seesaw, and write a piece's output while the next one's Q and K arrive. Without a RoPE chunk there
-is shared memory left for TMA to write the output from, and the left warpgroup scores the next piece's first block
-meanwhile.
+is shared memory left for TMA to write the output from, and the next piece's first scores are computed meanwhile.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
-from cutlass import Float32, Int32, Int64, Uint16, const_expr, range_constexpr
+from cutlass import Boolean, Float32, Int32, Int64, Uint16, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from flash_mla.backends.hopper import aot
@@ -31,7 +30,6 @@ from flash_mla.backends.hopper.seesaw import (
     TILE,
     V_CHUNKS,
     WARPGROUP,
-    Ahead,
     Consumer,
     Running,
     Seesaw,
@@ -43,6 +41,7 @@ from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout, tile_at
 CONSUMER_REGISTERS = 232
 PRODUCER_REGISTERS = 40
 PRODUCER_WARP = 8  # the producer warpgroup's first
+STAGES = 2  # chunks of each side's output that shared memory has room for beside K and Q, without RoPE
 WARP_ROWS = 16  # rows of a block that a producer warp gathers, and of the output that a consumer warp writes
 
 
@@ -54,7 +53,7 @@ class Barriers:
     k_empty: cute.Pointer
     valid_full: cute.Pointer  # per buffer: which of its rows count is known
     q_full: cute.Pointer
-    q_empty: cute.Pointer
+    q_empty: cute.Pointer  # per half of its V columns
 
 
 class Piece:
@@ -195,7 +194,7 @@ class SparsePrefill(Seesaw):
             k_empty: cute.struct.MemRange[Int64, 2 * len(self.groups)]
             valid_full: cute.struct.MemRange[Int64, 2]
             q_full: cute.struct.MemRange[Int64, 1]
-            q_empty: cute.struct.MemRange[Int64, 1]
+            q_empty: cute.struct.MemRange[Int64, 2]
             valid: cute.struct.MemRange[Int64, 2]  # a bit for each row of a buffer
             max0: cute.struct.MemRange[Float32, ROWS]
             max1: cute.struct.MemRange[Float32, ROWS]
@@ -334,7 +333,8 @@ class SparsePrefill(Seesaw):
                 for i in range_constexpr(2):
                     cute.arch.mbarrier_init(barriers.valid_full + i, 4)
                 cute.arch.mbarrier_init(barriers.q_full, 1)
-                cute.arch.mbarrier_init(barriers.q_empty, 8)
+                for i in range_constexpr(2):
+                    cute.arch.mbarrier_init(barriers.q_empty + i, 8)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -388,9 +388,9 @@ class SparsePrefill(Seesaw):
                 for buffer, group in self.load_order():
                     empty = barriers.k_empty + (buffer * len(self.groups) + group)
                     cute.arch.mbarrier_wait(empty, (pairs & 1) ^ 1)
+                    self.gather(shared, barriers, buffer, group, rows[buffer], warp, lane)
                     if const_expr(group == buffer):  # the group whose side scores this buffer
                         self.publish_valid(shared, barriers, buffer, valid, warp)
-                    self.gather(shared, barriers, buffer, group, rows[buffer], warp, lane)
                     if const_expr(not self.overlaps and (buffer, group) == (0, LEFT)):
                         if brings_q:
                             self.load_q(shared, barriers, tma_q, q_tma, piece, pieces)
@@ -458,14 +458,16 @@ class SparsePrefill(Seesaw):
     def load_q(self, shared, barriers, tma_q: cute.CopyAtom, q_tma: cute.Tensor, piece: Piece, pieces: Int32):
         """Bring the 512 V columns of Q; heads that do not exist become zeros."""
         to, source = self.q_chunks(shared, tma_q, q_tma)
-        cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_ELEMENTS * 2)
         # What is read or written once leaves the L2 to KV.
         policy = {"cache_policy": Int64(EVICT_FIRST)} if self.overlaps else {}
-        for chunk in range_constexpr(V_CHUNKS):
-            of_q = source[None, piece.head_tile, chunk, piece.token]
-            cute.copy(tma_q, of_q, to[None, chunk], tma_bar_ptr=barriers.q_full, **policy)
+        for group in (RIGHT, LEFT):  # the order in which the right side, the last to read Q, is done with them
+            cute.arch.mbarrier_wait(barriers.q_empty + group, (pieces & 1) ^ 1)
+            if const_expr(group == RIGHT):
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_ELEMENTS * 2)
+            for chunk in self.groups[group]:
+                of_q = source[None, piece.head_tile, chunk, piece.token]
+                cute.copy(tma_q, of_q, to[None, chunk], tma_bar_ptr=barriers.q_full, **policy)
 
     @cute.jit
     def prefetch_q(self, shared, tma_q: cute.CopyAtom, q_tma: cute.Tensor, piece: Piece):
@@ -482,51 +484,47 @@ class SparsePrefill(Seesaw):
         f = self.fragments(side, shared, thread)
         c = Consumer(side, shared, barriers, f, Running.allocate(), args.scale_log2, thread)
         pairs, pieces = Int32(0), Int32(0)
+        workers = cute.arch.grid_dim()[0]
         number = cute.arch.block_idx()[0]
         piece = self.begin_piece(args, c, number, args.length(number))
-        scores_ahead = self.overlaps and side == LEFT
-        if const_expr(scores_ahead):
-            self.first_scores(c, pieces, pairs)
+        length = args.length(number + workers)  # of the next piece, early
+        if const_expr(self.overlaps):
+            self.issue_first_scores(c, pieces, pairs)
+            warpgroup.wait_group(0)
         while piece.number < args.pieces:
-            number += cute.arch.grid_dim()[0]
-            length = args.length(number)  # of the next piece, early
-            f.o.fill(0.0)
+            number += workers
             c.running.reset()
-            if const_expr(not scores_ahead):
-                self.first_scores(c, pieces, pairs)
+            if const_expr(not self.overlaps):
+                length = args.length(number)  # RoPE leaves no register for what was loaded ahead
+                self.issue_first_scores(c, pieces, pairs)
+                warpgroup.wait_group(0)
             if const_expr(self.overlaps):
                 self.free_staging(0)
             # The last pair, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
             # makes ptxas serialise all of them.
-            for _ in cutlass.range(piece.begin, piece.stop - 1, unroll=1):
-                self.pair(c, pairs)
+            for tile in cutlass.range(piece.begin, piece.stop - 1, unroll=1):
+                self.pair(c, pairs, tile == piece.begin, tile + 2 == piece.stop)
                 pairs += 1
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive(barriers.q_empty)
-            ahead = None
-            if const_expr(scores_ahead):
-                # Without a next piece, this one's K and Q, which are there, stand for it.
-                step = cutlass.select_(number < args.pieces, Int32(1), Int32(0))
-                ahead = Ahead((pairs & 1) ^ step, (pieces & 1) ^ step)
+            is_single = piece.begin + 1 == piece.stop
+            self.free_q(c, LEFT, True)
+            self.free_q(c, RIGHT, True if const_expr(side == LEFT) else is_single)
             prepare = (self.load_ahead, args, c, piece, number, length)
-            following, sinks = self.last_pair(c, pairs, prepare, ahead)
+            following, length, sinks = self.last_pair(c, pairs, is_single, prepare)
             pairs += 1
             pieces += 1
+            # Without a next piece, this one's K and Q, which are there, stand for it.
+            step = cutlass.select_(number < args.pieces, Int32(0), Int32(1))
             # While the output is written, the next piece's Q and K arrive.
-            self.write(args, c, piece, sinks[0], sinks[1])
-            if const_expr(scores_ahead):
-                warpgroup.wait_group(0)
+            self.write(args, c, piece, sinks, (pieces ^ step, pairs ^ step))
             piece = following
         if const_expr(self.overlaps):
             self.free_staging(0)
 
-    def first_scores(self, c: Consumer, pieces: Int32, pairs: Int32):
-        """The scores of a piece's first pair."""
-        self.wait_q(c, pieces & 1)
-        self.scores(c, pairs & 1)
-
-    def wait_q(self, c: Consumer, parity):
-        cute.arch.mbarrier_wait(c.barriers.q_full, parity)
+    def issue_first_scores(self, c: Consumer, pieces: Int32, pairs: Int32):
+        """Issue the scores of a piece's first pair, given how many pieces and pairs went before."""
+        cute.arch.mbarrier_wait(c.barriers.q_full, pieces & 1)
+        warpgroup.fence()
+        self.issue_scores(c, self.qk_order[c.side], pairs & 1)
 
     def begin_piece(self, args, c: Consumer, number: Int32, length: Int32) -> Piece:
         """Start to load what a piece needs besides what the producers bring: Q's RoPE chunk."""
@@ -538,44 +536,44 @@ class SparsePrefill(Seesaw):
             self.load_q_rope(c.f.q_rope, rows, c.thread % 32)
         return piece
 
-    def load_ahead(self, args, c: Consumer, piece: Piece, number: Int32, length: Int32) -> tuple[Piece, list]:
-        """(the next piece, begun; the sinks of this thread's rows of this one)."""
+    def load_ahead(self, args, c: Consumer, piece: Piece, number: Int32, length: Int32) -> tuple[Piece, Int32, list]:
+        """(the next piece, begun; the length of the one behind it; the sinks of this thread's rows of this one)."""
         # The last head there is stands for those that are not.
         last = args.q.shape[1] - 1
         sinks = [args.sink[cutlass.min(args.head(piece, c.row + 8 * r), last)] for r in range(2)]
-        return self.begin_piece(args, c, number, length), sinks
+        following = self.begin_piece(args, c, number, length)
+        return following, args.length(number + cute.arch.grid_dim()[0]), sinks
 
     def wait_chunks(self, c: Consumer, group: int, parity):
         # A copy arrives on the barrier when its bytes lie in shared memory, so that, as in CUTLASS's main loop over
         # cp.async and wgmma, no proxy fence follows.
         cute.arch.mbarrier_wait(c.barriers.k_full + (c.side * len(self.groups) + group), parity)
 
-    def softmax(self, c: Consumer, n, sums, parity):
+    def softmax(self, c: Consumer, n, sums, parity, begins):
         cute.arch.mbarrier_wait(c.barriers.valid_full + c.side, parity)
         words = cute.make_tensor(
             cute.recast_ptr(c.shared.valid.data_ptr() + c.side, dtype=Int32), cute.make_layout(BLOCK // 32)
         )
-        self.masked_softmax(c.f.s, c.f.p_scores, sums, n, c.running.top, words[0], words[1], c.scale, c.thread % 32)
+        self.masked_softmax(c, n, sums, words[0], words[1], begins)
 
     @cute.jit
     def masked_softmax(
-        self,
-        scores: cute.Tensor,
-        p: cute.Tensor,
-        sums: cute.Tensor,
-        reference: cute.Tensor,
-        top: cute.Tensor,
-        valid0: Int32,
-        valid1: Int32,
-        scale: Float32,
-        lane: Int32,
+        self, c, reference: cute.Tensor, sums: cute.Tensor, valid0: Int32, valid1: Int32, begins: Boolean
     ):
-        """Exponentials as if all rows counted and the reference need not move; a rare branch redoes them."""
-        top0, top1 = row_max(scores, 0), row_max(scores, 1)
-        exponentials(scores, p, sums, reference, scale)
-        exceeds = cute.arch.fmax(top0 - reference[0], top1 - reference[1]) * scale > THRESHOLD
-        if cute.arch.vote_any_sync(exceeds | ((valid0 & valid1) != -1)):
-            mask_by_bits(scores, [valid0, valid1], lane)
+        """Exponentials as if all rows counted and the reference need not move; a rare branch redoes them.
+
+        A piece's first reference does move, so its first exponentials are not taken twice.
+        """
+        scores, p, top, scale = c.f.s, c.f.p_scores, c.running.top, c.scale
+        top0, top1 = -Float32.inf, -Float32.inf
+        moves = Boolean(True)
+        if not begins:
+            top0, top1 = row_max(scores, 0), row_max(scores, 1)
+            exponentials(scores, p, sums, reference, scale)
+            exceeds = cute.arch.fmax(top0 - reference[0], top1 - reference[1]) * scale > THRESHOLD
+            moves = cute.arch.vote_any_sync(exceeds | ((valid0 & valid1) != -1))
+        if moves:
+            mask_by_bits(scores, [valid0, valid1], c.thread % 32)
             top0, top1 = quad_max(row_max(scores, 0)), quad_max(row_max(scores, 1))
             reference[0] = cutlass.select_((top0 - reference[0]) * scale > THRESHOLD, top0, reference[0])
             reference[1] = cutlass.select_((top1 - reference[1]) * scale > THRESHOLD, top1, reference[1])
@@ -584,40 +582,61 @@ class SparsePrefill(Seesaw):
         top[1] = cute.arch.fmax(top[1], top1)
 
     @cute.jit
-    def write(self, args, c, piece: Piece, sink0: Float32, sink1: Float32):
-        """Normalise and write a whole piece to the outputs, a part of a token to its slot of the workspace."""
+    def write(self, args, c, piece: Piece, sinks: list, following: tuple[Int32, Int32]):
+        """Normalise and write a whole piece to the outputs, a part of a token to its slot of the workspace.
+
+        following: (pieces, pairs) before the next one; if pieces overlap, the scores of its first pair are complete on
+        exit.
+        """
         self.merge_sides(c)
-        if args.slot(piece) < 0:
-            self.write_outputs(args, c, piece, sink0, sink1)
+        is_whole = args.slot(piece) < 0
+        inv = self.normalisation(c, sinks)
+        if const_expr(self.overlaps):
+            if is_whole:
+                self.write_chunks_by_tma(args, c, piece, inv, 0)
+            # By now the next piece's Q and K have come.
+            self.issue_first_scores(c, following[0], following[1])
+        if is_whole:
+            if const_expr(self.overlaps):
+                self.write_chunks_by_tma(args, c, piece, inv, STAGES)
+            else:
+                self.write_rows(args, c, piece, inv)
+            # A proxy fence waits until these, too, have been written, and the right side is the last to come to one.
+            if const_expr(c.side == RIGHT):
+                self.write_statistics(args, c, piece)
         else:
             self.write_partials(args, c, piece)
+        if const_expr(self.overlaps):
+            warpgroup.wait_group(0)
+
+    def normalisation(self, c: Consumer, sinks: list) -> cute.Tensor:
+        """What this thread's two rows of the output are multiplied by."""
+        running, inv = c.running, cute.make_rmem_tensor(2, Float32)
+        for r in range(2):
+            total = running.row_sum[r]
+            # The sink takes part in the normalisation as one more token without a value would.
+            with_sink = total + cute.math.exp2(sinks[r] * LOG2_E - running.reference[r] * c.scale, fastmath=True)
+            inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(with_sink), Float32(0.0))
+        return inv
 
     @cute.jit
-    def write_outputs(self, args, c, piece: Piece, sink0: Float32, sink1: Float32):
-        lane, rows, running = c.thread % 32, args.rows(piece), c.running
-        inv = cute.make_rmem_tensor(2, Float32)
+    def write_statistics(self, args, c, piece: Piece):
+        """lse and max_logits of this thread's rows."""
+        running = c.running
         for r in range_constexpr(2):
             row = c.row + 8 * r
-            total, shift = running.row_sum[r], running.reference[r] * c.scale
-            seen = total > 0.0
-            if const_expr(c.side == LEFT):
-                if row < rows and lane % 4 == 0:
-                    head = args.head(piece, row)
-                    row_lse = (cute.math.log2(total) + shift) * LN2
-                    args.lse[piece.token, head] = cutlass.select_(seen, row_lse, Float32.inf)
-                    args.max_logits[piece.token, head] = running.top[r] * (c.scale * LN2)
-            # The sink takes part in the normalisation as one more token without a value would.
-            sink = sink0 if const_expr(r == 0) else sink1
-            total = total + cute.math.exp2(sink * LOG2_E - shift, fastmath=True)
-            inv[r] = cutlass.select_(seen, cute.arch.rcp_approx(total), Float32(0.0))
-        if const_expr(self.overlaps):
-            self.write_rows_by_tma(args, c, piece, inv)
-        else:
-            self.write_rows(args, c, piece, inv)
+            if row < args.rows(piece) and c.thread % 4 == 0:
+                head, total = args.head(piece, row), running.row_sum[r]
+                row_lse = (cute.math.log2(total) + running.reference[r] * c.scale) * LN2
+                args.lse[piece.token, head] = cutlass.select_(total > 0.0, row_lse, Float32.inf)
+                args.max_logits[piece.token, head] = running.top[r] * (c.scale * LN2)
 
     @cute.jit
-    def write_rows_by_tma(self, args, c, piece: Piece, inv: cute.Tensor):
-        """This side's columns, each warp's rows for itself; TMA leaves out the rows that do not exist."""
+    def write_chunks_by_tma(self, args, c, piece: Piece, inv: cute.Tensor, first: cutlass.Constexpr):
+        """As many chunks of this side's columns as can be staged, each warp's rows for itself.
+
+        TMA leaves out the rows that do not exist.
+        """
         warp = uniform(c.thread // 32)
         store, values, _ = c.f.p_out
         rows_of_warp = piece.head_tile * (ROWS // WARP_ROWS) + warp
@@ -625,9 +644,9 @@ class SparsePrefill(Seesaw):
         out = cute.group_modes(cute.local_tile(args.out_tma, (WARP_ROWS, CHUNK), (None, None, None)), 0, 2)
         p = c.shared.p0 if const_expr(c.side == LEFT) else c.shared.p1
         stages = [p.data_ptr(), c.shared.out.data_ptr() + c.side * CHUNK_ELEMENTS]
-        for chunk in range_constexpr(D_V // 2 // CHUNK):
-            staging = stages[chunk % 2]
-            self.free_staging(1)
+        for chunk in range_constexpr(first, first + STAGES):
+            staging = stages[chunk % STAGES]
+            self.free_staging(STAGES - 1)
             chunk_of(c.f.o, chunk, inv, c.f.p_scores)
             cute.copy(
                 store, values, store.get_slice(c.thread).partition_D(tile_at(staging, 0, k_major_layout(self.dtype)))

@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Boolean, Float32
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource
 
@@ -20,14 +20,21 @@ def pv_op(dtype: type[cutlass.Numeric], a_source: OperandSource) -> warpgroup.Mm
     return warpgroup.MmaF16BF16Op(dtype, Float32, (ROWS, 256, 16), a_source, OperandMajorMode.K, OperandMajorMode.MN)
 
 
-def gemm(op: warpgroup.MmaF16BF16Op, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, overwrite: bool = False):
+def gemm(
+    op: warpgroup.MmaF16BF16Op,
+    acc: cute.Tensor,
+    a: cute.Tensor,
+    b: cute.Tensor,
+    *,
+    overwrite: bool | Boolean = False,
+):
     """Issue acc (+)= a b over all k-blocks of the fragments a, b (MMA, 1, K), without waiting.
 
     The tiled MMA is made here because setting ACCUMULATE mutates it, which must not cross a staged region.
     """
     tiled = cute.make_tiled_mma(op)
     for k in range(cute.size(a, mode=[2])):
-        tiled.set(warpgroup.Field.ACCUMULATE, not (overwrite and k == 0))
+        tiled.set(warpgroup.Field.ACCUMULATE, k > 0 or overwrite ^ True)
         cute.gemm(tiled, acc, a[None, None, k], b[None, None, k], acc)
 
 
