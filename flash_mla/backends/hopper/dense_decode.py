@@ -21,6 +21,7 @@ from flash_mla.backends.hopper.combine import merge_pieces, scaled_partial_resul
 from flash_mla.backends.hopper.copies import EVICT_FIRST, EVICT_NORMAL, copy_or_zeros, prefetch
 from flash_mla.backends.hopper.dense_decode_geometry import Arguments, Pages, Rows, by_unit
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_scaled_row
+from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Fragments
 from flash_mla.backends.hopper.schedule import end_of_work, first_piece, next_piece, piece_stop, remains
 from flash_mla.backends.hopper.softmax import (
     LN2,
@@ -30,12 +31,9 @@ from flash_mla.backends.hopper.softmax import (
     quad_sum,
     rescale,
 )
-from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, qk_op, tile_at
 
-BLOCK = 64  # tokens in a KV block
 TILE = 2 * BLOCK  # tokens in a tile of the plan: a pair of blocks, one for each consumer warpgroup
-D_V = 512
-V_CHUNKS = D_V // CHUNK
 CHUNK_ELEMENTS = ROWS * CHUNK
 WARPGROUP = 128
 CONSUMER_REGISTERS = 232
@@ -423,7 +421,11 @@ class DenseDecode:
     def begin_piece(self, args, f, piece, row0: Int32, lane: Int32):
         """Start early what a piece needs from global memory: Q's RoPE chunk; (length, slot) are returned."""
         if const_expr(self.has_rope):
-            self.load_q_rope(f.q_rope, args.q, args.rows(piece), row0, lane)
+            rows = args.rows(piece)
+            for r in range_constexpr(2):
+                # The last row there is stands for those that are not; it may be one of another CTA.
+                token, head = rows.query(cutlass.min(row0 + 8 * r, rows.count - 1))
+                f.load_q_rope(r, args.q[rows.request, token, head, None].iterator, lane)
         return args.seqlen(piece), args.slot(piece)
 
     def bounds(self, args, rows: Rows, seqlen: Int32, row0: Int32) -> "DenseDecode.Bounds":
@@ -442,66 +444,10 @@ class DenseDecode:
         plain: Int32
         seqlen: Int32
 
-    @dataclass(frozen=True)
-    class Fragments:
-        """Operands and accumulators of a consumer warpgroup."""
-
-        q: list  # descriptors of Q's eight V chunks
-        q_rope: cute.Tensor  # the RoPE chunk, in registers
-        k: list  # descriptors of the chunks of this side's K buffer
-        v: list  # descriptors of this side's half of V in both buffers
-        p_in: cute.Tensor  # descriptor of the other side's probabilities
-        p_out: tuple  # how to store this side's probabilities: (tiled copy, registers, shared memory)
-        p: cute.Tensor  # this side's probabilities as an A operand
-        p_scores: cute.Tensor  # the same registers, in the scores' order
-        s: cute.Tensor
-        o: cute.Tensor
-
-    def fragments(self, side: int, shared, thread) -> "DenseDecode.Fragments":
-        dtype = self.dtype
-        chunk, v = k_major_layout(dtype), v_layout(dtype)
-        qk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))
-        pv = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM))
-        qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
+    def fragments(self, side: int, shared, thread) -> Fragments:
+        p = [tile_at(x.data_ptr(), 0, k_major_layout(self.dtype)) for x in (shared.p0, shared.p1)]
         q, k = shared.q.data_ptr(), shared.k.data_ptr()
-        p = [tile_at(shared.p0.data_ptr(), 0, chunk), tile_at(shared.p1.data_ptr(), 0, chunk)]
-
-        s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, BLOCK)))
-        p_scores = cute.make_rmem_tensor(s.layout, dtype)
-        # An A operand takes its registers in the order of the accumulator.
-        p_operand = cute.make_tensor(p_scores.iterator, cute.make_layout(((2, 2, 2), 1, 4), stride=((1, 2, 4), 0, 8)))
-        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), qk)
-        store_slice = store.get_slice(thread)
-        return DenseDecode.Fragments(
-            q=[qk_slice.make_fragment_A(qk_slice.partition_A(tile_at(q, c, chunk))) for c in range(V_CHUNKS)],
-            q_rope=cute.make_rmem_tensor(p_operand.layout, dtype),
-            k=[
-                qk_slice.make_fragment_B(qk_slice.partition_B(tile_at(k, side * self.chunks + c, chunk)))
-                for c in range(self.chunks)
-            ],
-            v=[
-                pv_slice.make_fragment_B(pv_slice.partition_B(tile_at(k, buffer * self.chunks + 4 * side, v)))
-                for buffer in range(2)
-            ],
-            p_in=pv_slice.make_fragment_A(pv_slice.partition_A(p[1 - side])),
-            p_out=(store, store_slice.retile(p_scores), store_slice.partition_D(p[side])),
-            p=p_operand,
-            p_scores=p_scores,
-            s=s,
-            o=pv_slice.make_fragment_C(pv_slice.partition_shape_C((ROWS, D_V // 2))),
-        )
-
-    @cute.jit
-    def load_q_rope(self, q_rope: cute.Tensor, q: cute.Tensor, rows, row0: Int32, lane: Int32):
-        """Q's RoPE chunk straight into the registers of an A operand: its shared memory holds P."""
-        for r in range_constexpr(2):
-            # The last row there is stands for those that are not; it may be one of another CTA.
-            row = cutlass.min(row0 + 8 * r, rows.count - 1)
-            token, head = rows.query(row)
-            start = q[rows.request, token, head, None].iterator + (D_V + 2 * (lane % 4))
-            source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
-            to = cute.make_tensor(q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
-            cute.autovec_copy(source, to)
+        return Fragments.of(self.dtype, side, thread, q, k, self.chunks, p[side], p[1 - side])
 
     def issue_qk(self, side: int, f, barriers: Barriers, begin: int, end: int, parity):
         """Issue S = Q K^T for a range of this side's chunk order, each as soon as it has arrived."""
@@ -512,11 +458,6 @@ class DenseDecode:
                 gemm(qk_op(self.dtype, OperandSource.RMEM), f.s, f.q_rope, f.k[chunk], overwrite=i == 0)
             else:
                 gemm(qk_op(self.dtype, OperandSource.SMEM), f.s, f.q[chunk], f.k[chunk], overwrite=i == 0)
-
-    def issue_pv(self, f, a, buffer: int):
-        """Issue O += P V for this side's half of a buffer; P in registers or as the other side left it."""
-        source = OperandSource.RMEM if a is f.p else OperandSource.SMEM
-        gemm(pv_op(self.dtype, source), f.o, a, f.v[buffer])
 
     def free(self, barriers: Barriers, buffer: int, group: int):
         """Tell the producers, the peer's too, that a group of chunks has been read."""
@@ -550,7 +491,7 @@ class DenseDecode:
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         self.clear_unused(kind, LEFT, shared, 0, token, bounds, thread)
         warpgroup.fence()
-        self.issue_pv(f, f.p, 0)
+        f.issue_pv(f.p, 0)
         warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
         self.free(barriers, 0, ROPE)
@@ -561,7 +502,7 @@ class DenseDecode:
         rescale(f.o, row_sum, m, max1[row], max1[row + 8], scale)
         self.clear_unused(kind, LEFT, shared, 1, token + BLOCK, bounds, thread)
         warpgroup.fence()
-        self.issue_pv(f, f.p_in, 1)
+        f.issue_pv(f.p_in, 1)
         warpgroup.commit_group()
         if kind == LAST:
             warpgroup.wait_group(0)
@@ -587,7 +528,7 @@ class DenseDecode:
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         self.clear_unused(kind, RIGHT, shared, 0, token, bounds, thread)
         warpgroup.fence()
-        self.issue_pv(f, f.p_in, 0)
+        f.issue_pv(f.p_in, 0)
         warpgroup.commit_group()
         self.mask_block(kind, f.s, token + BLOCK, bounds, thread)
         optimistic_softmax(f.s, f.p_scores, sums, n, scale)
@@ -602,7 +543,7 @@ class DenseDecode:
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         self.clear_unused(kind, RIGHT, shared, 1, token + BLOCK, bounds, thread)
         warpgroup.fence()
-        self.issue_pv(f, f.p, 1)
+        f.issue_pv(f.p, 1)
         warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
         warpgroup.wait_group(0)

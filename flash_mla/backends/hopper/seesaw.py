@@ -19,13 +19,11 @@ from cutlass import Boolean, Float32, Int32, range_constexpr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
+from flash_mla.backends.hopper.fragments import BLOCK, V_CHUNKS, Fragments
 from flash_mla.backends.hopper.softmax import NO_SCORE, quad_max, quad_sum, rescale
-from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, qk_op, tile_at
 
-BLOCK = 64  # tokens in a KV block
 TILE = 2 * BLOCK  # tokens in a pair of blocks, one for each consumer warpgroup
-D_V = 512
-V_CHUNKS = D_V // CHUNK
 CHUNK_ELEMENTS = ROWS * CHUNK
 WARPGROUP = 128
 
@@ -35,22 +33,6 @@ GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
 
 # Named barriers of the two consumer warpgroups.
 P0_READY, P1_READY, SUMS_READY = 1, 2, 3
-
-
-@dataclass(frozen=True)
-class Fragments:
-    """Operands and accumulators of a consumer warpgroup."""
-
-    q: list  # descriptors of Q's eight V chunks
-    q_rope: cute.Tensor  # the RoPE chunk, in registers
-    k: list  # descriptors of the chunks of this side's K buffer
-    v: list  # descriptors of this side's half of V in both buffers
-    p_in: cute.Tensor  # descriptor of the other side's probabilities
-    p_out: tuple  # how to store this side's probabilities: (tiled copy, registers, shared memory)
-    p: cute.Tensor  # this side's probabilities as an A operand
-    p_scores: cute.Tensor  # the same registers, in the scores' order
-    s: cute.Tensor
-    o: cute.Tensor
 
 
 @dataclass(frozen=True)
@@ -116,50 +98,9 @@ class Seesaw:
     # What it gets.
 
     def fragments(self, side: int, shared, thread) -> Fragments:
-        dtype = self.dtype
-        chunk, v = k_major_layout(dtype), v_layout(dtype)
-        qk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))
-        pv = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM))
-        qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
+        p = [tile_at(x.data_ptr(), 0, k_major_layout(self.dtype)) for x in (shared.p0, shared.p1)]
         q, k = shared.q.data_ptr(), shared.k.data_ptr()
-        p = [tile_at(shared.p0.data_ptr(), 0, chunk), tile_at(shared.p1.data_ptr(), 0, chunk)]
-
-        s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, BLOCK)))
-        p_scores = cute.make_rmem_tensor(s.layout, dtype)
-        # An A operand takes its registers in the order of the accumulator.
-        p_operand = cute.make_tensor(p_scores.iterator, cute.make_layout(((2, 2, 2), 1, 4), stride=((1, 2, 4), 0, 8)))
-        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), qk)
-        store_slice = store.get_slice(thread)
-        return Fragments(
-            q=[qk_slice.make_fragment_A(qk_slice.partition_A(tile_at(q, c, chunk))) for c in range(V_CHUNKS)],
-            q_rope=cute.make_rmem_tensor(p_operand.layout, dtype),
-            k=[
-                qk_slice.make_fragment_B(qk_slice.partition_B(tile_at(k, side * self.chunks + c, chunk)))
-                for c in range(self.chunks)
-            ],
-            v=[
-                pv_slice.make_fragment_B(pv_slice.partition_B(tile_at(k, buffer * self.chunks + 4 * side, v)))
-                for buffer in range(2)
-            ],
-            p_in=pv_slice.make_fragment_A(pv_slice.partition_A(p[1 - side])),
-            p_out=(store, store_slice.retile(p_scores), store_slice.partition_D(p[side])),
-            p=p_operand,
-            p_scores=p_scores,
-            s=s,
-            o=pv_slice.make_fragment_C(pv_slice.partition_shape_C((ROWS, D_V // 2))),
-        )
-
-    @cute.jit
-    def load_q_rope(self, q_rope: cute.Tensor, rows: list, lane: Int32):
-        """Q's RoPE chunk straight into the registers of an A operand: its shared memory holds P.
-
-        rows: global pointers to this thread's two rows of Q.
-        """
-        for r in range_constexpr(2):
-            start = rows[r] + (D_V + 2 * (lane % 4))
-            source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
-            to = cute.make_tensor(q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
-            cute.autovec_copy(source, to)
+        return Fragments.of(self.dtype, side, thread, q, k, self.chunks, p[side], p[1 - side])
 
     def issue_scores(self, c: Consumer, groups: Sequence[int], parity):
         """Issue S (+)= Q K^T over groups of chunks of this side's block, each as soon as it has arrived."""
@@ -170,14 +111,6 @@ class Seesaw:
                 source, q = (OperandSource.RMEM, f.q_rope) if group == ROPE else (OperandSource.SMEM, f.q[chunk])
                 gemm(qk_op(self.dtype, source), f.s, q, f.k[chunk], overwrite=chunk == first_chunk)
         warpgroup.commit_group()
-
-    def issue_pv(self, f: Fragments, a, buffer: int, begins: bool | Boolean = False):
-        """Issue O += P V for this side's half of a buffer; P in registers or as the other side left it.
-
-        begins: whether O = P V instead.
-        """
-        source = OperandSource.RMEM if a is f.p else OperandSource.SMEM
-        gemm(pv_op(self.dtype, source), f.o, a, f.v[buffer], overwrite=begins)
 
     def free(self, c: Consumer, buffer: int, group: int):
         """Tell the producers that a group of chunks has been read."""
@@ -240,7 +173,7 @@ class Seesaw:
         self.hand_over(c, max0, n, P0_READY)
         self.move_reference(c, n, begins)
         warpgroup.fence()
-        self.issue_pv(f, f.p, 0, begins)
+        f.issue_pv(f.p, 0, begins)
         warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
         self.free(c, 0, ROPE)
@@ -253,7 +186,7 @@ class Seesaw:
         n[0], n[1] = max1[c.row], max1[c.row + 8]
         self.move_reference(c, n)
         warpgroup.fence()
-        self.issue_pv(f, f.p_in, 1)
+        f.issue_pv(f.p_in, 1)
         warpgroup.commit_group()
         if prepare is None:
             # What this side takes first has been free for long, so the tensor cores need not run dry.
@@ -279,7 +212,7 @@ class Seesaw:
         n[0], n[1] = max0[c.row], max0[c.row + 8]
         self.move_reference(c, n, begins)
         warpgroup.fence()
-        self.issue_pv(f, f.p_in, 0, begins)
+        f.issue_pv(f.p_in, 0, begins)
         warpgroup.commit_group()
         self.softmax(c, n, sums, parity, False)
         self.hand_over(c, max1, n, P1_READY)
@@ -288,7 +221,7 @@ class Seesaw:
 
         self.move_reference(c, n)
         warpgroup.fence()
-        self.issue_pv(f, f.p, 1)
+        f.issue_pv(f.p, 1)
         warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
         if prepare is not None:

@@ -23,6 +23,7 @@ from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import merge_pieces, scaled_partial_results
 from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS
 from flash_mla.backends.hopper.epilogue import write_16bit_row, write_scaled_row
+from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Fragments
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains
 from flash_mla.backends.hopper.softmax import (
     LN2,
@@ -36,7 +37,6 @@ from flash_mla.backends.hopper.softmax import (
     row_max,
 )
 from flash_mla.backends.hopper.sparse_decode_walk import (
-    TILE,
     Arguments,
     Divisor,
     Source,
@@ -44,11 +44,8 @@ from flash_mla.backends.hopper.sparse_decode_walk import (
     inverses,
     tiles_of,
 )
-from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, qk_op, tile_at
 
-BLOCK = TILE // 2  # tokens in a KV block, of which each consumer warpgroup has one of a tile
-D_V = 512
-V_CHUNKS = D_V // CHUNK
 CHUNK_ELEMENTS = ROWS * CHUNK
 WARPGROUP = 128
 OCTET = 8  # rows whose tokens are looked up by lanes in a row
@@ -363,63 +360,14 @@ class SparseDecode(TokenWalk):
             for r in range_constexpr(2):
                 # The last head there is stands for those that are not.
                 head = cutlass.min(rows.head_tile * ROWS + row0 + 8 * r, args.q.shape[2] - 1)
-                start = args.q[rows.request, rows.token, head, None].iterator + (D_V + 2 * (lane % 4))
-                source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
-                to = cute.make_tensor(f.q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
-                cute.autovec_copy(source, to)
+                f.load_q_rope(r, args.q[rows.request, rows.token, head, None].iterator, lane)
         length, extra_length = args.lengths(piece)
         return tiles_of(length) + tiles_of(extra_length), args.slot(piece)
 
-    @dataclass(frozen=True)
-    class Fragments:
-        """Operands and accumulators of a consumer warpgroup."""
-
-        q: list  # descriptors of Q's eight V chunks
-        q_rope: cute.Tensor  # the RoPE chunk, in registers
-        k: list  # descriptors of the chunks of this side's K block
-        v: list  # descriptors of this side's half of V in both blocks
-        p_in: cute.Tensor  # descriptor of the other side's probabilities
-        p_out: tuple  # how to store this side's probabilities: (tiled copy, registers, shared memory)
-        p: cute.Tensor  # this side's probabilities as an A operand
-        p_scores: cute.Tensor  # the same registers, in the scores' order
-        s: cute.Tensor
-        o: cute.Tensor
-
-    def fragments(self, side: Int32, shared, thread) -> "SparseDecode.Fragments":
-        dtype = self.dtype
-        chunk, v = k_major_layout(dtype), v_layout(dtype)
-        qk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))
-        pv = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM))
-        qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
-        q, k = shared.q.data_ptr(), shared.k.data_ptr()
+    def fragments(self, side: Int32, shared, thread) -> Fragments:
+        chunk, q, k = k_major_layout(self.dtype), shared.q.data_ptr(), shared.k.data_ptr()
         p, other_p = (tile_at(k, self.p_chunk(block), chunk) for block in (side, 1 - side))
-
-        s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, BLOCK)))
-        p_scores = cute.make_rmem_tensor(s.layout, dtype)
-        # An A operand takes its registers in the order of the accumulator.
-        p_operand = cute.make_tensor(p_scores.iterator, cute.make_layout(((2, 2, 2), 1, 4), stride=((1, 2, 4), 0, 8)))
-        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), qk)
-        store_slice = store.get_slice(thread)
-        return SparseDecode.Fragments(
-            q=[qk_slice.make_fragment_A(qk_slice.partition_A(tile_at(q, c, chunk))) for c in range(V_CHUNKS)],
-            q_rope=cute.make_rmem_tensor(p_operand.layout, dtype),
-            k=[
-                qk_slice.make_fragment_B(qk_slice.partition_B(tile_at(k, side * self.k_chunks + c, chunk)))
-                for c in range(self.k_chunks)
-            ],
-            v=[
-                pv_slice.make_fragment_B(
-                    pv_slice.partition_B(tile_at(k, block * self.k_chunks + HALF_CHUNKS * side, v))
-                )
-                for block in range(2)
-            ],
-            p_in=pv_slice.make_fragment_A(pv_slice.partition_A(other_p)),
-            p_out=(store, store_slice.retile(p_scores), store_slice.partition_D(p)),
-            p=p_operand,
-            p_scores=p_scores,
-            s=s,
-            o=pv_slice.make_fragment_C(pv_slice.partition_shape_C((ROWS, D_V // 2))),
-        )
+        return Fragments.of(self.dtype, side, thread, q, k, self.k_chunks, p, other_p)
 
     def issue_qk(self, side: int, f, barriers: Barriers, part: int, parity):
         """Issue a part of S = Q K^T: this side's half of the V columns, then the other half and RoPE."""
@@ -432,11 +380,6 @@ class SparseDecode(TokenWalk):
             gemm(qk_op(self.dtype, OperandSource.SMEM), f.s, f.q[chunk], f.k[chunk], overwrite=part == 0 and i == 0)
         if part == 1 and self.has_rope:
             gemm(qk_op(self.dtype, OperandSource.RMEM), f.s, f.q_rope, f.k[V_CHUNKS])
-
-    def issue_pv(self, f, a, block: int):
-        """Issue O += P V for this side's half of a block; P in registers or as the other side left it."""
-        source = OperandSource.RMEM if a is f.p else OperandSource.SMEM
-        gemm(pv_op(self.dtype, source), f.o, a, f.v[block])
 
     def free(self, barriers: Barriers, block: int, half: int):
         """Tell the producers, the peer's too, that half a block has been read."""
@@ -472,7 +415,7 @@ class SparseDecode(TokenWalk):
         cute.arch.barrier_arrive(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
-        self.issue_pv(f, f.p, 0)
+        f.issue_pv(f.p, 0)
         warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
         warpgroup.wait_group(0)
@@ -481,7 +424,7 @@ class SparseDecode(TokenWalk):
         cute.arch.barrier(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
         rescale(f.o, row_sum, m, max1[row], max1[row + 8], scale)
         warpgroup.fence()
-        self.issue_pv(f, f.p_in, 1)
+        f.issue_pv(f.p_in, 1)
         warpgroup.commit_group()
         warpgroup.wait_group(0)
         self.free(barriers, 1, LEFT)
@@ -506,7 +449,7 @@ class SparseDecode(TokenWalk):
         n[0], n[1] = max0[row], max0[row + 8]
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
-        self.issue_pv(f, f.p_in, 0)
+        f.issue_pv(f.p_in, 0)
         warpgroup.commit_group()
         self.issue_qk(RIGHT, f, barriers, 1, parity)
         warpgroup.commit_group()
@@ -525,7 +468,7 @@ class SparseDecode(TokenWalk):
         cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
-        self.issue_pv(f, f.p, 1)
+        f.issue_pv(f.p, 1)
         warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
         warpgroup.wait_group(0)

@@ -18,17 +18,15 @@ from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import Combine
 from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_fp32_row
+from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS
 from flash_mla.backends.hopper.max_logits import MergeMaxLogits
 from flash_mla.backends.hopper.schedule import uniform
 from flash_mla.backends.hopper.seesaw import (
-    BLOCK,
     CHUNK_ELEMENTS,
-    D_V,
     LEFT,
     RIGHT,
     ROPE,
     TILE,
-    V_CHUNKS,
     WARPGROUP,
     Consumer,
     Running,
@@ -533,7 +531,8 @@ class SparsePrefill(Seesaw):
             # The last head there is stands for those that are not.
             heads = [cutlass.min(args.head(piece, c.row + 8 * r), args.q.shape[1] - 1) for r in range(2)]
             rows = [args.q[piece.token, head, None].iterator for head in heads]
-            self.load_q_rope(c.f.q_rope, rows, c.thread % 32)
+            for r in range(2):
+                c.f.load_q_rope(r, rows[r], c.thread % 32)
         return piece
 
     def load_ahead(self, args, c: Consumer, piece: Piece, number: Int32, length: Int32) -> tuple[Piece, Int32, list]:

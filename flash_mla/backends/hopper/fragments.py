@@ -1,0 +1,95 @@
+"""What a consumer warpgroup of an MLA kernel holds: 64 query rows against blocks of 64 tokens, half of V's columns.
+
+Two consumers share a pair of K buffers: each scores one block and accumulates its half of the output's 512 columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32
+from cutlass.cute.nvgpu.warpgroup import OperandSource
+
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
+
+BLOCK = 64  # tokens
+D_V = 512
+V_CHUNKS = D_V // CHUNK
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Operands and accumulators of a consumer warpgroup."""
+
+    q: list  # descriptors of Q's eight V chunks
+    q_rope: cute.Tensor  # the RoPE chunk, in registers
+    k: list  # descriptors of the chunks of this side's K buffer
+    v: list  # descriptors of this side's half of V in both buffers
+    p_in: cute.Tensor  # descriptor of the other side's probabilities
+    p_out: tuple  # how to store this side's probabilities: (tiled copy, registers, shared memory)
+    p: cute.Tensor  # this side's probabilities as an A operand
+    p_scores: cute.Tensor  # the same registers, in the scores' order
+    s: cute.Tensor
+    o: cute.Tensor
+
+    @staticmethod
+    def of(
+        dtype: type[cutlass.Numeric],
+        side: int | Int32,
+        thread: Int32,
+        q: cute.Pointer,
+        k: cute.Pointer,
+        chunks: int,
+        p: cute.Tensor,
+        other_p: cute.Tensor,
+    ) -> Fragments:
+        """Of a thread, given where shared memory holds Q, both buffers of `chunks` of K, and each side's P."""
+        chunk, v = k_major_layout(dtype), v_layout(dtype)
+        qk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))
+        pv = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM))
+        qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
+
+        s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, BLOCK)))
+        p_scores = cute.make_rmem_tensor(s.layout, dtype)
+        # An A operand takes its registers in the order of the accumulator.
+        p_operand = cute.make_tensor(p_scores.iterator, cute.make_layout(((2, 2, 2), 1, 4), stride=((1, 2, 4), 0, 8)))
+        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), qk)
+        store_slice = store.get_slice(thread)
+        return Fragments(
+            q=[qk_slice.make_fragment_A(qk_slice.partition_A(tile_at(q, c, chunk))) for c in range(V_CHUNKS)],
+            q_rope=cute.make_rmem_tensor(p_operand.layout, dtype),
+            k=[
+                qk_slice.make_fragment_B(qk_slice.partition_B(tile_at(k, side * chunks + c, chunk)))
+                for c in range(chunks)
+            ],
+            v=[
+                pv_slice.make_fragment_B(pv_slice.partition_B(tile_at(k, buffer * chunks + V_CHUNKS // 2 * side, v)))
+                for buffer in range(2)
+            ],
+            p_in=pv_slice.make_fragment_A(pv_slice.partition_A(other_p)),
+            p_out=(store, store_slice.retile(p_scores), store_slice.partition_D(p)),
+            p=p_operand,
+            p_scores=p_scores,
+            s=s,
+            o=pv_slice.make_fragment_C(pv_slice.partition_shape_C((ROWS, D_V // 2))),
+        )
+
+    def load_q_rope(self, r: int, row: cute.Pointer, lane: Int32):
+        """Q's RoPE chunk of this thread's row r straight into the registers of an A operand: its memory holds P.
+
+        row: where the row of Q begins in global memory.
+        """
+        start = row + (D_V + 2 * (lane % 4))
+        source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
+        to = cute.make_tensor(self.q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
+        cute.autovec_copy(source, to)
+
+    def issue_pv(self, a, buffer: int, begins: bool | Boolean = False):
+        """Issue O += P V for this side's half of a buffer; P in registers or as the other side left it.
+
+        begins: whether O = P V instead.
+        """
+        source = OperandSource.RMEM if a is self.p else OperandSource.SMEM
+        gemm(pv_op(self.p.element_type, source), self.o, a, self.v[buffer], overwrite=begins)
