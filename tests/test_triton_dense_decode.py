@@ -74,6 +74,19 @@ def test_several_kv_heads_into_a_strided_out(generator, group):
     assert_close_lse(lse, want_lse)
 
 
+@pytest.mark.parametrize(("columns", "power"), [(4, 20), (512, 110), (512, -60)])
+def test_values_of_any_magnitude(generator, columns, power):
+    inputs = dense_inputs(generator, BF16, [900, 50], h_q=2)
+    inputs["q"][..., :columns] = 0
+    inputs["k_cache"][..., :columns] *= 2.0**power
+    out, lse = run(inputs)
+    want, want_lse = reference.decode(**inputs, head_dim_v=512)
+    back = torch.ones(512)
+    back[:columns] = 2.0**-power
+    assert_close_out(out.cpu() * back / 8, want.cpu() * back / 8)  # latents of the size that the tolerance is meant for
+    assert_close_lse(lse, want_lse)
+
+
 def test_requests_that_are_split_and_merged(generator):
     inputs = dense_inputs(generator, FP16, [1500, 3, 700], page_size=64, h_q=2, dtype=torch.float16)
     meta = FlashMLASchedMeta()
