@@ -189,11 +189,6 @@ def cpu_decode_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def remark(result: dict) -> str:
-    """What was added to a recorded run by hand, if anything: why its numbers are not those of the code beside them."""
-    return f"\n{result['remark']}\n" if "remark" in result else ""
-
-
 TABLES = {
     "dense_decode": dense_decode_table,
     "sparse_decode": sparse_decode_table,
@@ -215,7 +210,7 @@ def main() -> int:
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     results = {name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in TABLES}
-    tables = "\n".join(table(results[name]) + remark(results[name]) for name, table in TABLES.items())
+    tables = "\n".join(table(results[name]) for name, table in TABLES.items())
     new = before + BEGIN + "\n" + tables + "\n" + END + after
     if check:
         return int(new != text)
