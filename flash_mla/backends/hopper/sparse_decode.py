@@ -7,7 +7,8 @@ block 1; each hands its probabilities to the other through shared memory, and ea
 
 P takes the place of the RoPE chunk, which nobody needs once the scores are complete: of block 0 it is freed with the
 right half of V, of block 1 with the left one, and the producers fill it together with those. Without RoPE both blocks'
-P take one place in turns: a side has read the other's when it writes its own.
+P take one place in turns: a warp, which reads and writes its own 16 rows of it, has read the other side's when it
+writes its own.
 """
 
 from dataclasses import dataclass
