@@ -45,8 +45,8 @@ Q_WARPS = 3
 LEFT, RIGHT, ROPE = 0, 1, 2
 GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
 
-# Pairs of blocks that a CTA loads before it also brings later ones to L2: at first all SMs wait for loads at once, which
-# what is not yet needed would delay (a request of 65,536 tokens: 49 us instead of 52; of many more pairs: no matter).
+# Pairs of blocks that a CTA loads before it also brings later ones to L2: at first all SMs wait for loads at once, and
+# what is not yet needed would delay them (a request of 65,536 tokens: 49 us instead of 52; many pairs: no matter).
 PREFETCH_FROM = 4
 
 # Kinds of tiles that a consumer takes: all of it visible to every row, or perhaps not, or the last of a piece.
