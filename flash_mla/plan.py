@@ -87,6 +87,7 @@ def split_plan(
     tile: int = 64,
     fixed_cost: int,
     num_workers: int,
+    even_workers: int | None = None,
     units_per_request: int = 1,
     min_cost: int = 1,
     batch_invariant: bool = False,
@@ -99,6 +100,8 @@ def split_plan(
         tile: tokens in a tile.
         fixed_cost: what starting a piece costs, in tiles.
         num_workers: workers that run at once.
+        even_workers: as many of them as are used where units cost the same on average as the first does, as equal ones
+            do; num_workers by default. Fewer may cut such units alike, or not at all.
         units_per_request: each request makes this many consecutive units of its length.
         min_cost: fewer workers are used rather than giving each a range of less than this, in tiles.
         batch_invariant: cut a unit only at places that depend on its own length.
@@ -119,7 +122,9 @@ def split_plan(
     total = begins[-1]
 
     # Worker w's range of the cost axis begins at floor(w * total / workers); workers beyond that number stay idle.
-    workers = torch.clamp(total // min_cost, min=1, max=num_workers)
+    alike = total == begins[1] * tiles.numel()
+    most = torch.where(alike, num_workers if even_workers is None else even_workers, num_workers)
+    workers = torch.minimum(torch.clamp(total // min_cost, min=1), most)
     worker = torch.arange(num_workers + 1, device=lengths.device)
     cut = torch.minimum(worker * total // workers, total)
     unit = torch.searchsorted(begins[1:], cut, right=True)

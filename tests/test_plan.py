@@ -113,6 +113,27 @@ def test_extra_lengths_add_their_tiles(lengths, extra, schedule):
     assert torch.equal(plan.splits, same.splits)
 
 
+@given(st.integers(0, 5000), st.integers(1, 60), schedules)
+def test_equal_units_have_workers_of_their_own_number(length, requests, schedule):
+    lengths = [length] * requests
+    schedule["num_workers"] += (fewer := schedule["num_workers"])
+    plan, tiles, _ = make(lengths, even_workers=fewer, **schedule)
+    expected, _, _ = make(lengths, **{**schedule, "num_workers": fewer})
+    assert torch.equal(plan.work[: fewer + 1], expected.work)
+    assert torch.equal(plan.splits, expected.splits)
+    assert not any(unit < len(tiles) for unit in plan.work[fewer:, 0].tolist()), "the others stay idle"
+
+
+@given(lengths_lists, schedules)
+def test_units_that_differ_take_all_workers(lengths, schedule):
+    tiles = tile_counts(lengths)
+    lengths.append((max(tiles) + 1) * TILE)  # more than the average
+    lengths = [lengths[-1], *lengths[:-1]]
+    plan, _, _ = make(lengths, even_workers=1, **schedule)
+    expected, _, _ = make(lengths, **schedule)
+    assert torch.equal(plan.work, expected.work)
+
+
 def test_plan_is_deterministic_int32():
     lengths = torch.randint(0, 50_000, (300,), dtype=torch.int32)
     plans = [split_plan(lengths, fixed_cost=5, num_workers=66) for _ in range(2)]

@@ -82,5 +82,11 @@ def test_few_units_are_spread_over_the_gpu(num_sms):
     for queries, h_q in ((1, 16), (2, 128), (num_sms // 4, 64)):
         config = sparse_decode_config(queries, h_q, 128, num_sms)
         assert config.num_workers > num_sms // config.row_tiles * 0.9
-    # Lengths that only the device knows cannot be relied on to be equal.
-    assert sparse_decode_config(num_sms - 4, 64, None, num_sms).num_workers == num_sms
+
+
+@GPUS
+def test_lengths_that_only_the_device_knows_may_be_equal(num_sms):
+    config = sparse_decode_config(num_sms - 4, 64, None, num_sms)
+    assert (config.num_workers, config.even_workers) == (num_sms, num_sms - 4)
+    config = sparse_decode_config(num_sms // 9, 64, None, num_sms)
+    assert config.even_workers == num_sms, "of many pieces none need be equal"

@@ -15,12 +15,16 @@ def random_schedule(rng):
     b = rng.choice([1, 2, 7, 128, 511, 512, 513, 4096])
     longest = rng.choice([1, 64, 4096, 1 << 17])
     lengths = torch.tensor([rng.choice([0, 1, rng.randint(0, longest)]) for _ in range(b)], dtype=torch.int32)
+    if rng.random() < 0.3:
+        lengths = torch.full_like(lengths, rng.randint(0, longest))
     extra = torch.randint(0, 2048, (b,), dtype=torch.int32) if rng.random() < 0.4 else None
+    num_workers = rng.choice([1, 2, 33, 66, 132, 600])
     return lengths, {
         "extra_lengths": extra,
         "tile": rng.choice([1, 32, 64, 100]),
         "fixed_cost": rng.randint(1, 9),
-        "num_workers": rng.choice([1, 2, 33, 66, 132, 600]),
+        "num_workers": num_workers,
+        "even_workers": rng.choice([None, rng.randint(1, num_workers)]),
         "units_per_request": rng.choice([1, 1, 2, 5]),
         "min_cost": rng.randint(1, 8),
         "batch_invariant": rng.random() < 0.4,

@@ -55,6 +55,7 @@ def plan(
     tile: int = 64,
     fixed_cost: int,
     num_workers: int,
+    even_workers: int | None = None,
     units_per_request: int = 1,
     min_cost: int = 1,
     batch_invariant: bool = False,
@@ -67,7 +68,8 @@ def plan(
     work = torch.empty(num_workers + 1, 4, dtype=torch.int32, device=device)
     splits = torch.empty(b * units_per_request + 1, dtype=torch.int32, device=device)
     kernel = kernels.load("planner_batch_invariant" if batch_invariant else "planner_balanced")
-    kernel(lengths, extra_lengths, work, splits, tile, fixed_cost, min_cost, units_per_request)
+    even_workers = num_workers if even_workers is None else even_workers
+    kernel(lengths, extra_lengths, work, splits, tile, fixed_cost, min_cost, even_workers, units_per_request)
     return SplitPlan(work, splits)
 
 

@@ -33,6 +33,7 @@ class Planner:
         tile: Int32,
         fixed_cost: Int32,
         min_cost: Int32,
+        even_workers: Int32,
         units_per_request: Int32,
         stream,
     ):
@@ -44,9 +45,9 @@ class Planner:
             slots: cute.struct.MemRange[Int32, THREADS]
 
         self.Shared = Shared
-        self.kernel(lengths, extra_lengths, work, splits, tile, fixed_cost, min_cost, units_per_request).launch(
-            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream
-        )
+        self.kernel(
+            lengths, extra_lengths, work, splits, tile, fixed_cost, min_cost, even_workers, units_per_request
+        ).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
     @cute.kernel
     def kernel(
@@ -58,6 +59,7 @@ class Planner:
         tile: Int32,
         fixed_cost: Int32,
         min_cost: Int32,
+        even_workers: Int32,
         units_per_request: Int32,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -72,10 +74,12 @@ class Planner:
 
         total = Int32(0)
         for request in cutlass.range(thread, requests, THREADS):
-            n = ceil_div(lengths[request], tile) + ceil_div(extra_lengths[request], tile)
+            n = self.request_tiles(lengths, extra_lengths, request, tile)
             total += self.cost(n, fixed_cost) * units_per_request
         _, total = self.scan(total, warp_sums)
-        workers = cutlass.max(1, cutlass.min(total // min_cost, num_workers))
+        first_cost = self.cost(self.request_tiles(lengths, extra_lengths, Int32(0), tile), fixed_cost)
+        most = cutlass.select_(total == first_cost * units, even_workers, num_workers)
+        workers = cutlass.min(cutlass.max(1, total // min_cost), most)
 
         begin = Int32(0)  # of the first unit of the block, on the cost axis
         slot = Int32(0)
@@ -84,8 +88,7 @@ class Planner:
             n = Int32(0)
             cost = Int32(0)
             if unit < units:
-                request = unit // units_per_request
-                n = ceil_div(lengths[request], tile) + ceil_div(extra_lengths[request], tile)
+                n = self.request_tiles(lengths, extra_lengths, unit // units_per_request, tile)
                 cost = self.cost(n, fixed_cost)
             before, block_cost = self.scan(cost, warp_sums)
             unit_begin = begin + before
@@ -117,6 +120,10 @@ class Planner:
             self.write_row(work, worker, units, Int32(0), Int32(0), Int32(-1))
         if thread == 0:
             splits[units] = slot
+
+    @cute.jit
+    def request_tiles(self, lengths: cute.Tensor, extra_lengths: cute.Tensor, request: Int32, tile: Int32) -> Int32:
+        return ceil_div(lengths[request], tile) + ceil_div(extra_lengths[request], tile)
 
     @cute.jit
     def piece_tiles(self, tiles: Int32) -> Int32:
@@ -224,5 +231,5 @@ def compile_variant(batch_invariant: bool) -> aot.Compiled:
     extra_lengths = aot.strided(Int32, (b,))
     work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
     splits = aot.compact(Int32, (cute.sym_int(),))
-    scalars = [Int32(1)] * 4
+    scalars = [Int32(1)] * 5
     return aot.compile_kernel(Planner(batch_invariant), lengths, extra_lengths, work, splits, *scalars)

@@ -143,6 +143,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
         tile=TILE,
         fixed_cost=config.fixed_cost,
         num_workers=config.num_workers,
+        even_workers=config.even_workers,
         units_per_request=problem.s_q * config.passes,
         min_cost=config.min_cost,
         batch_invariant=problem.batch_invariant,
