@@ -76,7 +76,7 @@ def sparse_decode_config(
     balanced = SparseDecodeConfig(rows, row_tiles, passes, workers, workers, FIXED_COST, min_cost=1, unsplit=False)
     if not tiles:
         # Cut alike or kept whole, equal units are up to a fifth faster; cut into many pieces, they rather use all SMs.
-        return replace(balanced, even_workers=even_workers(units, workers)) if 2 * units >= workers else balanced
+        return replace(balanced, even_workers=even_workers(units, workers)) if workers < 3 * units else balanced
     rounds = -(-units // workers)
     piece = -(-tiles // max(1, workers // units))
     whole = rounds * (tiles + FIXED_COST)
