@@ -32,6 +32,7 @@ def test_every_row_is_covered_and_no_sm_counted_twice(num_sms):
         assert config.unit_rows == config.row_tiles * config.rows, rows
         assert config.fixed_cost >= 1, f"{rows} rows: a piece without cost, hence empty units without a worker"
         assert config.min_cost >= 1, rows
+        assert 1 <= config.even_workers <= config.num_workers, rows
 
 
 @GPUS
@@ -143,9 +144,13 @@ def test_even_workers_are_never_too_few_nor_too_many():
             assert LEAST_BUSY * num_workers <= even_workers(units, num_workers) <= num_workers
 
 
-def test_only_hbm_bound_layouts_leave_sms_idle_where_units_are_many():
-    assert dense_decode_config(64, 128, H200).num_workers == 128
-    assert dense_decode_config(128, 100, H200).num_workers == H200 // 2
+@pytest.mark.parametrize(
+    ("rows", "requests", "workers", "even"),
+    [(64, 128, 128, 128), (64, 256, 132, 128), (16, 256, 132, 128), (128, 128, 66, 64), (128, 120, 66, 66)],
+)
+def test_of_many_units_equal_ones_alone_leave_sms_idle(rows, requests, workers, even):
+    config = dense_decode_config(rows, requests, H200)
+    assert (config.num_workers, config.even_workers) == (workers, even)
 
 
 def test_boxes_fit_into_pages_and_tiles():

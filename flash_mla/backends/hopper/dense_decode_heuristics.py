@@ -19,7 +19,9 @@ COMPUTE_ALONE = 2.55
 COMPUTE_CLUSTER = 2.4
 READ = 4.4
 
-LEAST_BUSY = 0.9  # part of the SMs that still draws all of HBM's bandwidth
+# Parts of the SMs that suffice: to draw all of HBM's bandwidth, or to compute units kept whole as fast as all would
+# compute and merge pieces of them.
+LEAST_BUSY, LEAST_BUSY_WITH_UNITS = 0.9, 0.96
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class DenseDecodeConfig:
     row_tiles: int  # CTAs of a worker: tiles of query rows taken side by side
     passes: int  # turns a worker takes over the rows of a request and KV head
     num_workers: int
+    even_workers: int  # that are used where the device finds units of equal length
     fixed_cost: int  # of starting a piece, in tiles
     min_cost: int  # range of the plan that is worth a worker, in tiles
 
@@ -59,7 +62,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
             cluster=1,
             row_tiles=1,
             passes=1,
-            num_workers=even_workers(num_pairs, num_sms),
+            **_workers(num_pairs, num_sms, LEAST_BUSY),
             fixed_cost=2,
             min_cost=2,
         )
@@ -74,9 +77,6 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
     row_tiles = min(range(1, min(tiles, num_sms) + 1), key=cost)
     passes = -(-tiles // row_tiles)
     units, num_workers = num_pairs * passes, num_sms // row_tiles
-    even = row_tiles == 1 or units <= num_workers  # bound by HBM, or in need of pieces that are alike
-    if even:
-        num_workers = even_workers(units, num_workers)
     return DenseDecodeConfig(
         swapped=False,
         rows=ROWS,
@@ -85,8 +85,8 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
         cluster=2 if row_tiles % 2 == 0 else 1,
         row_tiles=row_tiles,
         passes=passes,
-        num_workers=num_workers,
-        fixed_cost=2 if even else 4,
+        **_workers(units, num_workers, LEAST_BUSY if row_tiles == 1 else LEAST_BUSY_WITH_UNITS),
+        fixed_cost=2 if row_tiles == 1 or units <= num_workers else 4,
         min_cost=1,
     )
 
@@ -110,7 +110,14 @@ def gathers(s_q: int, h_q: int, h_kv: int, page_size: int) -> bool:
     return rows <= ROWS and not (box == BLOCK and rows <= FEW_ROWS[-1])
 
 
-def even_workers(units: int, num_workers: int) -> int:
+def _workers(units: int, num_workers: int, least_busy: float) -> dict[str, int]:
+    """Few units are cut alike as if they were equal; with more of them, that depends on their lengths."""
+    if units <= num_workers:
+        num_workers = even_workers(units, num_workers)
+    return {"num_workers": num_workers, "even_workers": even_workers(units, num_workers, least_busy)}
+
+
+def even_workers(units: int, num_workers: int, least_busy: float = LEAST_BUSY) -> int:
     """The most workers that cut equal units between them, not within or all in as many pieces, if not too few."""
     even = units // -(-units // num_workers) if units > num_workers else num_workers // units * units
-    return even if even >= LEAST_BUSY * num_workers else num_workers
+    return even if even >= least_busy * num_workers else num_workers

@@ -67,6 +67,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
         tile=config.tile,
         fixed_cost=config.fixed_cost,
         num_workers=config.num_workers,
+        even_workers=config.even_workers,
         units_per_request=problem.h_kv * config.passes,
         min_cost=config.min_cost,
         batch_invariant=problem.batch_invariant,
