@@ -75,6 +75,8 @@ def sparse_decode_config(
     units, workers = queries * passes, num_sms // row_tiles
     balanced = SparseDecodeConfig(rows, row_tiles, passes, workers, workers, FIXED_COST, min_cost=1, unsplit=False)
     if not tiles:
+        if rows == ROWS:  # their tiles take so long that a piece's start is worth less than two
+            balanced = replace(balanced, fixed_cost=1)
         # Cut alike or kept whole, equal units are up to a fifth faster; cut into many pieces, they rather use all SMs.
         return replace(balanced, even_workers=even_workers(units, workers)) if workers < 3 * units else balanced
     rounds = -(-units // workers)
