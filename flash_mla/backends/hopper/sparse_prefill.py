@@ -496,8 +496,6 @@ class SparsePrefill(Seesaw):
                 length = args.length(number)  # RoPE leaves no register for what was loaded ahead
                 self.issue_first_scores(c, pieces, pairs)
                 warpgroup.wait_group(0)
-            if const_expr(self.overlaps):
-                self.free_staging(0)
             # The last pair, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
             # makes ptxas serialise all of them.
             for tile in cutlass.range(piece.begin, piece.stop - 1, unroll=1):
@@ -523,6 +521,10 @@ class SparsePrefill(Seesaw):
         cute.arch.mbarrier_wait(c.barriers.q_full, pieces & 1)
         warpgroup.fence()
         self.issue_scores(c, self.qk_order[c.side], pairs & 1)
+
+    def free_p(self, c: Consumer):
+        if self.overlaps:
+            self.free_staging(0)
 
     def begin_piece(self, args, c: Consumer, number: Int32, length: Int32) -> Piece:
         """Start to load what a piece needs besides what the producers bring: Q's RoPE chunk."""
@@ -587,17 +589,23 @@ class SparsePrefill(Seesaw):
         following: (pieces, pairs) before the next one; if pieces overlap, the scores of its first pair are complete on
         exit.
         """
-        self.merge_sides(c)
         is_whole = args.slot(piece) < 0
         inv = self.normalisation(c, sinks)
         if const_expr(self.overlaps):
+            # The next piece's Q and K arrive meanwhile, the left side's before the right one's.
+            own, other = self.qk_order[c.side]
+            early = 1 if const_expr(c.side == LEFT) else 2
             if is_whole:
-                self.write_chunks_by_tma(args, c, piece, inv, 0)
-            # By now the next piece's Q and K have come.
-            self.issue_first_scores(c, following[0], following[1])
+                self.write_chunks_by_tma(args, c, piece, inv, 0, early)
+            cute.arch.mbarrier_wait(c.barriers.q_full, following[0] & 1)
+            warpgroup.fence()
+            self.issue_scores(c, (own,), following[1] & 1)
+            if is_whole:
+                self.write_chunks_by_tma(args, c, piece, inv, early, early + 1)
+            self.issue_scores(c, (other,), following[1] & 1)
         if is_whole:
             if const_expr(self.overlaps):
-                self.write_chunks_by_tma(args, c, piece, inv, STAGES)
+                self.write_chunks_by_tma(args, c, piece, inv, early + 1, D_V // 2 // CHUNK)
             else:
                 self.write_rows(args, c, piece, inv)
             # A proxy fence waits until these, too, have been written, and the right side is the last to come to one.
@@ -631,8 +639,8 @@ class SparsePrefill(Seesaw):
                 args.max_logits[piece.token, head] = running.top[r] * (c.scale * LN2)
 
     @cute.jit
-    def write_chunks_by_tma(self, args, c, piece: Piece, inv: cute.Tensor, first: cutlass.Constexpr):
-        """As many chunks of this side's columns as can be staged, each warp's rows for itself.
+    def write_chunks_by_tma(self, args, c, piece: Piece, inv: cute.Tensor, first: cutlass.Constexpr, stop: cutlass.Constexpr):
+        """Chunks first ... stop - 1 of this side's columns, each warp's rows for itself.
 
         TMA leaves out the rows that do not exist.
         """
@@ -643,7 +651,7 @@ class SparsePrefill(Seesaw):
         out = cute.group_modes(cute.local_tile(args.out_tma, (WARP_ROWS, CHUNK), (None, None, None)), 0, 2)
         p = c.shared.p0 if const_expr(c.side == LEFT) else c.shared.p1
         stages = [p.data_ptr(), c.shared.out.data_ptr() + c.side * CHUNK_ELEMENTS]
-        for chunk in range_constexpr(first, first + STAGES):
+        for chunk in range_constexpr(first, stop):
             staging = stages[chunk % STAGES]
             self.free_staging(STAGES - 1)
             chunk_of(c.f.o, chunk, inv, c.f.p_scores)
