@@ -136,7 +136,10 @@ class Seesaw:
                 cute.arch.mbarrier_arrive(c.barriers.q_empty + group)
 
     def hand_over(self, c: Consumer, p_max: cute.Tensor, n: cute.Tensor, ready: int):
-        """Give the other side this one's probabilities and the reference that they were taken against."""
+        """Give the other side this one's probabilities and the reference that they were taken against.
+
+        It has read the previous ones: this side's scores are of K that came where that side's P V was done with V.
+        """
         self.free_p(c)
         cute.copy(c.f.p_out[0], c.f.p_out[1], c.f.p_out[2])
         p_max[c.row], p_max[c.row + 8] = n[0], n[1]
