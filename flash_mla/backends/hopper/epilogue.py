@@ -42,22 +42,14 @@ def copy_rows_of_warp(staging: cute.Pointer, first_row: Int32, destinations: lis
 
 @cute.jit
 def write_fp32_row(o: cute.Tensor, r: cutlass.Constexpr, inv: Float32, to: cute.Pointer, exists, lane: Int32):
-    """This thread's part of its row r as fp32: neighbouring lanes trade pairs, so each writes 16 bytes at once."""
-    odd = lane % 2
-    start = to + 8 * odd + 4 * (lane % 4 // 2)
-    for j in range_constexpr(0, COLUMNS // 8, 2):
-        # The even lane takes column group j, the odd one group j + 1.
-        mine, theirs = [], []
-        for c in range_constexpr(2):
-            low, high = o[4 * j + 2 * r + c] * inv, o[4 * (j + 1) + 2 * r + c] * inv
-            mine.append(cutlass.select_(odd != 0, high, low))
-            theirs.append(cute.arch.shuffle_sync_bfly(cutlass.select_(odd != 0, low, high), 1))
-        values = cute.make_rmem_tensor(4, Float32)
-        for c in range_constexpr(2):
-            values[c] = cutlass.select_(odd != 0, theirs[c], mine[c])
-            values[2 + c] = cutlass.select_(odd != 0, mine[c], theirs[c])
-        if exists:
-            cute.autovec_copy(values, cute.make_tensor((start + 8 * j).align(16), cute.make_layout(4)))
+    """This thread's part of its row r as fp32: the 8 bytes each of four neighbouring lanes are a sector."""
+    start = to + 2 * (lane % 4)
+    if exists:
+        for j in range_constexpr(COLUMNS // 8):
+            values = cute.make_rmem_tensor(2, Float32)
+            for c in range_constexpr(2):
+                values[c] = o[4 * j + 2 * r + c] * inv
+            cute.autovec_copy(values, cute.make_tensor((start + 8 * j).align(8), cute.make_layout(2)))
 
 
 @cute.jit

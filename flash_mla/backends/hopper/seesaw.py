@@ -9,7 +9,7 @@ A kernel derives from `Seesaw` and says how K arrives (`wait_chunks`) and what a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ LEFT, RIGHT, ROPE = 0, 1, 2
 GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
 
 # Named barriers of the two consumer warpgroups.
-P0_READY, P1_READY, SUMS_READY = 1, 2, 3
+P0_READY, P1_READY, SUMS_READY, P1_READ, SCORES_ISSUED = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,9 @@ class Seesaw:
         """Wait until a group of chunks of this side's block has arrived."""
         raise NotImplementedError
 
+    def free_p(self, c: Consumer):
+        """Wait until this side's P in shared memory may be written, if it is used for anything else."""
+
     def softmax(self, c: Consumer, n, sums, parity, begins: bool | Boolean):
         """From c.f.s: c.f.p_scores and this thread's `sums` against n, which moves if it must; c.running.top.
 
@@ -102,14 +105,20 @@ class Seesaw:
         q, k = shared.q.data_ptr(), shared.k.data_ptr()
         return Fragments.of(self.dtype, side, thread, q, k, self.chunks, p[side], p[1 - side])
 
-    def issue_scores(self, c: Consumer, groups: Sequence[int], parity):
-        """Issue S (+)= Q K^T over groups of chunks of this side's block, each as soon as it has arrived."""
+    def issue_scores(self, c: Consumer, groups: Sequence[int], parity, after_first: Callable[[], None] | None = None):
+        """Issue S (+)= Q K^T over groups of chunks of this side's block, each as soon as it has arrived.
+
+        after_first: called when the first chunk has been issued, as a group of wgmma of its own.
+        """
         f, first_chunk = c.f, GROUPS[self.qk_order[c.side][0]][0]
         for group in groups:
             self.wait_chunks(c, group, parity)
             for chunk in GROUPS[group]:
                 source, q = (OperandSource.RMEM, f.q_rope) if group == ROPE else (OperandSource.SMEM, f.q[chunk])
                 gemm(qk_op(self.dtype, source), f.s, q, f.k[chunk], overwrite=chunk == first_chunk)
+                if after_first is not None and chunk == first_chunk:
+                    warpgroup.commit_group()
+                    after_first()
         warpgroup.commit_group()
 
     def free(self, c: Consumer, buffer: int, group: int):
@@ -127,11 +136,23 @@ class Seesaw:
                 cute.arch.mbarrier_arrive(c.barriers.q_empty + group)
 
     def hand_over(self, c: Consumer, p_max: cute.Tensor, n: cute.Tensor, ready: int):
-        """Give the other side this one's probabilities and the reference that they were taken against."""
+        """Give the other side this one's probabilities and the reference that they were taken against.
+
+        It has read the previous ones: this side's scores are of K that came where that side's P V was done with V.
+        """
+        self.free_p(c)
         cute.copy(c.f.p_out[0], c.f.p_out[1], c.f.p_out[2])
         p_max[c.row], p_max[c.row + 8] = n[0], n[1]
-        cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier_arrive(barrier_id=ready, number_of_threads=2 * WARPGROUP)
+
+    def take_over(self, c: Consumer, p_max: cute.Tensor, n: cute.Tensor, ready: int):
+        """Wait for the other side's probabilities and read their reference.
+
+        The fence is the reader's, who has no wgmma in flight: the writer's would wait for those.
+        """
+        cute.arch.barrier(barrier_id=ready, number_of_threads=2 * WARPGROUP)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        n[0], n[1] = p_max[c.row], p_max[c.row + 8]
 
     def pair(self, c: Consumer, pairs, begins, precedes_last):
         """One pair of K blocks, not the last one: its scores are complete on entry, those of the next pair on exit.
@@ -146,7 +167,7 @@ class Seesaw:
             self.pair_right(c, pairs & 1, begins, None, precedes_last)
 
     def last_pair(self, c: Consumer, pairs, begins, prepare: tuple):
-        """The last pair of a piece of work. All of K's buffers are free on exit.
+        """The last pair of a piece of work. K's and P's buffers are free on exit, and the sides are merged.
 
         prepare: (function, its arguments), called when Q has been read and nothing that it loads can hold up a fence;
         its result is returned.
@@ -182,24 +203,28 @@ class Seesaw:
         warpgroup.wait_group(0)
         self.free(c, 0, LEFT)
 
-        cute.arch.barrier(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
-        n[0], n[1] = max1[c.row], max1[c.row + 8]
+        self.take_over(c, max1, n, P1_READY)
         self.move_reference(c, n)
         warpgroup.fence()
         f.issue_pv(f.p_in, 1)
         warpgroup.commit_group()
         if prepare is None:
-            # What this side takes first has been free for long, so the tensor cores need not run dry.
-            first, *rest = self.qk_order[LEFT]
-            self.issue_scores(c, (first,), parity ^ 1)
-            warpgroup.wait_group(1)
-            self.free(c, 1, LEFT)
-            self.issue_scores(c, rest, parity ^ 1)
+            # What this side takes first has been free for long, so the tensor cores need not run dry; issuing more than
+            # a chunk of it before K's other buffer is freed would wait for the tensor cores.
+            self.issue_scores(c, self.qk_order[LEFT], parity ^ 1, lambda: self.free_behind_scores(c))
+            cute.arch.barrier_arrive(barrier_id=SCORES_ISSUED, number_of_threads=2 * WARPGROUP)
             warpgroup.wait_group(0)
         else:
+            self.merge_sides(c)
             warpgroup.wait_group(0)
             self.free(c, 1, LEFT)
+            cute.arch.barrier_arrive(barrier_id=P1_READ, number_of_threads=2 * WARPGROUP)
         return prepared
+
+    def free_behind_scores(self, c: Consumer):
+        """The left side is done with V of buffer 1 when all but the last group of wgmma are."""
+        warpgroup.wait_group(1)
+        self.free(c, 1, LEFT)
 
     def pair_right(self, c: Consumer, parity, begins, prepare: tuple | None, precedes_last=False):
         f, row_sum = c.f, c.running.row_sum
@@ -208,8 +233,7 @@ class Seesaw:
         prepared = None
 
         self.free(c, 1, ROPE)
-        cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
-        n[0], n[1] = max0[c.row], max0[c.row + 8]
+        self.take_over(c, max0, n, P0_READY)
         self.move_reference(c, n, begins)
         warpgroup.fence()
         f.issue_pv(f.p_in, 0, begins)
@@ -226,10 +250,15 @@ class Seesaw:
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
         if prepare is not None:
             prepared = prepare[0](*prepare[1:])
+            self.merge_sides(c)
         warpgroup.wait_group(0)
         self.free(c, 1, RIGHT)
-        if prepare is None:
+        if prepare is not None:
+            cute.arch.barrier(barrier_id=P1_READ, number_of_threads=2 * WARPGROUP)
+        else:
             first, *rest = self.qk_order[RIGHT]
+            # The left side's scores are wanted first: they do not share the tensor cores with this side's.
+            cute.arch.barrier(barrier_id=SCORES_ISSUED, number_of_threads=2 * WARPGROUP)
             warpgroup.fence()
             self.issue_scores(c, (first,), parity ^ 1)
             self.issue_scores(c, rest, parity ^ 1)
@@ -246,10 +275,9 @@ class Seesaw:
 
     @cute.jit
     def merge_sides(self, c):
-        """Row sums and largest scores over all threads of a row and over both sides, in place.
+        """Row sums and largest scores over all threads of a row and over both sides, in place, once both are final.
 
-        Behind it the other side has also read its last P: the buffers of P are free. What it leaves in shared memory is
-        overwritten by the next piece of work behind barriers of that piece's pairs.
+        What it leaves in shared memory is overwritten by the next piece of work behind barriers of that piece's pairs.
         """
         sums, other_sums = self.by_side(c.side, c.shared.sum0, c.shared.sum1)
         tops, other_tops = self.by_side(c.side, c.shared.top0, c.shared.top1)

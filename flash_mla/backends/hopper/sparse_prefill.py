@@ -39,6 +39,9 @@ from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout, tile_at
 CONSUMER_REGISTERS = 232
 PRODUCER_REGISTERS = 40
 PRODUCER_WARP = 8  # the producer warpgroup's first
+# Chunks of a piece's output that each side has written when it issues the next piece's scores over its own half of V's
+# columns, and those over the other half. The left side's K comes first, and its scores are wanted first.
+WRITTEN = ((0, 1), (1, 2))
 STAGES = 2  # chunks of each side's output that shared memory has room for beside K and Q, without RoPE
 WARP_ROWS = 16  # rows of a block that a producer warp gathers, and of the output that a consumer warp writes
 
@@ -487,17 +490,17 @@ class SparsePrefill(Seesaw):
         piece = self.begin_piece(args, c, number, args.length(number))
         length = args.length(number + workers)  # of the next piece, early
         if const_expr(self.overlaps):
-            self.issue_first_scores(c, pieces, pairs)
+            self.wait_q(c, pieces)
+            self.issue_scores(c, self.qk_order[side], pairs & 1)
             warpgroup.wait_group(0)
         while piece.number < args.pieces:
             number += workers
             c.running.reset()
             if const_expr(not self.overlaps):
                 length = args.length(number)  # RoPE leaves no register for what was loaded ahead
-                self.issue_first_scores(c, pieces, pairs)
+                self.wait_q(c, pieces)
+                self.issue_scores(c, self.qk_order[side], pairs & 1)
                 warpgroup.wait_group(0)
-            if const_expr(self.overlaps):
-                self.free_staging(0)
             # The last pair, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
             # makes ptxas serialise all of them.
             for tile in cutlass.range(piece.begin, piece.stop - 1, unroll=1):
@@ -518,11 +521,14 @@ class SparsePrefill(Seesaw):
         if const_expr(self.overlaps):
             self.free_staging(0)
 
-    def issue_first_scores(self, c: Consumer, pieces: Int32, pairs: Int32):
-        """Issue the scores of a piece's first pair, given how many pieces and pairs went before."""
+    def wait_q(self, c: Consumer, pieces: Int32):
+        """Wait for the Q of a piece before its first scores, given how many pieces went before."""
         cute.arch.mbarrier_wait(c.barriers.q_full, pieces & 1)
         warpgroup.fence()
-        self.issue_scores(c, self.qk_order[c.side], pairs & 1)
+
+    def free_p(self, c: Consumer):
+        if self.overlaps:
+            self.free_staging(0)
 
     def begin_piece(self, args, c: Consumer, number: Int32, length: Int32) -> Piece:
         """Start to load what a piece needs besides what the producers bring: Q's RoPE chunk."""
@@ -587,17 +593,21 @@ class SparsePrefill(Seesaw):
         following: (pieces, pairs) before the next one; if pieces overlap, the scores of its first pair are complete on
         exit.
         """
-        self.merge_sides(c)
         is_whole = args.slot(piece) < 0
         inv = self.normalisation(c, sinks)
+        before, amid = WRITTEN[c.side]
         if const_expr(self.overlaps):
+            first, *rest = self.qk_order[c.side]
             if is_whole:
-                self.write_chunks_by_tma(args, c, piece, inv, 0)
-            # By now the next piece's Q and K have come.
-            self.issue_first_scores(c, following[0], following[1])
+                self.write_chunks_by_tma(args, c, piece, inv, range(before))
+            self.wait_q(c, following[0])
+            self.issue_scores(c, (first,), following[1] & 1)
+            if is_whole:
+                self.write_chunks_by_tma(args, c, piece, inv, range(before, amid))
+            self.issue_scores(c, rest, following[1] & 1)
         if is_whole:
             if const_expr(self.overlaps):
-                self.write_chunks_by_tma(args, c, piece, inv, STAGES)
+                self.write_chunks_by_tma(args, c, piece, inv, range(amid, V_CHUNKS // 2))
             else:
                 self.write_rows(args, c, piece, inv)
             # A proxy fence waits until these, too, have been written, and the right side is the last to come to one.
@@ -631,8 +641,8 @@ class SparsePrefill(Seesaw):
                 args.max_logits[piece.token, head] = running.top[r] * (c.scale * LN2)
 
     @cute.jit
-    def write_chunks_by_tma(self, args, c, piece: Piece, inv: cute.Tensor, first: cutlass.Constexpr):
-        """As many chunks of this side's columns as can be staged, each warp's rows for itself.
+    def write_chunks_by_tma(self, args, c, piece: Piece, inv: cute.Tensor, chunks: cutlass.Constexpr):
+        """A range of chunks of this side's columns, each warp's rows for itself.
 
         TMA leaves out the rows that do not exist.
         """
@@ -643,7 +653,7 @@ class SparsePrefill(Seesaw):
         out = cute.group_modes(cute.local_tile(args.out_tma, (WARP_ROWS, CHUNK), (None, None, None)), 0, 2)
         p = c.shared.p0 if const_expr(c.side == LEFT) else c.shared.p1
         stages = [p.data_ptr(), c.shared.out.data_ptr() + c.side * CHUNK_ELEMENTS]
-        for chunk in range_constexpr(first, first + STAGES):
+        for chunk in range_constexpr(chunks.start, chunks.stop):
             staging = stages[chunk % STAGES]
             self.free_staging(STAGES - 1)
             chunk_of(c.f.o, chunk, inv, c.f.p_scores)
