@@ -17,16 +17,29 @@ def copy_or_zeros(to: Int32, source: Int64, nbytes: Int32) -> None:
     cute.arch.inline_ptx("cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[to, source, nbytes])
 
 
-def copy_async(to: tuple[Int32, int], token: Int64, source: tuple[Int64, int], nbytes: int) -> None:
-    """Start a copy of 16, 8 or 4 bytes to shared memory; of zeros, reading nothing, if `token` is 0."""
+def copy_async(
+    to: tuple[Int32, int],
+    token: Int64,
+    source: tuple[Int64, int],
+    nbytes: int,
+    *,
+    hint: int | None = None,
+    whole_lines: bool = True,
+) -> None:
+    """Start a copy of 16, 8 or 4 bytes to shared memory; of zeros, reading nothing, if `token` is 0.
+
+    hint: how long the L2 keeps what it brings. whole_lines: whether the L2 is to have all 128 bytes of a line.
+    """
     cache = "cg" if nbytes == 16 else "ca"
+    level = (".L2::cache_hint" if hint is not None else "") + (".L2::128B" if whole_lines else "")
+    policy = ", {$r3}" if hint is not None else ""
     cute.arch.inline_ptx(
         f"""{{
 .reg .pred absent;
 setp.eq.s64 absent, {{$r1}}, 0;
-cp.async.{cache}.shared.global.L2::128B [{{$r0}}+{to[1]}], [{{$r2}}+{source[1]}], {nbytes}, absent;
+cp.async.{cache}.shared.global{level} [{{$r0}}+{to[1]}], [{{$r2}}+{source[1]}], {nbytes}, absent{policy};
 }}""",
-        read_only_args=[to[0], token, source[0]],
+        read_only_args=[to[0], token, source[0], *([] if hint is None else [Int64(hint)])],
     )
 
 

@@ -12,7 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float16, Int32, Int64, Uint8, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot, dequant
-from flash_mla.backends.hopper.copies import copy_async, wait_copies
+from flash_mla.backends.hopper.copies import wait_copies
 from flash_mla.backends.hopper.dequant import (
     CHUNK_BYTES,
     HALF_CHUNKS,
@@ -100,8 +100,6 @@ class QuantisedSparseDecode(SparseDecode):
         cursor = self.settle(args, first_piece(args.work), end)
         self.fetch_index(args, cursor, lane)
         cute.arch.cp_async_commit_group()
-        if cursor.exists & (lane.warp == 0):
-            self.load_q(args, shared, barriers, tma_q, q_tma, cursor.unit, Int32(0))
         wait_copies(0)
 
         tiles, pieces, opened, slot = Int32(0), Int32(1), Int32(-1), Int32(0)
@@ -116,6 +114,8 @@ class QuantisedSparseDecode(SparseDecode):
                     (block, late), octet = self.place(i)
                     token = next_tokens.of_lane(block * (2 * OCTET) + octet * OCTET + lane.row)
                     self.fetch(lane, i, Int32(block ^ late), Int32(late), token, range(HALF_CHUNKS))
+                if lane.warp == 0:  # behind the rows, which take longer: they have to be converted
+                    self.load_q(args, shared, barriers, tma_q, q_tma, cursor.unit, Int32(0))
             cursor = self.next_cursor(args, cursor, end)
             self.fetch_index(args, cursor, lane)
             if not exists:
@@ -245,7 +245,7 @@ class QuantisedSparseDecode(SparseDecode):
             to = self.plain_place(lane, block, i)
             for units in range_constexpr(0, 2 * THREADS_PER_ROW, THREADS_PER_ROW):
                 source = (row + Int64(u * UNIT), self.loader.plain_offset + units * UNIT)
-                copy_async((to ^ (units * UNIT), 0), row, source, UNIT)
+                self.loader.copy((to ^ (units * UNIT), 0), row, source, UNIT)
         if const_expr(not self.converts_plain):
             cute.arch.cp_async_mbarrier_arrive_noinc(full)
 

@@ -208,6 +208,8 @@ class SparseDecode(TokenWalk):
         if warp == PRODUCER_WARP + 1:
             args.prefetch()
         self.init_barriers(barriers, warp)
+        if warp == 0:
+            args.prefetch_indices()
         cute.arch.griddepcontrol_wait()  # for the kernel before, under whose end all this has run
         cute.arch.griddepcontrol_launch_dependents()  # not earlier: combine reads the plan without waiting for it
 

@@ -25,7 +25,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource
 
 from flash_mla.backends.hopper import aot, dequant, few_heads_rows
 from flash_mla.backends.hopper.combine import partial_results
-from flash_mla.backends.hopper.copies import copy_async, wait_copies
+from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_async, wait_copies
 from flash_mla.backends.hopper.dequant import load_words
 from flash_mla.backends.hopper.few_heads_rows import (
     GROUP,
@@ -50,7 +50,6 @@ from flash_mla.backends.hopper.sparse_decode import (
     D_V,
     LEFT,
     PRODUCER_WARP,
-    RIGHT,
     WARPGROUP,
     compile_for,
     merge_queries,
@@ -79,10 +78,15 @@ ONE, BOTH = 1, 3
 
 @dataclass(frozen=True)
 class Barriers:
-    """Shared-memory barriers, one a stage."""
+    """Shared-memory barriers.
 
-    full: cute.Pointer
-    empty: cute.Pointer
+    A block may arrive before the one ahead of it, which is the other side's. Hence each side has barriers of its own: a
+    stage is used by both if stages are an odd number, and the parity that one side would wait for there is also what
+    the barrier shows until the other side's block before has arrived.
+    """
+
+    full: cute.Pointer  # [side][turn]: a side's blocks take turns with as many as there are stages
+    empty: cute.Pointer  # [stage]
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Lane:
 class Consumer:
     """What a consumer thread works on; of shared memory, addresses."""
 
-    side: Int32  # LEFT or RIGHT; an int where code is compiled for either
+    side: Int32  # LEFT or RIGHT
     warp: Int32  # of its warpgroup
     lane: Int32
     p_out: Int32  # where stmatrix writes its row of P's first version
@@ -172,7 +176,7 @@ class SparseDecodeFewHeads(TokenWalk):
 
         @cute.struct
         class Storage:
-            full: cute.struct.MemRange[Int64, self.stages]
+            full: cute.struct.MemRange[Int64, WARPGROUPS * self.stages]
             empty: cute.struct.MemRange[Int64, self.stages]
             attended: cute.struct.MemRange[Int64, self.stages]  # of a block, a bit a token
             indices: cute.struct.MemRange[Int32, WARPGROUP]  # of the next tile
@@ -240,12 +244,15 @@ class SparseDecodeFewHeads(TokenWalk):
             args.prefetch()
         if warp == 0:
             with cute.arch.elect_one():
-                for i in range_constexpr(self.stages):
+                for i in range_constexpr(WARPGROUPS * self.stages):
                     # A warp arrives when it has noted who is attended to, a thread when it has copied scales.
                     cute.arch.mbarrier_init(barriers.full + i, 4 + (WARPGROUP if self.rows.scales_apart else 0))
+                for i in range_constexpr(self.stages):
                     cute.arch.mbarrier_init(barriers.empty + i, 4)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
+        if warp == 0:
+            args.prefetch_indices()
         cute.arch.griddepcontrol_wait()  # for the kernel before, under whose end all this has run
         cute.arch.griddepcontrol_launch_dependents()  # not earlier: combine reads the plan without waiting for it
 
@@ -276,7 +283,7 @@ class SparseDecodeFewHeads(TokenWalk):
         self.fetch_index(args, cursor, lane)
         cute.arch.cp_async_commit_group()
         cute.arch.cp_async_commit_group()  # as if of the scales of a tile before the first
-        stage, parity = Int32(0), Int32(1)
+        stage, parity, turn = Int32(0), Int32(1), Int32(0)
         while cursor.exists:
             wait_copies(1)  # for this tile's index, not for the last one's scales
             tokens = self.locate(args, cursor, lane)
@@ -285,7 +292,7 @@ class SparseDecodeFewHeads(TokenWalk):
             cute.arch.cp_async_commit_group()
             attended = cute.arch.vote_ballot_sync(tokens.row != 0)
             for block in range_constexpr(2):
-                full = barriers.full + stage
+                full = barriers.full + (block * self.stages + turn)
                 cute.arch.mbarrier_wait(barriers.empty + stage, parity)
                 present = (attended >> (block * WARP_TOKENS)) & ((1 << WARP_TOKENS) - 1)
                 with cute.arch.elect_one():
@@ -293,14 +300,15 @@ class SparseDecodeFewHeads(TokenWalk):
                         "st.shared.u16 [{$r0}], {$r1};", read_only_args=[bits + stage * 8, cutlass.Uint16(present)]
                     )
                 self.gather(tokens, present, block, raw + stage * self.stage_bytes, full, number)
-                stage, parity = self.next_stage(stage, parity, 1)
+                stage, parity = self.advance(stage, parity, 1)
+            turn, _ = self.advance(turn, parity, 1)
             cute.arch.cp_async_commit_group()
 
-    def next_stage(self, stage: Int32, parity: Int32, by: int) -> tuple[Int32, Int32]:
-        """(stage, parity of its barriers) of the block that comes `by` blocks later."""
-        wraps = stage >= self.stages - by
-        stage = cutlass.select_(wraps, stage + (by - self.stages), stage + by)
-        return stage, cutlass.select_(wraps, parity ^ 1, parity)
+    def advance(self, position: Int32, parity: Int32, by: int) -> tuple[Int32, Int32]:
+        """(position, parity of its barrier) that comes `by` later, of as many positions as there are stages."""
+        wraps = position >= self.stages - by
+        position = cutlass.select_(wraps, position + (by - self.stages), position + by)
+        return position, cutlass.select_(wraps, parity ^ 1, parity)
 
     @cute.jit
     def gather(self, tokens, present: Int32, block: cutlass.Constexpr, to: Int32, full: cute.Pointer, lane: Int32):
@@ -368,7 +376,7 @@ class SparseDecodeFewHeads(TokenWalk):
         references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
         raw, attended, table = (Int32(room.data_ptr().toint()) for room in (shared.raw, shared.attended, shared.table))
         table += side * 2 * self.rows.table_bytes
-        stage, parity, turn = Int32(side), Int32(0), Int32(0)
+        stage, turn, parity, table_half = Int32(side), Int32(0), Int32(0), Int32(0)
         piece, end = first_piece(args.work), end_of_work(args.work)
         while remains(piece, end):
             length, extra_length = args.lengths(piece)
@@ -382,21 +390,19 @@ class SparseDecodeFewHeads(TokenWalk):
             if stop > piece.tile:
                 self.prepare_queries(args, shared, args.rows(piece), 4 * side + c.warp, anew(c.lane))
                 for _ in cutlass.range(piece.tile, stop, unroll=1):
-                    cute.arch.mbarrier_wait(barriers.full + stage, parity)
+                    cute.arch.mbarrier_wait(barriers.full + (side * self.stages + turn), parity)
                     block = Block(
                         raw + stage * self.stage_bytes,
                         attended + stage * 8 + c.warp * 2,
-                        table + turn * self.rows.table_bytes,
+                        table + table_half * self.rows.table_bytes,
                         barriers.empty + stage,
                     )
                     self.attend(replace(c, lane=anew(c.lane)), shared, block, sums)
-                    turn ^= 1
-                    stage, parity = self.next_stage(stage, parity, 2)
+                    table_half ^= 1
+                    stage, _ = self.advance(stage, parity, 2)
+                    turn, parity = self.advance(turn, parity, 1)
             slot, rows = args.slot(piece), args.rows(piece)
-            if side == LEFT:
-                self.write(replace(c, side=LEFT, lane=anew(c.lane)), args, shared, sums, slot, rows)
-            else:
-                self.write(replace(c, side=RIGHT, lane=anew(c.lane)), args, shared, sums, slot, rows)
+            self.write(replace(c, lane=anew(c.lane)), args, shared, sums, slot, rows)
             piece = next_piece(piece, stop, tiles)
 
     @cute.jit
@@ -405,19 +411,20 @@ class SparseDecodeFewHeads(TokenWalk):
         q = Int32(shared.q.data_ptr().toint())
         q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
         passes = -(-self.rows.d // (32 * 2 * PAIRS))
-        for i in range_constexpr(self.heads // 8):
-            head = i * 8 + warp
-            start = args.q[rows.request, rows.token, cutlass.min(head, rows.count - 1), None].iterator
+        given = cute.make_rmem_tensor((2 * PAIRS, passes), self.dtype)
+        self.load_queries(args, rows, warp, lane, given)
+        # Code that is there once for all heads is sooner in the caches.
+        for first in cutlass.range(0, self.heads, 8, unroll=1):
+            head = first + warp
             values, top = [], Float32(0.0)
             for turn in range_constexpr(passes):
-                unit = lane + 32 * turn
-                exists = (head < rows.count) & (unit * (2 * PAIRS) < self.rows.d)
-                given = cute.make_rmem_tensor(2 * PAIRS, self.dtype)
-                source = start + cutlass.select_(exists, unit, Int32(0)) * (2 * PAIRS)
-                cute.autovec_copy(cute.make_tensor(source.align(16), cute.make_layout(2 * PAIRS)), given)
-                values.append([cutlass.select_(exists, given[j].to(Float32), Float32(0.0)) for j in range(2 * PAIRS)])
+                exists = (head < rows.count) & ((lane + 32 * turn) * (2 * PAIRS) < self.rows.d)
+                some = given[None, turn]
+                values.append([cutlass.select_(exists, some[j].to(Float32), Float32(0.0)) for j in range(2 * PAIRS)])
                 for value in values[turn]:
                     top = cute.arch.fmax(top, cute.arch.fmax(value, -value))
+            if const_expr(self.heads > 8):
+                self.load_queries(args, rows, head + 8, lane, given)
             exponent = biased_exponent(cute.arch.warp_reduction_max(top)) - Q_EXPONENT
             exponent = cutlass.max(20, cutlass.min(exponent, 230))
             if lane == 0:
@@ -428,6 +435,14 @@ class SparseDecodeFewHeads(TokenWalk):
                     self.store_queries(q + head * ROW_BYTES, warp, unit, values[turn], power_of_two(254 - exponent))
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
+
+    def load_queries(self, args, rows, head: Int32, lane: Int32, given: cute.Tensor):
+        """Start to load this lane's columns of a head; of the last one, if it does not exist."""
+        start = args.q[rows.request, rows.token, cutlass.min(head, rows.count - 1), None].iterator
+        for turn in range(given.shape[1]):
+            unit = lane + 32 * turn
+            source = start + cutlass.select_(unit * (2 * PAIRS) < self.rows.d, unit, Int32(0)) * (2 * PAIRS)
+            cute.autovec_copy(cute.make_tensor(source.align(16), cute.make_layout(2 * PAIRS)), given[None, turn])
 
     def store_queries(self, row: Int32, swizzle: Int32, unit: Int32, values: list, factor: Float32) -> None:
         """16 columns of Q to the row of their head, in fp16 or, of RoPE, in bf16."""
@@ -470,13 +485,15 @@ class SparseDecodeFewHeads(TokenWalk):
         if const_expr(self.rows.table_bytes == 0):
             # Every warp has finished with the last block's P.
             cute.arch.barrier(barrier_id=ONE + c.side, number_of_threads=WARPGROUP)
-        excess = self.probabilities(c, s, p, factors, largest, reference)
-        cute.arch.fence_proxy("async.shared", space="cta")
-        if uniform(any_of_warpgroup(ONE + c.side, excess > LIMIT)) != 0:
-            self.move_reference(c, shared, s, largest, reference, sums)
-            self.probabilities(c, s, p, factors, largest, reference)
+        # Once more if the reference has to move, as it has in a piece's first block.
+        attempts = Int32(1)
+        while attempts > 0:
+            excess = self.probabilities(c, s, p, factors, largest, reference)
             cute.arch.fence_proxy("async.shared", space="cta")
-            cute.arch.barrier(barrier_id=ONE + c.side, number_of_threads=WARPGROUP)
+            exceeds = uniform(any_of_warpgroup(ONE + c.side, excess > LIMIT))
+            attempts = cutlass.select_((exceeds != 0) & (attempts == 1), Int32(2), Int32(0))
+            if attempts > 0:
+                self.move_reference(c, shared, s, largest, reference, sums)
         for e in range_constexpr(self.heads // 2):
             n = e // 4 * 2 + e % 2
             sums[n] = sums[n] + p[e]
@@ -627,11 +644,14 @@ class SparseDecodeFewHeads(TokenWalk):
                 )
                 total += part * cute.math.exp2(references[head, side] - top, fastmath=True)
             own = cute.math.exp2(references[head, c.side] - top, fastmath=True)
-            for chunk in range_constexpr(CHUNKS):
-                o = c.o[chunk]
+            # What this side gives away comes first.
+            for chunk in range_constexpr(CHUNKS // 2):
+                left, right = c.o[chunk], c.o[chunk + CHUNKS // 2]
                 for r in range_constexpr(2):
                     e = n // 2 * 4 + 2 * r + n % 2
-                    o[e] = o[e] * own
+                    given = cutlass.select_(c.side == LEFT, right[e], left[e])
+                    kept = cutlass.select_(c.side == LEFT, left[e], right[e])
+                    left[e], right[e] = given * own, kept * own
             # lse in base 2; an empty row's is -inf here.
             lse2[n] = top + cute.math.log2(total, fastmath=True)
             factors[n] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
@@ -645,7 +665,7 @@ class SparseDecodeFewHeads(TokenWalk):
     @cute.jit
     def trade(self, c, shared, i: cutlass.Constexpr):
         """Add the other side's part to this side's i-th group, through P's place."""
-        given, kept = 2 * (1 - c.side) + i, 2 * c.side + i
+        given, kept = i, 2 + i
         other = c.p_trade + (1 - 2 * c.side) * self.p_bytes
         values = self.heads  # of a thread and a group
         for j in range_constexpr(0, values, 4):
@@ -674,9 +694,8 @@ class SparseDecodeFewHeads(TokenWalk):
             # exp(lse) / (exp(lse) + exp(sink))
             kept = 1.0 / (1.0 + cute.math.exp2(args.sink[head] * LOG2_E - lse2[n], fastmath=True))
             factor = cutlass.select_(seen, factors[n] * kept, Float32(0.0))
-            if const_expr(c.side == LEFT):
-                if exists and c.lane < 4 and c.warp == 0:
-                    args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2[n] * LN2, Float32.inf)
+            if exists and c.lane < 4 and c.warp == 0 and c.side == LEFT:
+                args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2[n] * LN2, Float32.inf)
             self.write_columns(c, n, factor, args.out[rows.request, rows.token, head, None].iterator, exists)
 
     @cute.jit
@@ -684,9 +703,8 @@ class SparseDecodeFewHeads(TokenWalk):
         for n in range_constexpr(self.heads // 4):
             head = n // 2 * 8 + 2 * (c.lane % 4) + n % 2
             exists = head < rows.count
-            if const_expr(c.side == LEFT):
-                if exists and c.lane < 4 and c.warp == 0:
-                    args.partial_lse[slot, head] = lse2[n]
+            if exists and c.lane < 4 and c.warp == 0 and c.side == LEFT:
+                args.partial_lse[slot, head] = lse2[n]
             self.write_columns(c, n, factors[n], args.partial_o[slot, head, None].iterator, exists)
 
     @cute.jit
@@ -694,19 +712,23 @@ class SparseDecodeFewHeads(TokenWalk):
         """This thread's columns of a head: two of each chunk of this side's two groups."""
         width = to.dtype.width // 8
         for i in range_constexpr(2):
-            group = 2 * c.side + i
             values = cute.make_rmem_tensor(4, to.dtype)
             for k in range_constexpr(4):
-                o = c.o[2 * group + k // 2]
+                o = c.o[CHUNKS // 2 + 2 * i + k // 2]
                 values[k] = (o[n // 2 * 4 + k % 2 * 2 + n % 2] * factor).to(to.dtype)
-            starts = [to + self.rows.column(2 * group + half, c.warp, c.lane // 4) for half in range(2)]
+            starts = [to + self.kept_column(c, 2 * i + half) for half in range(2)]
             if exists:
-                if const_expr(self.rows.neighbours(group)):
+                if const_expr(self.rows.neighbours(i) and self.rows.neighbours(GROUPS // 2 + i)):
                     cute.autovec_copy(values, cute.make_tensor(starts[0].align(4 * width), cute.make_layout(4)))
                 else:
                     for half in range_constexpr(2):
                         pair = cute.make_tensor(values.iterator + 2 * half, cute.make_layout(2))
                         cute.autovec_copy(pair, cute.make_tensor(starts[half].align(2 * width), cute.make_layout(2)))
+
+    def kept_column(self, c, chunk: int) -> Int32:
+        """The column of V that is this thread's in one of the chunks that its side keeps."""
+        left, right = (self.rows.column(first + chunk, c.warp, c.lane // 4) for first in (0, CHUNKS // 2))
+        return cutlass.select_(c.side == LEFT, left, right)
 
 
 def store_word(address: Int32, word: Uint32) -> None:
@@ -740,8 +762,9 @@ selp.s32 {{$w0}}, 1, 0, any;
 def copy_row(to: Int32, row: Int64, nbytes: int, full: Int32) -> None:
     """Start a copy to shared memory, which the barrier `full` counts."""
     cute.arch.inline_ptx(
-        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{{$r0}}], [{{$r1}}], {nbytes}, [{{$r2}}];",
-        read_only_args=[to, row, full],
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        f"[{{$r0}}], [{{$r1}}], {nbytes}, [{{$r2}}], {{$r3}};",
+        read_only_args=[to, row, full, Int64(EVICT_FIRST)],
     )
 
 

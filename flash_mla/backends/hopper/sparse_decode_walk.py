@@ -60,6 +60,19 @@ class Arguments:
             first = cutlass.min(cute.arch.lane_idx() * 32, vector.shape[0] - 1)
             prefetch((vector.iterator + first * vector.stride[0]).toint())
 
+    def prefetch_indices(self):
+        """Bring to the L2 what are a worker's first indices if all units have as many tiles; for one warp."""
+        worker, workers = cute.arch.block_idx()[1], cute.arch.grid_dim()[1]
+        begin = Float32(worker * (self.splits.shape[0] - 1)) * cute.arch.rcp_approx(Float32(workers))  # in units
+        unit = Int32(begin)
+        request, token, _ = self.place(unit)
+        for source in (self.main, self.extra):
+            entries = source.indices.shape[2]
+            # Where a unit is cut, tiles of two caches may begin up to a tile earlier.
+            first = cutlass.max(Int32((begin - Float32(unit)) * Float32(entries)) - TILE, 0)
+            entry = cutlass.max(cutlass.min(first + cute.arch.lane_idx() * 32, entries - 1), 0)
+            prefetch((source.indices[request, token, None].iterator + entry).toint())
+
     def place(self, unit: Int32) -> tuple[Int32, Int32, Int32]:
         """(request, query token, pass over its heads) of a unit."""
         query = self.passes.quotient(unit)
