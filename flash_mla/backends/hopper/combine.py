@@ -16,6 +16,8 @@ from flash_mla.backends.hopper.epilogue import trade_words
 
 LANES = 32
 WARPS = 8
+LSES_IN_FLIGHT = 4  # of a lane
+NO_LSE = -1.0e30  # below any: finite, so that differences are
 VECTOR_BYTES = 16  # of a load
 SCALED_COLUMNS = 256  # of a partial output in fp16 that share a scale
 LN2 = math.log(2.0)
@@ -56,8 +58,11 @@ class Combine:
         partial_scale: cute.Tensor | None = None,  # [slots, rows_per_unit, d_v / 256] fp32
     ):
         slices_per_cta = WARPS // warps
-        ctas = (partial_o.shape[1] * self.slices + slices_per_cta - 1) // slices_per_cta
-        self.kernel(partial_o, partial_lse, partial_scale, work, splits, sink, out, lse, by_unit, Int32(warps)).launch(
+        rows_per_unit = partial_o.shape[1]
+        ctas = (rows_per_unit * self.slices + slices_per_cta - 1) // slices_per_cta
+        passes = (out.shape[2] * out.shape[3] + rows_per_unit - 1) // rows_per_unit
+        divisors = [cute.FastDivmodDivisorV2(Int32(n)) for n in (warps, passes, out.shape[1], out.shape[3])]
+        self.kernel(partial_o, partial_lse, partial_scale, work, splits, sink, out, lse, by_unit, *divisors).launch(
             grid=(ctas, Int32(candidates), 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True
         )
 
@@ -73,16 +78,18 @@ class Combine:
         out: cute.Tensor,
         lse: cute.Tensor,
         by_unit: Int32,
-        warps: Int32,
+        warps: cute.FastDivmodDivisorV2,
+        passes: cute.FastDivmodDivisorV2,
+        u1: cute.FastDivmodDivisorV2,
+        r1: cute.FastDivmodDivisorV2,
     ):
         cute.arch.griddepcontrol_launch_dependents()
         cta, candidate, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        number = cta * (WARPS // warps) + warp // warps
+        group, rank = divmod(warp, warps)
+        number = cta * Int32(WARPS // warps) + Int32(group)
         row, slice = number // self.slices, number % self.slices
         rows_per_unit = partial_o.shape[1]
-        rows = out.shape[2] * out.shape[3]
-        passes = (rows + rows_per_unit - 1) // rows_per_unit
 
         # The plan is older than the attention kernel, so only what there is to merge waits for that.
         unit = candidate
@@ -90,7 +97,8 @@ class Combine:
         if by_unit == 0:
             unit = work[candidate, 0]
             split = work[candidate, 2]
-        out_row = unit % passes * rows_per_unit + row
+        pair, turn = divmod(unit, passes)
+        out_row = Int32(turn) * rows_per_unit + row
         # What is launched behind this kernel takes its end for the attention kernel's, too.
         if (cta == 0) & (candidate == 0):
             cute.arch.griddepcontrol_wait()
@@ -100,10 +108,12 @@ class Combine:
             count = splits[unit + 1] - first
             if count > 0:
                 cute.arch.griddepcontrol_wait()
-                exists = (row < rows_per_unit) & (out_row < rows)
+                exists = (row < rows_per_unit) & (out_row < out.shape[2] * out.shape[3])
                 any_row = cutlass.select_(exists, row, Int32(0))
                 pieces = Pieces(partial_o, partial_lse, partial_scale, first, count, any_row, slice)
-                self.merge_slice(pieces, sink, out, lse, unit // passes, out_row, exists, warp % warps, warps)
+                self.merge_slice(
+                    pieces, sink, out, lse, (Int32(pair), u1), (out_row, r1), exists, Int32(rank), Int32(warps.divisor)
+                )
 
     @cute.jit
     def merge_slice(
@@ -112,59 +122,73 @@ class Combine:
         sink: cute.Tensor | None,
         out: cute.Tensor,
         lse: cute.Tensor,
-        unit: Int32,
-        out_row: Int32,
+        unit: tuple[Int32, cute.FastDivmodDivisorV2],
+        row: tuple[Int32, cute.FastDivmodDivisorV2],
         exists,
         rank: Int32,
         warps: Int32,
     ):
-        """Merge a slice as warp `rank` of those that share it; all warps of a CTA come here, rows or not."""
+        """Merge a slice as warp `rank` of those that share it; all warps of a CTA come here, rows or not.
+
+        unit, row: numbers of (u0, u1) and (r0, r1), and the extents of u1 and r1.
+        """
         lane = cute.arch.lane_idx()
         acc = cute.make_rmem_tensor((self.vector, self.chunks), Float32)
         acc.fill(0.0)
         o = cute.make_rmem_tensor((self.vector, self.chunks, self.in_flight), pieces.partial_o.element_type)
         scales = cute.make_rmem_tensor((self.chunks, self.in_flight), Float32)
         scales.fill(1.0)
-        self.load(pieces, rank, warps, lane, o, scales)
+        lses = cute.make_rmem_tensor(self.in_flight, Float32)
+        if const_expr(self.slices == 1):  # a warp takes a whole row
+            rank, warps = Int32(0), Int32(1)
+        self.load(pieces, rank, warps, lane, o, scales, lses)
         top, total = self.merged_lse(pieces, lane)
-        inv_total = cutlass.select_(total > 0.0, 1.0 / total, Float32(0.0))
+        inv_total = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
         for begin in cutlass.range(rank, pieces.count, warps * self.in_flight, unroll=1):
             if begin != rank:
-                self.load(pieces, begin, warps, lane, o, scales)
+                self.load(pieces, begin, warps, lane, o, scales, lses)
             for k in range_constexpr(self.in_flight):
-                i = begin + k * warps
-                if i < pieces.count:
-                    weight = cute.math.exp2(pieces.lse(i) - top, fastmath=True) * inv_total
+                if begin + k * warps < pieces.count:
+                    weight = cute.math.exp2(lses[k] - top, fastmath=True) * inv_total
                     for c in range_constexpr(self.chunks):
                         for v in range_constexpr(self.vector):
                             acc[v, c] = acc[v, c] + weight * scales[c, k] * o[v, c, k].to(Float32)
 
-        if warps > 1:
+        if const_expr(self.slices > 1):
             self.sum_over_warps(acc, rank, warps, lane)
         if (rank == 0) & exists:
-            u0, u1 = unit // out.shape[1], unit % out.shape[1]
-            r0, r1 = out_row // out.shape[3], out_row % out.shape[3]
+            to = tuple(Int32(i) for i in (*divmod(*unit), *divmod(*row)))
             row_lse = cutlass.select_(total > 0.0, (top + cute.math.log2(total)) * LN2, Float32.inf)
             if const_expr(sink is not None):
                 # exp(lse) / (exp(lse) + exp(sink)); an empty row's out is 0 in any case.
-                kept = 1.0 / (1.0 + cute.math.exp2((sink[u1, r1] - row_lse) * LOG2_E, fastmath=True))
+                kept = 1.0 / (1.0 + cute.math.exp2((sink[to[1], to[3]] - row_lse) * LOG2_E, fastmath=True))
                 acc.store(acc.load() * cutlass.select_(total > 0.0, kept, Float32(0.0)))
             result = cute.make_rmem_tensor((self.vector, self.chunks), self.dtype)
             result.store(acc.load().to(self.dtype))
             if const_expr(self.scaled):
                 for c in range_constexpr(self.chunks):
                     trade_words(cute.recast_tensor(result[None, c], Int32), lane)
-            cute.autovec_copy(result, self.lane_view(out[u0, u1, r0, r1, None], pieces.slice, lane))
+            cute.autovec_copy(result, self.lane_view(out[(*to, None)], pieces.slice, lane))
             if (lane == 0) & (pieces.slice == 0):
-                lse[u0, u1, r0, r1] = row_lse
+                lse[to] = row_lse
 
     @cute.jit
-    def load(self, pieces: "Pieces", begin: Int32, step: Int32, lane: Int32, o: cute.Tensor, scales: cute.Tensor):
-        """Start the loads of the partial outputs begin, begin + step, ... of a slice."""
+    def load(
+        self,
+        pieces: "Pieces",
+        begin: Int32,
+        step: Int32,
+        lane: Int32,
+        o: cute.Tensor,
+        scales: cute.Tensor,
+        lses: cute.Tensor,
+    ):
+        """Start the loads of the partial results begin, begin + step, ... of a slice."""
         for k in range_constexpr(self.in_flight):
             i = begin + k * step
             if i < pieces.count:
                 cute.autovec_copy(self.lane_view(pieces.o(i), pieces.slice, lane), o[None, None, k])
+                lses[k] = pieces.lse(i)
                 if const_expr(self.scaled):
                     for c in range_constexpr(self.chunks):  # of 256 columns each
                         scales[c, k] = pieces.scale(i, pieces.slice + c)
@@ -172,15 +196,23 @@ class Combine:
     @cute.jit
     def merged_lse(self, pieces: "Pieces", lane: Int32):
         """(m, s): the largest partial lse, and the sum of 2^(lse_i - m); s is 0 if no piece attended to anything."""
-        top = -Float32.inf
-        for i in cutlass.range(lane, pieces.count, LANES, unroll=4):
-            top = cute.arch.fmax(top, pieces.lse(i))
-        top = cute.arch.warp_reduction_max(top)
-        top = cutlass.select_(top == -Float32.inf, Float32(0.0), top)
-        total = Float32(0.0)
-        for i in cutlass.range(lane, pieces.count, LANES, unroll=4):
-            total += cute.math.exp2(pieces.lse(i) - top, fastmath=True)
-        return top, cute.arch.warp_reduction_sum(total)
+        top, total = Float32(NO_LSE), Float32(0.0)
+        lses = cute.make_rmem_tensor(LSES_IN_FLIGHT, Float32)
+        for begin in cutlass.range(0, pieces.count, LSES_IN_FLIGHT * LANES, unroll=1):
+            lses.fill(-Float32.inf)
+            for k in range_constexpr(LSES_IN_FLIGHT):
+                i = begin + k * LANES + lane
+                if i < pieces.count:
+                    lses[k] = pieces.lse(i)
+            above = top
+            for k in range_constexpr(LSES_IN_FLIGHT):
+                above = cute.arch.fmax(above, lses[k])
+            total = total * cute.math.exp2(top - above, fastmath=True)
+            for k in range_constexpr(LSES_IN_FLIGHT):
+                total = total + cute.math.exp2(lses[k] - above, fastmath=True)
+            top = above
+        above = cute.arch.warp_reduction_max(top)
+        return above, cute.arch.warp_reduction_sum(total * cute.math.exp2(top - above, fastmath=True))
 
     @cute.jit
     def lane_view(self, row: cute.Tensor, slice: Int32, lane: Int32) -> cute.Tensor:
@@ -202,11 +234,12 @@ class Combine:
         cute.arch.sync_threads()
         if rank == 0:
             other = cute.make_rmem_tensor_like(acc)
-            for w in cutlass.range(1, warps, unroll=1):
-                cute.autovec_copy(shared[None, None, lane, warp + w], other)
-                for c in range_constexpr(self.chunks):
-                    for v in range_constexpr(self.vector):
-                        acc[v, c] = acc[v, c] + other[v, c]
+            for w in range_constexpr(1, WARPS):
+                if w < warps:
+                    cute.autovec_copy(shared[None, None, lane, warp + w], other)
+                    for c in range_constexpr(self.chunks):
+                        for v in range_constexpr(self.vector):
+                            acc[v, c] = acc[v, c] + other[v, c]
 
 
 @dataclass(frozen=True)
