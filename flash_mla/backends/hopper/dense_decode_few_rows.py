@@ -16,7 +16,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLayoutAtomKind
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.combine import merge_pieces, partial_results
+from flash_mla.backends.hopper.combine import TRANSPOSED, merge_pieces, partial_results
 from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros
 from flash_mla.backends.hopper.dense_decode_geometry import by_unit
 from flash_mla.backends.hopper.schedule import (
@@ -187,7 +187,7 @@ class FewRowsDecode:
         )  # fmt: skip
         merge_pieces(
             self.dtype, partial_o, partial_lse, work, splits, None, *by_unit(out, lse, h_kv), combine_by_unit,
-            combine_warps, stream,
+            combine_warps, stream, order=TRANSPOSED,
         )  # fmt: skip
 
     @cute.kernel
@@ -240,12 +240,12 @@ class FewRowsDecode:
             self.load_k(args, shared, barriers, piece, end, tma_k, k_tma)
         else:
             cute.arch.barrier(barrier_id=READY, number_of_threads=3 * WARPGROUP)
-            if warp < 4:
-                self.score(args, shared, barriers, piece, end, thread)
-            elif warp < K_WARP:
-                self.accumulate(args, shared, barriers, piece, end, thread - WARPGROUP)
-            else:
+            if warp > K_WARP:  # first, since code that is far off comes later
                 self.load_q(args, shared, barriers, piece, end, thread - (K_WARP + 1) * 32)
+            elif warp < 4:
+                self.score(args, shared, barriers, piece, end, thread)
+            else:
+                self.accumulate(args, shared, barriers, piece, end, thread - WARPGROUP)
 
     @cute.jit
     def init_barriers(self, barriers: Barriers):
@@ -334,37 +334,39 @@ class FewRowsDecode:
 
     @cute.jit
     def load_q(self, args, shared, barriers, piece: Piece, end: tuple[Int32, Int32], thread: Int32):
-        """Bring Q by 16-byte asynchronous copies: rows have any stride."""
+        """Bring Q by 16-byte asynchronous copies: rows have any stride.
+
+        Nothing that they need waits for a length, so that they are under way before K's, behind which they would queue.
+        """
         lane = thread % 32
-        count = Int32(0)  # of pieces that have tiles
+        pieces = Int32(0)
         while remains(piece, end):
             rows = args.rows(piece)
+            stage, parity = pieces % STAGES, pieces // STAGES & 1
+            smem = Int32(shared.q.data_ptr().toint()) + stage * (self.chunks * self.rows * CHUNK * 2)
+            cute.arch.mbarrier_wait(barriers.q_empty + stage, parity ^ 1)
+            for i in range_constexpr(-(-self.rows // Q_WARPS)):
+                row = thread // 32 + Q_WARPS * i
+                exists = row < rows.count
+                token, head = rows.query(cutlass.select_(exists, row, Int32(0)))
+                source = args.q[rows.request, token, head, None].iterator.toint() + Int64(lane * 16)
+                # A row that does not exist reads nothing and is filled with zeros.
+                size = cutlass.select_(exists, Int32(16), Int32(0))
+                # Lane l copies 8 columns of chunks l / 8, l / 8 + 4, ...; the swizzle permutes 16-byte units.
+                to = smem + lane // 8 * (self.rows * CHUNK * 2) + row * 128 + ((lane % 8) ^ (row % 8)) * 16
+                if row < self.rows:
+                    for chunk in range_constexpr(0, self.chunks, 4):
+                        if lane // 8 < self.chunks - chunk:
+                            copy_or_zeros(to + chunk * self.rows * CHUNK * 2, source + chunk * 128, size)
+            cute.arch.cp_async_commit_group()
             tiles = (args.tokens(piece) + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
-            if stop > piece.tile:
-                stage, parity = count % STAGES, count // STAGES & 1
-                smem = Int32(shared.q.data_ptr().toint()) + stage * (self.chunks * self.rows * CHUNK * 2)
-                cute.arch.mbarrier_wait(barriers.q_empty + stage, parity ^ 1)
-                for i in range_constexpr(-(-self.rows // Q_WARPS)):
-                    row = thread // 32 + Q_WARPS * i
-                    exists = row < rows.count
-                    token, head = rows.query(cutlass.select_(exists, row, Int32(0)))
-                    source = args.q[rows.request, token, head, None].iterator.toint() + Int64(lane * 16)
-                    # A row that does not exist reads nothing and is filled with zeros.
-                    size = cutlass.select_(exists, Int32(16), Int32(0))
-                    # Lane l copies 8 columns of chunks l / 8, l / 8 + 4, ...; the swizzle permutes 16-byte units.
-                    to = smem + lane // 8 * (self.rows * CHUNK * 2) + row * 128 + ((lane % 8) ^ (row % 8)) * 16
-                    if row < self.rows:
-                        for chunk in range_constexpr(0, self.chunks, 4):
-                            if lane // 8 < self.chunks - chunk:
-                                copy_or_zeros(to + chunk * self.rows * CHUNK * 2, source + chunk * 128, size)
-                cute.arch.cp_async_commit_group()
-                cute.arch.cp_async_wait_group(0)
-                cute.arch.fence_proxy("async.shared", space="cta")
-                cute.arch.sync_warp()
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(barriers.q_full + stage)
-                count += 1
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barriers.q_full + stage)
+            pieces += 1
             piece = next_piece(piece, stop, tiles)
 
     # ---------------------------------------------------------------------------------------------- scores
@@ -400,22 +402,22 @@ class FewRowsDecode:
         moved = shared.moved.get_tensor(cute.make_layout(STAGES))
         scale = args.scale_log2
 
-        count, pieces, started = Int32(0), Int32(0), Int32(0)
+        count, pieces = Int32(0), Int32(0)
         while remains(piece, end):
             rows = args.rows(piece)
             seqlen, slot = args.tokens(piece), slot_of(args.splits, piece)
             tiles = (seqlen + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
+            q_stage, q_parity = pieces % STAGES, pieces // STAGES & 1
             m.fill(NO_SCORE)
             sums.fill(0.0)
             if stop > piece.tile:
                 # Causality is aligned to the bottom right: query token j sees tokens below seqlen - s_q + j + 1.
                 plain = uniform(cutlass.select_(args.causal != 0, seqlen - args.q.shape[1] + 1, seqlen))
-                q_stage = started % STAGES
                 for tile in cutlass.range(piece.tile, stop, unroll=1):
                     stage, parity = count % STAGES, count // STAGES & 1
                     # Q stays; waiting for it here leaves what can be computed before to be computed before.
-                    cute.arch.mbarrier_wait(barriers.q_full + q_stage, started // STAGES & 1)
+                    cute.arch.mbarrier_wait(barriers.q_full + q_stage, q_parity)
                     warpgroup.fence()
                     for i in range_constexpr(self.chunks):
                         chunk = self.chunk_order()[i]
@@ -432,9 +434,6 @@ class FewRowsDecode:
                     if const_expr(len(self.groups) > ROPE):
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive(barriers.k_empty + (stage * len(self.groups) + ROPE))
-                    if tile == stop - 1:
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive(barriers.q_empty + q_stage)
                     if (tile + 1) * BLOCK > plain:
                         self.mask(args, s, rows, plain, tile * BLOCK + warp * 16, anew(lane))
 
@@ -472,7 +471,9 @@ class FewRowsDecode:
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(barriers.p_full + p_stage)
                     count += 1
-                started += 1
+            cute.arch.mbarrier_wait(barriers.q_full + q_stage, q_parity)  # of an empty piece, which has not waited
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barriers.q_empty + q_stage)
             self.finish(args, shared, barriers, rows, slot, m, sums, pieces, warp, lane)
             pieces += 1
             piece = next_piece(piece, stop, tiles)
@@ -643,7 +644,6 @@ class FewRowsDecode:
     def write(self, args, o: list[cute.Tensor], rows, slot: Int32, thread: Int32):
         """Write a whole unit to the outputs, a piece of one to its slot of the workspace."""
         lane = thread % 32
-        column0 = thread // 32 * 16 + lane // 4  # of a chunk's 64 output columns; the other is 8 further
         if slot < 0:
             for j in range_constexpr(self.rows // 8):
                 # A transposed 8 x 8 matrix: lane / 4 is the query row, the output columns are adjacent.
@@ -662,14 +662,17 @@ class FewRowsDecode:
                             cute.autovec_copy(pair, cute.make_tensor(target, cute.make_layout(2)))
         else:
             for i in range_constexpr(self.rows // 4):
-                column = self.column(lane, i)
-                if column < rows.count:
-                    to = args.partial_o[slot, column, None].iterator + column0
-                    for chunk in range_constexpr(V_CHUNKS):
-                        for r in range_constexpr(2):
-                            cute.make_tensor(to + (chunk * CHUNK + 8 * r), cute.make_layout(1))[0] = o[chunk][
-                                self.element(i, r)
-                            ]
+                row = self.column(lane, i)
+                if row < rows.count:
+                    # As combine takes TRANSPOSED rows: what this thread has of two chunks lies together.
+                    to = args.partial_o[slot, row, None].iterator + cute.assume(
+                        thread // 32 * 128 + lane // 4 * 4, divby=4
+                    )
+                    for chunk in range_constexpr(0, V_CHUNKS, 2):
+                        values = cute.make_rmem_tensor(4, Float32)
+                        for e in range_constexpr(4):
+                            values[e] = o[chunk + e // 2][self.element(i, e % 2)]
+                        cute.autovec_copy(values, cute.make_tensor(to + chunk * 16, cute.make_layout(4)))
 
     def transpose(self, pair: cute.Tensor):
         """Transpose the 8 x 8 matrix of which each lane of a warp holds a pair of adjacent elements."""
