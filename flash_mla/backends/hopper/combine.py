@@ -12,6 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float16, Float32, Int32, Int64, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot
+from flash_mla.backends.hopper.copies import pointer_at
 from flash_mla.backends.hopper.epilogue import trade_words
 
 LANES = 32
@@ -223,7 +224,7 @@ class Combine:
             i = begin + k * step
             if i < pieces.count:
                 row_bytes = self.d_v * self.partial_dtype.width // 8
-                start = value_at(self.partial_dtype, pieces.o, i * pieces.rows * row_bytes, align=16)
+                start = pointer_at(self.partial_dtype, pieces.o, i * pieces.rows * row_bytes, align=16)
                 cute.autovec_copy(cute.make_tensor(start, self.lane_layout()), o[None, None, k])
                 lses[k] = pieces.lse_of(i)
                 if const_expr(self.scaled):
@@ -255,7 +256,7 @@ class Combine:
     def lane_view(self, row: cute.Tensor, slice: Int32, lane: Int32) -> cute.Tensor:
         """The (vector, chunks) elements of a slice of a row of `out` that a lane owns."""
         start = (row.iterator + (slice * self.columns + lane * self.vector)).toint()
-        start = value_at(self.dtype, start, Int32(0), align=self.vector * self.dtype.width // 8)
+        start = pointer_at(self.dtype, start, Int32(0), align=self.vector * self.dtype.width // 8)
         return cute.make_tensor(start, self.lane_layout())
 
     def lane_layout(self) -> cute.Layout:
@@ -273,7 +274,7 @@ class Combine:
                 pair[0] = Float32(cutlass.select_(odd != 0, theirs, low)).to(self.dtype)
                 pair[1] = Float32(cutlass.select_(odd != 0, high, theirs)).to(self.dtype)
                 column = 64 * (lane // 8 * 2 + c) + 16 * (slice + w) + 8 * odd + lane % 8 - odd
-                to = value_at(self.dtype, row.iterator.toint(), column * 2, align=4)
+                to = pointer_at(self.dtype, row.iterator.toint(), column * 2, align=4)
                 cute.autovec_copy(pair, cute.make_tensor(to, cute.make_layout(2)))
 
     @cute.jit
@@ -309,16 +310,11 @@ class Pieces:
     slice: Int32
 
     def lse_of(self, i: Int32) -> Float32:
-        return cute.make_tensor(value_at(Float32, self.lse, i * self.rows * 4, align=4), cute.make_layout(1))[0]
+        return cute.make_tensor(pointer_at(Float32, self.lse, i * self.rows * 4, align=4), cute.make_layout(1))[0]
 
     def scale_of(self, i: Int32, part: int, parts: int) -> Float32:
         offset = (i * self.rows * parts + part) * 4
-        return cute.make_tensor(value_at(Float32, self.scale, offset, align=4), cute.make_layout(1))[0]
-
-
-def value_at(dtype: type[cutlass.Numeric], address: Int64, offset: Int32, *, align: int) -> cute.Pointer:
-    """A pointer to global memory that is known to be aligned: `Pointer.align` would round it."""
-    return cute.make_ptr(dtype, address + Int64(offset), cute.AddressSpace.gmem, assumed_align=align)
+        return cute.make_tensor(pointer_at(Float32, self.scale, offset, align=4), cute.make_layout(1))[0]
 
 
 def partial_results(

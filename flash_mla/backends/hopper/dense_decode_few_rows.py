@@ -17,7 +17,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLa
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import TRANSPOSED, merge_pieces, partial_results
-from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros
+from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros, pointer_at
 from flash_mla.backends.hopper.dense_decode_geometry import by_unit
 from flash_mla.backends.hopper.schedule import (
     Piece,
@@ -643,6 +643,7 @@ class FewRowsDecode:
     @cute.jit
     def write(self, args, o: list[cute.Tensor], rows, slot: Int32, thread: Int32):
         """Write a whole unit to the outputs, a piece of one to its slot of the workspace."""
+        thread = anew(thread)
         lane = thread % 32
         if slot < 0:
             for j in range_constexpr(self.rows // 8):
@@ -651,6 +652,7 @@ class FewRowsDecode:
                 exists = row < rows.count
                 token, head = rows.query(cutlass.select_(exists, row, Int32(0)))
                 to = args.out[rows.request, token, head, None].iterator + (thread // 32 * 16 + lane % 4 * 2)
+                address = to.toint()
                 for chunk in range_constexpr(V_CHUNKS):
                     for r in range_constexpr(2):
                         pair = cute.make_rmem_tensor(2, self.dtype)
@@ -658,7 +660,7 @@ class FewRowsDecode:
                             pair[c] = o[chunk][4 * j + 2 * r + c].to(self.dtype)
                         self.transpose(pair)
                         if exists:
-                            target = (to + (chunk * CHUNK + 8 * r)).align(4)
+                            target = pointer_at(self.dtype, address, (chunk * CHUNK + 8 * r) * 2, align=4)
                             cute.autovec_copy(pair, cute.make_tensor(target, cute.make_layout(2)))
         else:
             for i in range_constexpr(self.rows // 4):
