@@ -24,7 +24,6 @@ SCALED_COLUMNS = 256  # of a partial output in fp16 that share a scale
 LN2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
 
-
 # How partial outputs lie in the workspace.
 PLAIN = "plain"
 # In fp16, to be multiplied by a scale for each 256 columns, and in the order in which accumulators lie in registers: of
@@ -49,7 +48,7 @@ class Combine:
         self.columns = columns  # of a slice
         self.slices = d_v // columns  # of a row
         # Splits whose loads are issued together.
-        self.in_flight = (8 if self.scaled else 6) if self.chunks == 1 else 2
+        self.in_flight = 8 if self.chunks == 1 else 2
 
     @cute.jit
     def __call__(
@@ -191,21 +190,23 @@ class Combine:
         if const_expr(self.slices > 1):
             self.sum_over_warps(acc, rank, warps, lane)
         if (rank == 0) & exists:
-            to = tuple(Int32(i) for i in (*divmod(*unit), *divmod(*row)))
+            (u0, u1), (r0, r1) = divmod(unit[0], unit[1]), divmod(row[0], row[1])
+            to = Int32(u0), Int32(u1), Int32(r0), Int32(r1)
+            out_row = out[to[0], to[1], to[2], to[3], None]
             row_lse = cutlass.select_(total > 0.0, (top + cute.math.log2(total)) * LN2, Float32.inf)
             if const_expr(sink is not None):
                 # exp(lse) / (exp(lse) + exp(sink)); an empty row's out is 0 in any case.
                 kept = 1.0 / (1.0 + cute.math.exp2((sink[to[1], to[3]] - row_lse) * LOG2_E, fastmath=True))
                 acc.store(acc.load() * cutlass.select_(total > 0.0, kept, Float32(0.0)))
             if const_expr(self.order == TRANSPOSED):
-                self.write_transposed(acc, out[(*to, None)], pieces.slice, lane)
+                self.write_transposed(acc, out_row, pieces.slice, lane)
             else:
                 result = cute.make_rmem_tensor((self.vector, self.chunks), self.dtype)
                 result.store(acc.load().to(self.dtype))
                 if const_expr(self.scaled):
                     for c in range_constexpr(self.chunks):
                         trade_words(cute.recast_tensor(result[None, c], Int32), lane)
-                cute.autovec_copy(result, self.lane_view(out[(*to, None)], pieces.slice, lane))
+                cute.autovec_copy(result, self.lane_view(out_row, pieces.slice, lane))
             if (lane == 0) & (pieces.slice == 0):
                 lse[to] = row_lse
 
@@ -255,8 +256,9 @@ class Combine:
     @cute.jit
     def lane_view(self, row: cute.Tensor, slice: Int32, lane: Int32) -> cute.Tensor:
         """The (vector, chunks) elements of a slice of a row of `out` that a lane owns."""
-        start = (row.iterator + (slice * self.columns + lane * self.vector)).toint()
-        start = pointer_at(self.dtype, start, Int32(0), align=self.vector * self.dtype.width // 8)
+        size = self.dtype.width // 8
+        offset = (slice * self.columns + lane * self.vector) * size
+        start = pointer_at(self.dtype, row.iterator.toint(), offset, align=self.vector * size)
         return cute.make_tensor(start, self.lane_layout())
 
     def lane_layout(self) -> cute.Layout:
