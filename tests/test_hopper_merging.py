@@ -14,6 +14,7 @@ from flash_mla.backends.hopper.launch import _who_merges
         (4, 64, 128, 2),
         (1, 66, 128, 8),
         (32, 132, 16, 1),  # few rows, but no more than five splits of each
+        (16, 128, 16, 2),
         (4, 132, 16, 8),
         (1, 132, 16, 8),
         (3, 132, 64, 4),

@@ -90,8 +90,9 @@ def test_misaligned_tensors():
     assert buffer[..., 513:].isnan().all()
 
 
-def test_graph_replay_plans_again():
-    q, k, table, lengths = case(16, 1, 128, 1, [1000] * 16)
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_graph_replay_plans_again(h_q):
+    q, k, table, lengths = case(16, 1, h_q, 1, [1000] * 16)
     run(q, k, table, lengths)
     meta = get_mla_metadata()[0]
     graph = torch.cuda.CUDAGraph()
@@ -125,8 +126,9 @@ def test_streams_side_by_side():
             assert_close_lse(lse, want_lse)
 
 
-def test_batch_invariance():
-    q, k, table, lengths = case(6, 1, 128, 1, [9000, 100, 5000, 0, 4097, 8192])
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_batch_invariance(h_q):
+    q, k, table, lengths = case(6, 1, h_q, 1, [9000, 100, 5000, 0, 4097, 8192])
     together, lse = run(q, k, table, lengths, enable_batch_invariant=True)
     for i in range(6):
         alone, lse_alone = run(q[i : i + 1], k, table[i : i + 1], lengths[i : i + 1], enable_batch_invariant=True)

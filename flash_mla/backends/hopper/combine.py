@@ -12,32 +12,43 @@ import cutlass.cute as cute
 from cutlass import Float16, Float32, Int32, Int64, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot
+from flash_mla.backends.hopper.copies import pointer_at
 from flash_mla.backends.hopper.epilogue import trade_words
 
 LANES = 32
 WARPS = 8
+LSES_IN_FLIGHT = 4  # of a lane
+NO_LSE = -1.0e30  # below any: finite, so that differences are
 VECTOR_BYTES = 16  # of a load
 SCALED_COLUMNS = 256  # of a partial output in fp16 that share a scale
 LN2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
 
+# How partial outputs lie in the workspace.
+PLAIN = "plain"
+# In fp16, to be multiplied by a scale for each 256 columns, and in the order in which accumulators lie in registers: of
+# each 32 columns, 8 j + 2 q + {0, 1} of all j are neighbours, for q = 0 ... 3.
+SCALED = "scaled"
+# In the order in which transposed accumulators do: column 64 c + 16 w + 8 r + l is number 128 w + 32 (c / 2) + 4 l +
+# 2 (c % 2) + r.
+TRANSPOSED = "transposed"
+
 
 class Combine:
-    """Warps own slices of rows: a whole row (many rows) or `columns` of one (few rows, many splits).
+    """Warps own slices of rows: a whole row (many rows) or `columns` of one (few rows, many splits)."""
 
-    scaled: partial outputs are fp16, to be multiplied by a scale for each 256 columns, and in the order in which
-    accumulators lie in registers: of each 32 columns, 8 j + 2 q + {0, 1} of all j are neighbours, for q = 0 ... 3.
-    """
-
-    def __init__(self, dtype: type[cutlass.Numeric], d_v: int, columns: int, scaled: bool = False):
+    def __init__(self, dtype: type[cutlass.Numeric], d_v: int, columns: int, order: str = PLAIN):
         self.dtype = dtype
-        self.scaled = scaled
+        self.order = order
+        self.scaled = order == SCALED
         self.d_v = d_v
-        self.vector = VECTOR_BYTES * 8 // (Float16 if scaled else Float32).width
+        self.partial_dtype = Float16 if self.scaled else Float32
+        self.vector = VECTOR_BYTES * 8 // self.partial_dtype.width
         self.chunks = columns // (LANES * self.vector)
+        self.columns = columns  # of a slice
         self.slices = d_v // columns  # of a row
         # Splits whose loads are issued together.
-        self.in_flight = (8 if scaled else 6) if self.chunks == 1 else 2
+        self.in_flight = 8 if self.chunks == 1 else 2
 
     @cute.jit
     def __call__(
@@ -56,8 +67,11 @@ class Combine:
         partial_scale: cute.Tensor | None = None,  # [slots, rows_per_unit, d_v / 256] fp32
     ):
         slices_per_cta = WARPS // warps
-        ctas = (partial_o.shape[1] * self.slices + slices_per_cta - 1) // slices_per_cta
-        self.kernel(partial_o, partial_lse, partial_scale, work, splits, sink, out, lse, by_unit, Int32(warps)).launch(
+        rows_per_unit = partial_o.shape[1]
+        ctas = (rows_per_unit * self.slices + slices_per_cta - 1) // slices_per_cta
+        passes = (out.shape[2] * out.shape[3] + rows_per_unit - 1) // rows_per_unit
+        divisors = [cute.FastDivmodDivisorV2(Int32(n)) for n in (warps, passes, out.shape[1], out.shape[3])]
+        self.kernel(partial_o, partial_lse, partial_scale, work, splits, sink, out, lse, by_unit, *divisors).launch(
             grid=(ctas, Int32(candidates), 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True
         )
 
@@ -73,16 +87,18 @@ class Combine:
         out: cute.Tensor,
         lse: cute.Tensor,
         by_unit: Int32,
-        warps: Int32,
+        warps: cute.FastDivmodDivisorV2,
+        passes: cute.FastDivmodDivisorV2,
+        u1: cute.FastDivmodDivisorV2,
+        r1: cute.FastDivmodDivisorV2,
     ):
         cute.arch.griddepcontrol_launch_dependents()
         cta, candidate, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        number = cta * (WARPS // warps) + warp // warps
+        group, rank = divmod(warp, warps)
+        number = cta * Int32(WARPS // warps) + Int32(group)
         row, slice = number // self.slices, number % self.slices
         rows_per_unit = partial_o.shape[1]
-        rows = out.shape[2] * out.shape[3]
-        passes = (rows + rows_per_unit - 1) // rows_per_unit
 
         # The plan is older than the attention kernel, so only what there is to merge waits for that.
         unit = candidate
@@ -90,7 +106,8 @@ class Combine:
         if by_unit == 0:
             unit = work[candidate, 0]
             split = work[candidate, 2]
-        out_row = unit % passes * rows_per_unit + row
+        pair, turn = divmod(unit, passes)
+        out_row = Int32(turn) * rows_per_unit + row
         # What is launched behind this kernel takes its end for the attention kernel's, too.
         if (cta == 0) & (candidate == 0):
             cute.arch.griddepcontrol_wait()
@@ -99,11 +116,37 @@ class Combine:
             first = splits[unit]
             count = splits[unit + 1] - first
             if count > 0:
-                cute.arch.griddepcontrol_wait()
-                exists = (row < rows_per_unit) & (out_row < rows)
+                exists = (row < rows_per_unit) & (out_row < out.shape[2] * out.shape[3])
                 any_row = cutlass.select_(exists, row, Int32(0))
-                pieces = Pieces(partial_o, partial_lse, partial_scale, first, count, any_row, slice)
-                self.merge_slice(pieces, sink, out, lse, unit // passes, out_row, exists, warp % warps, warps)
+                pieces = self.pieces(partial_o, partial_lse, partial_scale, first, count, any_row, slice)
+                cute.arch.griddepcontrol_wait()
+                self.merge_slice(
+                    pieces, sink, out, lse, (Int32(pair), u1), (out_row, r1), exists, Int32(rank), Int32(warps.divisor)
+                )
+
+    def pieces(
+        self,
+        partial_o: cute.Tensor,
+        partial_lse: cute.Tensor,
+        partial_scale: cute.Tensor | None,
+        first: Int32,
+        count: Int32,
+        row: Int32,
+        slice: Int32,
+    ) -> "Pieces":
+        """The `count` pieces of a unit from slot `first` on, as a lane sees them that merges a slice of a row."""
+        start = cute.domain_offset((first, row, slice * self.columns + cute.arch.lane_idx() * self.vector), partial_o)
+        scale = None
+        if const_expr(partial_scale is not None):
+            scale = cute.domain_offset((first, row, slice), partial_scale).iterator.toint()
+        return Pieces(
+            start.iterator.toint(),
+            cute.domain_offset((first, row), partial_lse).iterator.toint(),
+            scale,
+            partial_o.shape[1],
+            count,
+            slice,
+        )
 
     @cute.jit
     def merge_slice(
@@ -112,89 +155,136 @@ class Combine:
         sink: cute.Tensor | None,
         out: cute.Tensor,
         lse: cute.Tensor,
-        unit: Int32,
-        out_row: Int32,
+        unit: tuple[Int32, cute.FastDivmodDivisorV2],
+        row: tuple[Int32, cute.FastDivmodDivisorV2],
         exists,
         rank: Int32,
         warps: Int32,
     ):
-        """Merge a slice as warp `rank` of those that share it; all warps of a CTA come here, rows or not."""
+        """Merge a slice as warp `rank` of those that share it; all warps of a CTA come here, rows or not.
+
+        unit, row: numbers of (u0, u1) and (r0, r1), and the extents of u1 and r1.
+        """
         lane = cute.arch.lane_idx()
         acc = cute.make_rmem_tensor((self.vector, self.chunks), Float32)
         acc.fill(0.0)
-        o = cute.make_rmem_tensor((self.vector, self.chunks, self.in_flight), pieces.partial_o.element_type)
+        o = cute.make_rmem_tensor((self.vector, self.chunks, self.in_flight), self.partial_dtype)
         scales = cute.make_rmem_tensor((self.chunks, self.in_flight), Float32)
         scales.fill(1.0)
-        self.load(pieces, rank, warps, lane, o, scales)
+        lses = cute.make_rmem_tensor(self.in_flight, Float32)
+        if const_expr(self.slices == 1):  # a warp takes a whole row
+            rank, warps = Int32(0), Int32(1)
+        self.load(pieces, rank, warps, o, scales, lses)
         top, total = self.merged_lse(pieces, lane)
-        inv_total = cutlass.select_(total > 0.0, 1.0 / total, Float32(0.0))
+        inv_total = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
         for begin in cutlass.range(rank, pieces.count, warps * self.in_flight, unroll=1):
             if begin != rank:
-                self.load(pieces, begin, warps, lane, o, scales)
+                self.load(pieces, begin, warps, o, scales, lses)
             for k in range_constexpr(self.in_flight):
-                i = begin + k * warps
-                if i < pieces.count:
-                    weight = cute.math.exp2(pieces.lse(i) - top, fastmath=True) * inv_total
+                if begin + k * warps < pieces.count:
+                    weight = cute.math.exp2(lses[k] - top, fastmath=True) * inv_total
                     for c in range_constexpr(self.chunks):
                         for v in range_constexpr(self.vector):
                             acc[v, c] = acc[v, c] + weight * scales[c, k] * o[v, c, k].to(Float32)
 
-        if warps > 1:
+        if const_expr(self.slices > 1):
             self.sum_over_warps(acc, rank, warps, lane)
         if (rank == 0) & exists:
-            u0, u1 = unit // out.shape[1], unit % out.shape[1]
-            r0, r1 = out_row // out.shape[3], out_row % out.shape[3]
+            (u0, u1), (r0, r1) = divmod(unit[0], unit[1]), divmod(row[0], row[1])
+            to = Int32(u0), Int32(u1), Int32(r0), Int32(r1)
+            out_row = out[to[0], to[1], to[2], to[3], None]
             row_lse = cutlass.select_(total > 0.0, (top + cute.math.log2(total)) * LN2, Float32.inf)
             if const_expr(sink is not None):
                 # exp(lse) / (exp(lse) + exp(sink)); an empty row's out is 0 in any case.
-                kept = 1.0 / (1.0 + cute.math.exp2((sink[u1, r1] - row_lse) * LOG2_E, fastmath=True))
+                kept = 1.0 / (1.0 + cute.math.exp2((sink[to[1], to[3]] - row_lse) * LOG2_E, fastmath=True))
                 acc.store(acc.load() * cutlass.select_(total > 0.0, kept, Float32(0.0)))
-            result = cute.make_rmem_tensor((self.vector, self.chunks), self.dtype)
-            result.store(acc.load().to(self.dtype))
-            if const_expr(self.scaled):
-                for c in range_constexpr(self.chunks):
-                    trade_words(cute.recast_tensor(result[None, c], Int32), lane)
-            cute.autovec_copy(result, self.lane_view(out[u0, u1, r0, r1, None], pieces.slice, lane))
+            if const_expr(self.order == TRANSPOSED):
+                self.write_transposed(acc, out_row, pieces.slice, lane)
+            else:
+                result = cute.make_rmem_tensor((self.vector, self.chunks), self.dtype)
+                result.store(acc.load().to(self.dtype))
+                if const_expr(self.scaled):
+                    for c in range_constexpr(self.chunks):
+                        trade_words(cute.recast_tensor(result[None, c], Int32), lane)
+                cute.autovec_copy(result, self.lane_view(out_row, pieces.slice, lane))
             if (lane == 0) & (pieces.slice == 0):
-                lse[u0, u1, r0, r1] = row_lse
+                lse[to] = row_lse
 
     @cute.jit
-    def load(self, pieces: "Pieces", begin: Int32, step: Int32, lane: Int32, o: cute.Tensor, scales: cute.Tensor):
-        """Start the loads of the partial outputs begin, begin + step, ... of a slice."""
+    def load(
+        self,
+        pieces: "Pieces",
+        begin: Int32,
+        step: Int32,
+        o: cute.Tensor,
+        scales: cute.Tensor,
+        lses: cute.Tensor,
+    ):
+        """Start the loads of the partial results begin, begin + step, ... of a slice."""
         for k in range_constexpr(self.in_flight):
             i = begin + k * step
             if i < pieces.count:
-                cute.autovec_copy(self.lane_view(pieces.o(i), pieces.slice, lane), o[None, None, k])
+                row_bytes = self.d_v * self.partial_dtype.width // 8
+                start = pointer_at(self.partial_dtype, pieces.o, i * pieces.rows * row_bytes, align=16)
+                cute.autovec_copy(cute.make_tensor(start, self.lane_layout()), o[None, None, k])
+                lses[k] = pieces.lse_of(i)
                 if const_expr(self.scaled):
                     for c in range_constexpr(self.chunks):  # of 256 columns each
-                        scales[c, k] = pieces.scale(i, pieces.slice + c)
+                        scales[c, k] = pieces.scale_of(i, c, self.d_v // SCALED_COLUMNS)
 
     @cute.jit
     def merged_lse(self, pieces: "Pieces", lane: Int32):
         """(m, s): the largest partial lse, and the sum of 2^(lse_i - m); s is 0 if no piece attended to anything."""
-        top = -Float32.inf
-        for i in cutlass.range(lane, pieces.count, LANES, unroll=4):
-            top = cute.arch.fmax(top, pieces.lse(i))
-        top = cute.arch.warp_reduction_max(top)
-        top = cutlass.select_(top == -Float32.inf, Float32(0.0), top)
-        total = Float32(0.0)
-        for i in cutlass.range(lane, pieces.count, LANES, unroll=4):
-            total += cute.math.exp2(pieces.lse(i) - top, fastmath=True)
-        return top, cute.arch.warp_reduction_sum(total)
+        top, total = Float32(NO_LSE), Float32(0.0)
+        lses = cute.make_rmem_tensor(LSES_IN_FLIGHT, Float32)
+        for begin in cutlass.range(0, pieces.count, LSES_IN_FLIGHT * LANES, unroll=1):
+            lses.fill(-Float32.inf)
+            for k in range_constexpr(LSES_IN_FLIGHT):
+                i = begin + k * LANES + lane
+                if i < pieces.count:
+                    lses[k] = pieces.lse_of(i)
+            above = top
+            for k in range_constexpr(LSES_IN_FLIGHT):
+                above = cute.arch.fmax(above, lses[k])
+            total = total * cute.math.exp2(top - above, fastmath=True)
+            for k in range_constexpr(LSES_IN_FLIGHT):
+                total = total + cute.math.exp2(lses[k] - above, fastmath=True)
+            top = above
+        above = cute.arch.warp_reduction_max(top)
+        return above, cute.arch.warp_reduction_sum(total * cute.math.exp2(top - above, fastmath=True))
 
     @cute.jit
     def lane_view(self, row: cute.Tensor, slice: Int32, lane: Int32) -> cute.Tensor:
-        """The (vector, chunks) elements of a slice of a row of d_v that a lane owns."""
-        start = row.iterator + (slice * (self.d_v // self.slices) + lane * self.vector)
-        start = start.align(self.vector * row.element_type.width // 8)
-        return cute.make_tensor(start, cute.make_layout((self.vector, self.chunks), stride=(1, LANES * self.vector)))
+        """The (vector, chunks) elements of a slice of a row of `out` that a lane owns."""
+        size = self.dtype.width // 8
+        offset = (slice * self.columns + lane * self.vector) * size
+        start = pointer_at(self.dtype, row.iterator.toint(), offset, align=self.vector * size)
+        return cute.make_tensor(start, self.lane_layout())
+
+    def lane_layout(self) -> cute.Layout:
+        return cute.make_layout((self.vector, self.chunks), stride=(1, LANES * self.vector))
+
+    @cute.jit
+    def write_transposed(self, acc: cute.Tensor, row: cute.Tensor, slice: Int32, lane: Int32):
+        """Write a slice of a row: neighbouring lanes, which have neighbouring columns of two groups, trade one."""
+        odd = lane % 2
+        for w in range_constexpr(self.chunks):
+            for c in range_constexpr(2):
+                low, high = acc[2 * c, w], acc[2 * c + 1, w]
+                theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(odd != 0, low, high), 1)
+                pair = cute.make_rmem_tensor(2, self.dtype)
+                pair[0] = Float32(cutlass.select_(odd != 0, theirs, low)).to(self.dtype)
+                pair[1] = Float32(cutlass.select_(odd != 0, high, theirs)).to(self.dtype)
+                column = 64 * (lane // 8 * 2 + c) + 16 * (slice + w) + 8 * odd + lane % 8 - odd
+                to = pointer_at(self.dtype, row.iterator.toint(), column * 2, align=4)
+                cute.autovec_copy(pair, cute.make_tensor(to, cute.make_layout(2)))
 
     @cute.jit
     def sum_over_warps(self, acc: cute.Tensor, rank: Int32, warps: Int32, lane: Int32):
         """Add the accumulators of the warps that share a slice, in order, into that of the first."""
         layout = cute.make_layout(
             (self.vector, self.chunks, LANES, WARPS),
-            stride=(1, LANES * self.vector, self.vector, self.d_v // self.slices),
+            stride=(1, LANES * self.vector, self.vector, self.columns),
         )
         shared = cute.make_tensor(cute.arch.alloc_smem(Float32, cute.cosize(layout), alignment=16), layout)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -202,33 +292,31 @@ class Combine:
         cute.arch.sync_threads()
         if rank == 0:
             other = cute.make_rmem_tensor_like(acc)
-            for w in cutlass.range(1, warps, unroll=1):
-                cute.autovec_copy(shared[None, None, lane, warp + w], other)
-                for c in range_constexpr(self.chunks):
-                    for v in range_constexpr(self.vector):
-                        acc[v, c] = acc[v, c] + other[v, c]
+            for w in range_constexpr(1, WARPS):
+                if w < warps:
+                    cute.autovec_copy(shared[None, None, lane, warp + w], other)
+                    for c in range_constexpr(self.chunks):
+                        for v in range_constexpr(self.vector):
+                            acc[v, c] = acc[v, c] + other[v, c]
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """The partial results of one row of a unit."""
+    """The partial results of one row of a unit, as a lane sees them: addresses of the first piece's."""
 
-    partial_o: cute.Tensor
-    partial_lse: cute.Tensor
-    partial_scale: cute.Tensor | None
-    first: Int32  # slot
+    o: Int64  # of this lane's first vector
+    lse: Int64
+    scale: Int64 | None  # of this slice
+    rows: Int32  # of a slot
     count: Int32
-    row: Int32
-    slice: Int32  # of the row
+    slice: Int32
 
-    def o(self, i: Int32) -> cute.Tensor:
-        return self.partial_o[self.first + i, self.row, None]
+    def lse_of(self, i: Int32) -> Float32:
+        return cute.make_tensor(pointer_at(Float32, self.lse, i * self.rows * 4, align=4), cute.make_layout(1))[0]
 
-    def lse(self, i: Int32) -> Float32:
-        return self.partial_lse[self.first + i, self.row]
-
-    def scale(self, i: Int32, part: Int32) -> Float32:
-        return self.partial_scale[self.first + i, self.row, part]
+    def scale_of(self, i: Int32, part: int, parts: int) -> Float32:
+        offset = (i * self.rows * parts + part) * 4
+        return cute.make_tensor(pointer_at(Float32, self.scale, offset, align=4), cute.make_layout(1))[0]
 
 
 def partial_results(
@@ -267,6 +355,7 @@ def merge_pieces(
     warps: Int32,
     stream,
     partial_scale: cute.Tensor | None = None,
+    order: cutlass.Constexpr = PLAIN,
 ):
     """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done.
 
@@ -276,11 +365,11 @@ def merge_pieces(
     candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
     arguments = (partial_o, partial_lse, work, splits, sink, out, lse, candidates, by_unit, warps, stream)
     d_v = partial_o.shape[2]
-    scaled = partial_scale is not None
+    order = order if partial_scale is None else SCALED
     if warps == 1:
-        Combine(dtype, d_v, d_v, scaled)(*arguments, partial_scale)
+        Combine(dtype, d_v, d_v, order)(*arguments, partial_scale)
     else:
-        Combine(dtype, d_v, SCALED_COLUMNS if scaled else d_v // 4, scaled)(*arguments, partial_scale)
+        Combine(dtype, d_v, SCALED_COLUMNS if order == SCALED else d_v // 4, order)(*arguments, partial_scale)
 
 
 def compile_variant(dtype: str, d_v: int, columns: int) -> aot.Compiled:

@@ -1,10 +1,16 @@
-"""Copies that run beside the code that starts them, in PTX, and how long the L2 keeps what they bring."""
+"""Copies that run beside the code that starts them, in PTX, how long the L2 keeps what they bring, and pointers."""
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 # L2 cache hints of TMA, as CUTLASS encodes them.
 EVICT_NORMAL, EVICT_FIRST = 0x1000000000000000, 0x12F0000000000000
+
+
+def pointer_at(dtype: type[cutlass.Numeric], address: Int64, offset: Int32 | int, *, align: int) -> cute.Pointer:
+    """A pointer to `offset` bytes beyond a global address, known to be aligned: `Pointer.align` would round it."""
+    return cute.make_ptr(dtype, address + Int64(offset), cute.AddressSpace.gmem, assumed_align=align)
 
 
 def prefetch(address: Int64) -> None:

@@ -16,10 +16,20 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLayoutAtomKind
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.combine import merge_pieces, partial_results
-from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros
-from flash_mla.backends.hopper.dense_decode_geometry import Arguments, by_unit
-from flash_mla.backends.hopper.schedule import anew, end_of_work, first_piece, next_piece, piece_stop, remains, uniform
+from flash_mla.backends.hopper.combine import TRANSPOSED, merge_pieces, partial_results
+from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros, pointer_at
+from flash_mla.backends.hopper.dense_decode_geometry import by_unit
+from flash_mla.backends.hopper.schedule import (
+    Piece,
+    anew,
+    end_of_work,
+    first_piece,
+    next_piece,
+    piece_stop,
+    remains,
+    slot_of,
+    uniform,
+)
 from flash_mla.backends.hopper.softmax import LN2, NO_SCORE, THRESHOLD
 from flash_mla.backends.hopper.wgmma import CHUNK, gemm, k_major_layout
 
@@ -36,14 +46,68 @@ GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
 V_GROUPS, ROPE = (0, 1), 2
 
 # Named barriers.
-SCORES_ONLY, OUTPUT_ONLY = 1, 2
+SCORES_ONLY, OUTPUT_ONLY, READY = 1, 2, 3
 
 K_WARP = 8  # the warpgroup of the scores, that of the output, then the producers
 
 
 @dataclass(frozen=True)
+class Arguments:
+    """What every role reads of the call; shapes at `FewRowsDecode.__call__`. A unit is (request, KV head)."""
+
+    q: cute.Tensor
+    block_table: cute.Tensor
+    seqlens: cute.Tensor
+    splits: cute.Tensor
+    partial_o: cute.Tensor
+    partial_lse: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    h_kv: cute.FastDivmodDivisorV2
+    group: cute.FastDivmodDivisorV2  # query heads per KV head
+    blocks_per_page: cute.FastDivmodDivisorV2
+    scale_log2: Float32
+    causal: Int32
+    batch_invariant: Int32
+
+    def unit(self, piece: Piece) -> tuple[Int32, Int32]:
+        """(request, KV head) of a piece."""
+        return quotient_and_remainder(piece.unit, self.h_kv)
+
+    def rows(self, piece: Piece) -> "Rows":
+        """The packed query rows of a piece."""
+        request, kv_head = self.unit(piece)
+        group = Int32(self.group.divisor)
+        return Rows(request, kv_head * group, self.q.shape[1] * group, self.group)
+
+    def tokens(self, piece: Piece) -> Int32:
+        """Tokens of a piece's request."""
+        return uniform(self.seqlens[self.unit(piece)[0]])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The packed query rows (query token, query head) of a unit."""
+
+    request: Int32
+    first_head: Int32
+    count: Int32
+    group: cute.FastDivmodDivisorV2
+
+    def query(self, row: Int32) -> tuple[Int32, Int32]:
+        """(query token, query head) of a row."""
+        token, head = quotient_and_remainder(row, self.group)
+        return token, self.first_head + head
+
+
+def quotient_and_remainder(value: Int32, divisor: cute.FastDivmodDivisorV2) -> tuple[Int32, Int32]:
+    quotient, remainder = divmod(value, divisor)
+    return Int32(quotient), Int32(remainder)
+
+
+@dataclass(frozen=True)
 class Barriers:
-    """Shared-memory barriers. All but those of sums come in STAGES: K's full per chunk, empty per group of chunks."""
+    """Shared-memory barriers. All come in STAGES: K's full per chunk, empty per group of chunks."""
 
     k_full: cute.Pointer
     k_empty: cute.Pointer
@@ -98,13 +162,12 @@ class FewRowsDecode:
             q_empty: cute.struct.MemRange[Int64, STAGES]
             p_full: cute.struct.MemRange[Int64, STAGES]
             p_empty: cute.struct.MemRange[Int64, STAGES]
-            sums_full: cute.struct.MemRange[Int64, 1]
-            sums_empty: cute.struct.MemRange[Int64, 1]
+            sums_full: cute.struct.MemRange[Int64, STAGES]
+            sums_empty: cute.struct.MemRange[Int64, STAGES]
             moved: cute.struct.MemRange[Int32, STAGES]
             factors: cute.struct.MemRange[Float32, STAGES * self.rows]
             tops: cute.struct.MemRange[Float32, STAGES * 4 * self.rows]
-            sums: cute.struct.MemRange[Float32, 4 * self.rows]
-            inv: cute.struct.MemRange[Float32, self.rows]
+            sums: cute.struct.MemRange[Float32, STAGES * 4 * self.rows]
             p: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * BLOCK * self.rows], 1024]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * self.chunks * self.rows * CHUNK], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * self.chunks * BLOCK * CHUNK], 1024]
@@ -113,8 +176,9 @@ class FewRowsDecode:
         h_kv = k_cache.shape[2]
         partial_o, partial_lse = partial_results(workspace, slots, self.rows, D_V)
         self.kernel(
-            tma_k, k_tma, q, block_table, seqlens, work, splits, partial_o, partial_lse, out, lse, h_kv,
-            k_cache.shape[1] // BLOCK, scale_log2, causal, batch_invariant,
+            tma_k, k_tma, q, block_table, seqlens, work, splits, partial_o, partial_lse, out, lse,
+            cute.FastDivmodDivisorV2(h_kv), cute.FastDivmodDivisorV2(q.shape[2] // h_kv),
+            cute.FastDivmodDivisorV2(k_cache.shape[1] // BLOCK), scale_log2, causal, batch_invariant,
         ).launch(
             grid=(1, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -123,7 +187,7 @@ class FewRowsDecode:
         )  # fmt: skip
         merge_pieces(
             self.dtype, partial_o, partial_lse, work, splits, None, *by_unit(out, lse, h_kv), combine_by_unit,
-            combine_warps, stream,
+            combine_warps, stream, order=TRANSPOSED,
         )  # fmt: skip
 
     @cute.kernel
@@ -140,8 +204,9 @@ class FewRowsDecode:
         partial_lse: cute.Tensor,
         out: cute.Tensor,
         lse: cute.Tensor,
-        h_kv: Int32,
-        blocks_per_page: Int32,
+        h_kv: cute.FastDivmodDivisorV2,
+        group: cute.FastDivmodDivisorV2,
+        blocks_per_page: cute.FastDivmodDivisorV2,
         scale_log2: Float32,
         causal: Int32,
         batch_invariant: Int32,
@@ -160,44 +225,59 @@ class FewRowsDecode:
             shared.sums_empty.data_ptr(),
         )
         args = Arguments(
-            q, block_table, seqlens, work, splits, partial_o, partial_lse, None, out, lse, h_kv, blocks_per_page,
+            q, block_table, seqlens, splits, partial_o, partial_lse, out, lse, h_kv, group, blocks_per_page,
             scale_log2, causal, batch_invariant,
         )  # fmt: skip
-        self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
-        if warp < 4:
-            self.score(args, shared, barriers, thread)
-        elif warp < K_WARP:
-            self.accumulate(args, shared, barriers, thread - WARPGROUP)
-        elif warp == K_WARP:
-            self.load_k(args, shared, barriers, tma_k, k_tma)
+        # On their way while barriers are made, which the warp that brings K does not wait for: it makes them.
+        piece, end = first_piece(work), end_of_work(work)
+        if warp == K_WARP:
+            cpasync.prefetch_descriptor(tma_k)
+            self.init_barriers(barriers)
+            cute.arch.barrier_arrive(barrier_id=READY, number_of_threads=3 * WARPGROUP)
+            # Shuffles keep the compiler from waiting for the work before it makes barriers.
+            piece = Piece(*(cute.arch.shuffle_sync(value, 0) for value in (piece.unit, piece.tile, piece.split)))
+            self.load_k(args, shared, barriers, piece, end, tma_k, k_tma)
         else:
-            self.load_q(args, shared, barriers, thread - (K_WARP + 1) * 32)
+            cute.arch.barrier(barrier_id=READY, number_of_threads=3 * WARPGROUP)
+            if warp > K_WARP:  # first, since code that is far off comes later
+                self.load_q(args, shared, barriers, piece, end, thread - (K_WARP + 1) * 32)
+            elif warp < 4:
+                self.score(args, shared, barriers, piece, end, thread)
+            else:
+                self.accumulate(args, shared, barriers, piece, end, thread - WARPGROUP)
 
     @cute.jit
-    def init_barriers(self, barriers: Barriers, warp: Int32):
-        if warp == 0:
-            with cute.arch.elect_one():
-                for i in range_constexpr(STAGES * self.chunks):
-                    cute.arch.mbarrier_init(barriers.k_full + i, 1)
-                for i in range_constexpr(STAGES * len(self.groups)):
-                    cute.arch.mbarrier_init(barriers.k_empty + i, 4)
-                for i in range_constexpr(STAGES):
-                    cute.arch.mbarrier_init(barriers.q_full + i, Q_WARPS)
-                    cute.arch.mbarrier_init(barriers.q_empty + i, 4)
-                    cute.arch.mbarrier_init(barriers.p_full + i, 4)
-                    cute.arch.mbarrier_init(barriers.p_empty + i, 4)
-                cute.arch.mbarrier_init(barriers.sums_full, 4)
-                cute.arch.mbarrier_init(barriers.sums_empty, 4)
+    def init_barriers(self, barriers: Barriers):
+        with cute.arch.elect_one():
+            for i in range_constexpr(STAGES * self.chunks):
+                cute.arch.mbarrier_init(barriers.k_full + i, 1)
+            for i in range_constexpr(STAGES * len(self.groups)):
+                cute.arch.mbarrier_init(barriers.k_empty + i, 4)
+            for i in range_constexpr(STAGES):
+                cute.arch.mbarrier_init(barriers.q_full + i, Q_WARPS)
+                cute.arch.mbarrier_init(barriers.q_empty + i, 4)
+                cute.arch.mbarrier_init(barriers.p_full + i, 4)
+                cute.arch.mbarrier_init(barriers.p_empty + i, 4)
+                cute.arch.mbarrier_init(barriers.sums_full + i, 4)
+                cute.arch.mbarrier_init(barriers.sums_empty + i, 4)
         cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        cute.arch.sync_warp()
 
     # ---------------------------------------------------------------------------------------------- producers
 
     @cute.jit
-    def load_k(self, args, shared, barriers, tma_k: cute.CopyAtom, k_tma: cute.Tensor):
+    def load_k(
+        self,
+        args,
+        shared,
+        barriers,
+        piece: Piece,
+        end: tuple[Int32, Int32],
+        tma_k: cute.CopyAtom,
+        k_tma: cute.Tensor,
+    ):
         """Bring K blocks, each chunk as soon as its group of the stage is free."""
-        cpasync.prefetch_descriptor(tma_k)
         layout = self.k_layout()
         smem = shared.k.get_tensor(layout.outer, swizzle=layout.inner)
         to, source = cpasync.tma_partition(
@@ -208,16 +288,16 @@ class FewRowsDecode:
             cute.group_modes(cute.local_tile(k_tma, (BLOCK, CHUNK), (None, None, None, None)), 0, 2),
         )
         count = Int32(0)  # of blocks
-        piece, end = first_piece(args.work), end_of_work(args.work)
         while remains(piece, end):
-            request, kv_head = piece.unit // args.h_kv, piece.unit % args.h_kv
-            first = self.locate(args, request, piece.tile)  # does not wait for the length
-            tiles = (args.seqlen(piece) + (BLOCK - 1)) // BLOCK
+            request, kv_head = args.unit(piece)
+            # Table entries do not wait for the length, nor one for another.
+            first, second = (self.locate(args, request, piece.tile + i) for i in range(2))
+            tiles = (args.tokens(piece) + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             if stop > piece.tile:
                 # Two blocks ahead, so that no load of a table entry delays a load of K.
                 row, page = first
-                next_row, next_page = self.locate(args, request, piece.tile + 1)
+                next_row, next_page = second
                 for tile in cutlass.range(piece.tile, stop, unroll=1):
                     later_row, later_page = self.locate(args, request, tile + 2)
                     stage, parity = count % STAGES, count // STAGES & 1
@@ -241,56 +321,58 @@ class FewRowsDecode:
     @cute.jit
     def locate(self, args, request: Int32, block: Int32) -> tuple[Int32, Int32]:
         """(row in blocks, page) of a block; of one beyond the request, which nobody loads, whatever the table holds."""
-        entry = cutlass.min(block // args.boxes_per_page, args.block_table.shape[1] - 1)
+        entry, row = quotient_and_remainder(block, args.blocks_per_page)
+        entry = cutlass.min(entry, args.block_table.shape[1] - 1)
         page = Int32(0)
         if entry >= 0:  # the table of a batch without any token may have no column
             page = args.block_table[request, entry]
-        return block % args.boxes_per_page, page
+        return row, page
 
     def load_order(self):
         """Groups in the order in which they are freed and then needed."""
         return (ROPE, 0, 1)[0 if len(self.groups) > ROPE else 1 :]
 
     @cute.jit
-    def load_q(self, args, shared, barriers, thread: Int32):
-        """Bring Q by 16-byte asynchronous copies: rows have any stride."""
+    def load_q(self, args, shared, barriers, piece: Piece, end: tuple[Int32, Int32], thread: Int32):
+        """Bring Q by 16-byte asynchronous copies: rows have any stride.
+
+        Nothing that they need waits for a length, so that they are under way before K's, behind which they would queue.
+        """
         lane = thread % 32
-        count = Int32(0)  # of pieces that have tiles
-        piece, end = first_piece(args.work), end_of_work(args.work)
+        pieces = Int32(0)
         while remains(piece, end):
             rows = args.rows(piece)
-            tiles = (args.seqlen(piece) + (BLOCK - 1)) // BLOCK
+            stage, parity = pieces % STAGES, pieces // STAGES & 1
+            smem = Int32(shared.q.data_ptr().toint()) + stage * (self.chunks * self.rows * CHUNK * 2)
+            cute.arch.mbarrier_wait(barriers.q_empty + stage, parity ^ 1)
+            for i in range_constexpr(-(-self.rows // Q_WARPS)):
+                row = thread // 32 + Q_WARPS * i
+                exists = row < rows.count
+                token, head = rows.query(cutlass.select_(exists, row, Int32(0)))
+                source = args.q[rows.request, token, head, None].iterator.toint() + Int64(lane * 16)
+                # A row that does not exist reads nothing and is filled with zeros.
+                size = cutlass.select_(exists, Int32(16), Int32(0))
+                # Lane l copies 8 columns of chunks l / 8, l / 8 + 4, ...; the swizzle permutes 16-byte units.
+                to = smem + lane // 8 * (self.rows * CHUNK * 2) + row * 128 + ((lane % 8) ^ (row % 8)) * 16
+                if row < self.rows:
+                    for chunk in range_constexpr(0, self.chunks, 4):
+                        if lane // 8 < self.chunks - chunk:
+                            copy_or_zeros(to + chunk * self.rows * CHUNK * 2, source + chunk * 128, size)
+            cute.arch.cp_async_commit_group()
+            tiles = (args.tokens(piece) + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
-            if stop > piece.tile:
-                stage, parity = count % STAGES, count // STAGES & 1
-                smem = Int32(shared.q.data_ptr().toint()) + stage * (self.chunks * self.rows * CHUNK * 2)
-                cute.arch.mbarrier_wait(barriers.q_empty + stage, parity ^ 1)
-                for i in range_constexpr(-(-self.rows // Q_WARPS)):
-                    row = thread // 32 + Q_WARPS * i
-                    exists = row < rows.count
-                    token, head = rows.query(cutlass.select_(exists, row, Int32(0)))
-                    source = args.q[rows.request, token, head, None].iterator.toint() + Int64(lane * 16)
-                    # A row that does not exist reads nothing and is filled with zeros.
-                    size = cutlass.select_(exists, Int32(16), Int32(0))
-                    # Lane l copies 8 columns of chunks l / 8, l / 8 + 4, ...; the swizzle permutes 16-byte units.
-                    to = smem + lane // 8 * (self.rows * CHUNK * 2) + row * 128 + ((lane % 8) ^ (row % 8)) * 16
-                    if row < self.rows:
-                        for chunk in range_constexpr(0, self.chunks, 4):
-                            if lane // 8 < self.chunks - chunk:
-                                copy_or_zeros(to + chunk * self.rows * CHUNK * 2, source + chunk * 128, size)
-                cute.arch.cp_async_commit_group()
-                cute.arch.cp_async_wait_group(0)
-                cute.arch.fence_proxy("async.shared", space="cta")
-                cute.arch.sync_warp()
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(barriers.q_full + stage)
-                count += 1
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barriers.q_full + stage)
+            pieces += 1
             piece = next_piece(piece, stop, tiles)
 
     # ---------------------------------------------------------------------------------------------- scores
 
     @cute.jit
-    def score(self, args, shared, barriers, thread: Int32):
+    def score(self, args, shared, barriers, piece: Piece, end: tuple[Int32, Int32], thread: Int32):
         """The warpgroup of the scores and the softmax."""
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         op = warpgroup.MmaF16BF16Op(
@@ -320,22 +402,22 @@ class FewRowsDecode:
         moved = shared.moved.get_tensor(cute.make_layout(STAGES))
         scale = args.scale_log2
 
-        count, pieces, started = Int32(0), Int32(0), Int32(0)
-        piece, end = first_piece(args.work), end_of_work(args.work)
+        count, pieces = Int32(0), Int32(0)
         while remains(piece, end):
             rows = args.rows(piece)
-            seqlen, slot = args.seqlen(piece), args.slot(piece)
+            seqlen, slot = args.tokens(piece), slot_of(args.splits, piece)
             tiles = (seqlen + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
+            q_stage, q_parity = pieces % STAGES, pieces // STAGES & 1
             m.fill(NO_SCORE)
             sums.fill(0.0)
             if stop > piece.tile:
                 # Causality is aligned to the bottom right: query token j sees tokens below seqlen - s_q + j + 1.
                 plain = uniform(cutlass.select_(args.causal != 0, seqlen - args.q.shape[1] + 1, seqlen))
-                q_stage = started % STAGES
-                cute.arch.mbarrier_wait(barriers.q_full + q_stage, started // STAGES & 1)
                 for tile in cutlass.range(piece.tile, stop, unroll=1):
                     stage, parity = count % STAGES, count // STAGES & 1
+                    # Q stays; waiting for it here leaves what can be computed before to be computed before.
+                    cute.arch.mbarrier_wait(barriers.q_full + q_stage, q_parity)
                     warpgroup.fence()
                     for i in range_constexpr(self.chunks):
                         chunk = self.chunk_order()[i]
@@ -352,9 +434,6 @@ class FewRowsDecode:
                     if const_expr(len(self.groups) > ROPE):
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive(barriers.k_empty + (stage * len(self.groups) + ROPE))
-                    if tile == stop - 1:
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive(barriers.q_empty + q_stage)
                     if (tile + 1) * BLOCK > plain:
                         self.mask(args, s, rows, plain, tile * BLOCK + warp * 16, anew(lane))
 
@@ -392,7 +471,9 @@ class FewRowsDecode:
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(barriers.p_full + p_stage)
                     count += 1
-                started += 1
+            cute.arch.mbarrier_wait(barriers.q_full + q_stage, q_parity)  # of an empty piece, which has not waited
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barriers.q_empty + q_stage)
             self.finish(args, shared, barriers, rows, slot, m, sums, pieces, warp, lane)
             pieces += 1
             piece = next_piece(piece, stop, tiles)
@@ -439,43 +520,49 @@ class FewRowsDecode:
 
     @cute.jit
     def finish(self, args, shared, barriers, rows, slot: Int32, m, sums, pieces: Int32, warp: Int32, lane: Int32):
-        """Sum the rows of a piece, write their lse, and tell the output's warpgroup what to divide by."""
-        shared_sums = shared.sums.get_tensor(cute.make_ordered_layout((4, self.rows), order=(1, 0)))
-        inv = shared.inv.get_tensor(cute.make_layout(self.rows))
+        """Hand the sums of a piece's rows to the output's warpgroup and write their lse."""
+        shared_sums = self.shared_sums(shared)
+        stage = pieces % STAGES
         for i in range_constexpr(self.rows // 4):
             for distance in (4, 8, 16):
                 sums[i] = sums[i] + cute.arch.shuffle_sync_bfly(sums[i], distance)
-        # The sums and their inverses of the piece before have been read.
-        cute.arch.mbarrier_wait(barriers.sums_empty, (pieces & 1) ^ 1)
+        cute.arch.mbarrier_wait(barriers.sums_empty + stage, (pieces // STAGES & 1) ^ 1)
         if lane < 4:
             for i in range_constexpr(self.rows // 4):
-                shared_sums[warp, self.column(lane, i)] = sums[i]
-        cute.arch.barrier(barrier_id=SCORES_ONLY, number_of_threads=WARPGROUP)
-        if warp == 0:
-            if lane < 4:
-                for i in range_constexpr(self.rows // 4):
-                    column = self.column(lane, i)
-                    total = Float32(0.0)
-                    for w in range_constexpr(4):
-                        total = total + shared_sums[w, column]
-                    inv[column] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
-                    if column < rows.count:
-                        # lse in base 2; an empty row's is -inf here.
-                        lse2 = cute.math.log2(total) + m[i] * args.scale_log2
-                        if slot < 0:
-                            token, head = rows.query(column)
-                            seen = lse2 > -Float32.inf
-                            args.lse[rows.request, head, token] = cutlass.select_(seen, lse2 * LN2, Float32.inf)
-                        else:
-                            args.partial_lse[slot, column] = lse2
+                shared_sums[self.column(lane, i), warp, stage] = sums[i]
         cute.arch.sync_warp()
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(barriers.sums_full)
+            cute.arch.mbarrier_arrive(barriers.sums_full + stage)
+        # Keeps the warps within a piece of each other, too, so that no stage is overwritten before it is read here.
+        cute.arch.barrier(barrier_id=SCORES_ONLY, number_of_threads=WARPGROUP)
+        if (warp == 0) & (lane < 4):
+            for i in range_constexpr(self.rows // 4):
+                column = self.column(lane, i)
+                # lse in base 2; an empty row's is -inf here.
+                lse2 = cute.math.log2(self.total(shared_sums, column, stage)) + m[i] * args.scale_log2
+                if column < rows.count:
+                    if slot < 0:
+                        token, head = rows.query(column)
+                        seen = lse2 > -Float32.inf
+                        args.lse[rows.request, head, token] = cutlass.select_(seen, lse2 * LN2, Float32.inf)
+                    else:
+                        args.partial_lse[slot, column] = lse2
+
+    def shared_sums(self, shared) -> cute.Tensor:
+        """[rows, 4 warps, stages]: the sums of each warp's probabilities."""
+        return shared.sums.get_tensor(cute.make_ordered_layout((self.rows, 4, STAGES), order=(1, 0, 2)))
+
+    @cute.jit
+    def total(self, shared_sums: cute.Tensor, row: Int32, stage: Int32) -> Float32:
+        """Sum of a row's probabilities over all tokens of a piece."""
+        of_warps = cute.make_rmem_tensor(4, Float32)
+        cute.autovec_copy(shared_sums[row, None, stage], of_warps)
+        return (of_warps[0] + of_warps[1]) + (of_warps[2] + of_warps[3])
 
     # ---------------------------------------------------------------------------------------------- output
 
     @cute.jit
-    def accumulate(self, args, shared, barriers, thread: Int32):
+    def accumulate(self, args, shared, barriers, piece: Piece, end: tuple[Int32, Int32], thread: Int32):
         """The warpgroup of the output: tiles of 64 columns, all query rows."""
         lane = thread % 32
         op = warpgroup.MmaF16BF16Op(
@@ -488,12 +575,11 @@ class FewRowsDecode:
         o = [part.make_fragment_C(part.partition_shape_C((CHUNK, self.rows))) for _ in range(V_CHUNKS)]
         shared_factors = shared.factors.get_tensor(cute.make_ordered_layout((STAGES, self.rows), order=(1, 0)))
         moved = shared.moved.get_tensor(cute.make_layout(STAGES))
-        inv = shared.inv.get_tensor(cute.make_layout(self.rows))
+        shared_sums = self.shared_sums(shared)
 
         count, pieces = Int32(0), Int32(0)
-        piece, end = first_piece(args.work), end_of_work(args.work)
         while remains(piece, end):
-            seqlen, slot = args.seqlen(piece), args.slot(piece)
+            seqlen, slot = args.tokens(piece), slot_of(args.splits, piece)
             tiles = (seqlen + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             for chunk in range_constexpr(V_CHUNKS):
@@ -525,16 +611,18 @@ class FewRowsDecode:
                     cute.arch.mbarrier_arrive(barriers.p_empty + p_stage)
                 count += 1
 
-            cute.arch.mbarrier_wait(barriers.sums_full, pieces & 1)
+            sums_stage = pieces % STAGES
+            cute.arch.mbarrier_wait(barriers.sums_full + sums_stage, pieces // STAGES & 1)
             for i in range_constexpr(self.rows // 4):
-                factor = inv[self.column(lane, i)]
+                total = self.total(shared_sums, self.column(lane, i), sums_stage)
+                factor = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
                 for chunk in range_constexpr(V_CHUNKS):
                     for r in range_constexpr(2):
                         e = self.element(i, r)
                         o[chunk][e] = o[chunk][e] * factor
             cute.arch.sync_warp()
             with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive(barriers.sums_empty)
+                cute.arch.mbarrier_arrive(barriers.sums_empty + sums_stage)
             self.write(args, o, args.rows(piece), slot, thread)
             pieces += 1
             piece = next_piece(piece, stop, tiles)
@@ -555,8 +643,8 @@ class FewRowsDecode:
     @cute.jit
     def write(self, args, o: list[cute.Tensor], rows, slot: Int32, thread: Int32):
         """Write a whole unit to the outputs, a piece of one to its slot of the workspace."""
+        thread = anew(thread)
         lane = thread % 32
-        column0 = thread // 32 * 16 + lane // 4  # of a chunk's 64 output columns; the other is 8 further
         if slot < 0:
             for j in range_constexpr(self.rows // 8):
                 # A transposed 8 x 8 matrix: lane / 4 is the query row, the output columns are adjacent.
@@ -564,6 +652,7 @@ class FewRowsDecode:
                 exists = row < rows.count
                 token, head = rows.query(cutlass.select_(exists, row, Int32(0)))
                 to = args.out[rows.request, token, head, None].iterator + (thread // 32 * 16 + lane % 4 * 2)
+                address = to.toint()
                 for chunk in range_constexpr(V_CHUNKS):
                     for r in range_constexpr(2):
                         pair = cute.make_rmem_tensor(2, self.dtype)
@@ -571,18 +660,21 @@ class FewRowsDecode:
                             pair[c] = o[chunk][4 * j + 2 * r + c].to(self.dtype)
                         self.transpose(pair)
                         if exists:
-                            target = (to + (chunk * CHUNK + 8 * r)).align(4)
+                            target = pointer_at(self.dtype, address, (chunk * CHUNK + 8 * r) * 2, align=4)
                             cute.autovec_copy(pair, cute.make_tensor(target, cute.make_layout(2)))
         else:
             for i in range_constexpr(self.rows // 4):
-                column = self.column(lane, i)
-                if column < rows.count:
-                    to = args.partial_o[slot, column, None].iterator + column0
-                    for chunk in range_constexpr(V_CHUNKS):
-                        for r in range_constexpr(2):
-                            cute.make_tensor(to + (chunk * CHUNK + 8 * r), cute.make_layout(1))[0] = o[chunk][
-                                self.element(i, r)
-                            ]
+                row = self.column(lane, i)
+                if row < rows.count:
+                    # As combine takes TRANSPOSED rows: what this thread has of two chunks lies together.
+                    to = args.partial_o[slot, row, None].iterator + cute.assume(
+                        thread // 32 * 128 + lane // 4 * 4, divby=4
+                    )
+                    for chunk in range_constexpr(0, V_CHUNKS, 2):
+                        values = cute.make_rmem_tensor(4, Float32)
+                        for e in range_constexpr(4):
+                            values[e] = o[chunk + e // 2][self.element(i, e % 2)]
+                        cute.autovec_copy(values, cute.make_tensor(to + chunk * 16, cute.make_layout(4)))
 
     def transpose(self, pair: cute.Tensor):
         """Transpose the 8 x 8 matrix of which each lane of a warp holds a pair of adjacent elements."""

@@ -37,6 +37,7 @@ Results = tuple[torch.Tensor, torch.Tensor]
 # What a warp merges alone as fast as several could: rows that fill a GPU, or units of few splits.
 MANY_ROWS = 1024
 FEW_SPLITS = 6
+SPLITS_OF_A_WARP = 4  # at least, where several merge a row: more CTAs take longer to start than they save
 LOG2_E = math.log2(math.e)
 TINY_SCALE = 1e-30  # stands for 0, which would turn the -inf of a masked score into NaN
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -114,10 +115,10 @@ def _who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invarian
         return num_units, True, 1  # the order of summation must not depend on the batch
     by_unit = num_units <= num_workers
     candidates = num_units if by_unit else num_workers
-    rows = candidates * unit_rows
+    rows, splits = candidates * unit_rows, num_workers // num_units
     if rows >= MANY_ROWS or num_workers <= FEW_SPLITS * num_units:
         return candidates, by_unit, 1
-    side_by_side = max(2, min(8, MANY_ROWS // rows))
+    side_by_side = max(2, min(8, MANY_ROWS // rows, splits // SPLITS_OF_A_WARP))
     return candidates, by_unit, 1 << (side_by_side.bit_length() - 1)
 
 
