@@ -18,7 +18,7 @@ from flash_mla.backends.hopper.epilogue import trade_words
 LANES = 32
 WARPS = 8
 LSES_IN_FLIGHT = 4  # of a lane
-NO_LSE = -1.0e30  # below any: finite, so that differences are
+NO_LSE = -3.0e38  # below any, and finite, so that two of them differ by 0
 VECTOR_BYTES = 16  # of a load
 SCALED_COLUMNS = 256  # of a partial output in fp16 that share a scale
 LN2 = math.log(2.0)
