@@ -85,6 +85,7 @@ def _dense_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_
         unit_rows=config.unit_rows,
         max_tiles=-(-max_pages * problem.page_size // config.tile),
         flags=(problem.causal,) if config.swapped else (problem.causal, config.row_tiles),
+        scaled=not config.swapped,
     )
 
 

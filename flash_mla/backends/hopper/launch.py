@@ -142,12 +142,18 @@ class DecodeCall(NamedTuple):
     @staticmethod
     def of(
         problem: DecodeProblem, kernel: str, num_units: int, num_workers: int, *, unit_rows: int, max_tiles: int,
-        flags: tuple[int, ...], unsplit: bool = False,
+        flags: tuple[int, ...], scaled: bool, unsplit: bool = False,
     ) -> DecodeCall:  # fmt: skip
-        """The call of a kernel over a plan, `unsplit` if it never cuts a unit; `flags` are those its mode alone has."""
+        """The call of a kernel over a plan.
+
+        scaled: partial outputs are fp16, with a scale for each half of a row; else fp32.
+        flags: those that the kernel's mode alone has.
+        unsplit: no unit is ever cut.
+        """
         slots = 0
         if not unsplit:
             slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
+        row_words = problem.d_v // 2 + 2 if scaled else problem.d_v
         _, by_unit, warps = _who_merges(num_units, num_workers, unit_rows, problem.batch_invariant)
         device = problem.device
         return DecodeCall(
@@ -155,7 +161,7 @@ class DecodeCall(NamedTuple):
             kernel=kernels.load(kernel),
             out=template((problem.b, problem.s_q, problem.h_q, problem.d_v), problem.dtype, device),
             lse=template((problem.b, problem.h_q, problem.s_q), torch.float32, device),
-            workspace=template((slots * unit_rows * (problem.d_v + 1),), torch.float32, device),
+            workspace=template((slots * unit_rows * (row_words + 1),), torch.float32, device),
             flags=tuple(map(int, (*flags, slots, problem.batch_invariant, by_unit, warps))),
         )
 

@@ -167,6 +167,7 @@ def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int, max
             problem.causal,
             config.row_tiles,
         ),
+        scaled=_few_heads(problem) is None,
         unsplit=config.unsplit and not problem.batch_invariant,
     )
 
