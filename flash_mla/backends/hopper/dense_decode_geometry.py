@@ -21,7 +21,7 @@ class Arguments:
     splits: cute.Tensor
     partial_o: cute.Tensor
     partial_lse: cute.Tensor
-    partial_scale: cute.Tensor | None
+    partial_scale: cute.Tensor
     out: cute.Tensor
     lse: cute.Tensor
     h_kv: Int32
