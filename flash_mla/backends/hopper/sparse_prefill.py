@@ -610,7 +610,7 @@ class SparsePrefill(Seesaw):
                 self.write_chunks_by_tma(args, c, piece, inv, range(amid, V_CHUNKS // 2))
             else:
                 self.write_rows(args, c, piece, inv)
-            # A proxy fence waits until these, too, have been written, and the right side is the last to come to one.
+            # Both sides have them; the left one's scores are wanted first.
             if const_expr(c.side == RIGHT):
                 self.write_statistics(args, c, piece)
         else:
