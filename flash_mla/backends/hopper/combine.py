@@ -13,6 +13,7 @@ from cutlass import Float16, Float32, Int32, Int64, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.copies import pointer_at
+from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.epilogue import trade_words
 
 LANES = 32
@@ -70,7 +71,7 @@ class Combine:
         rows_per_unit = partial_o.shape[1]
         ctas = (rows_per_unit * self.slices + slices_per_cta - 1) // slices_per_cta
         passes = (out.shape[2] * out.shape[3] + rows_per_unit - 1) // rows_per_unit
-        divisors = [cute.FastDivmodDivisorV2(Int32(n)) for n in (warps, passes, out.shape[1], out.shape[3])]
+        divisors = [Divisor.of(n) for n in (warps, passes, out.shape[1], out.shape[3])]
         self.kernel(partial_o, partial_lse, partial_scale, work, splits, sink, out, lse, by_unit, *divisors).launch(
             grid=(ctas, Int32(candidates), 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True
         )
@@ -87,16 +88,16 @@ class Combine:
         out: cute.Tensor,
         lse: cute.Tensor,
         by_unit: Int32,
-        warps: cute.FastDivmodDivisorV2,
-        passes: cute.FastDivmodDivisorV2,
-        u1: cute.FastDivmodDivisorV2,
-        r1: cute.FastDivmodDivisorV2,
+        warps: Divisor,
+        passes: Divisor,
+        u1: Divisor,
+        r1: Divisor,
     ):
         cute.arch.griddepcontrol_launch_dependents()
         cta, candidate, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        group, rank = divmod(warp, warps)
-        number = cta * Int32(WARPS // warps) + Int32(group)
+        group, rank = warps.divmod(warp)
+        number = cta * warps.quotient(Int32(WARPS)) + group
         row, slice = number // self.slices, number % self.slices
         rows_per_unit = partial_o.shape[1]
 
@@ -106,8 +107,8 @@ class Combine:
         if by_unit == 0:
             unit = work[candidate, 0]
             split = work[candidate, 2]
-        pair, turn = divmod(unit, passes)
-        out_row = Int32(turn) * rows_per_unit + row
+        pair, turn = passes.divmod(unit)
+        out_row = turn * rows_per_unit + row
         # What is launched behind this kernel takes its end for the attention kernel's, too.
         if (cta == 0) & (candidate == 0):
             cute.arch.griddepcontrol_wait()
@@ -120,9 +121,7 @@ class Combine:
                 any_row = cutlass.select_(exists, row, Int32(0))
                 pieces = self.pieces(partial_o, partial_lse, partial_scale, first, count, any_row, slice)
                 cute.arch.griddepcontrol_wait()
-                self.merge_slice(
-                    pieces, sink, out, lse, (Int32(pair), u1), (out_row, r1), exists, Int32(rank), Int32(warps.divisor)
-                )
+                self.merge_slice(pieces, sink, out, lse, (pair, u1), (out_row, r1), exists, rank, warps.value)
 
     def pieces(
         self,
@@ -155,8 +154,8 @@ class Combine:
         sink: cute.Tensor | None,
         out: cute.Tensor,
         lse: cute.Tensor,
-        unit: tuple[Int32, cute.FastDivmodDivisorV2],
-        row: tuple[Int32, cute.FastDivmodDivisorV2],
+        unit: tuple[Int32, Divisor],
+        row: tuple[Int32, Divisor],
         exists,
         rank: Int32,
         warps: Int32,
@@ -190,8 +189,7 @@ class Combine:
         if const_expr(self.slices > 1):
             self.sum_over_warps(acc, rank, warps, lane)
         if (rank == 0) & exists:
-            (u0, u1), (r0, r1) = divmod(unit[0], unit[1]), divmod(row[0], row[1])
-            to = Int32(u0), Int32(u1), Int32(r0), Int32(r1)
+            to = *unit[1].divmod(unit[0]), *row[1].divmod(row[0])
             out_row = out[to[0], to[1], to[2], to[3], None]
             row_lse = cutlass.select_(total > 0.0, (top + cute.math.log2(total)) * LN2, Float32.inf)
             if const_expr(sink is not None):

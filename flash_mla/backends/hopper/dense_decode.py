@@ -20,6 +20,7 @@ from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import merge_pieces, scaled_partial_results
 from flash_mla.backends.hopper.copies import EVICT_FIRST, EVICT_NORMAL, copy_or_zeros, prefetch
 from flash_mla.backends.hopper.dense_decode_geometry import Arguments, Pages, Rows, by_unit
+from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_scaled_row
 from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Fragments
 from flash_mla.backends.hopper.schedule import end_of_work, first_piece, next_piece, piece_stop, remains
@@ -129,17 +130,21 @@ class DenseDecode:
 
         self.Shared = Shared
         h_kv = k_cache.shape[2]
-        partials = scaled_partial_results(workspace, slots, row_tiles * ROWS, D_V)
-        self.kernel(
-            tma_k, k_tma, k_cache, q, block_table, seqlens, work, splits, *partials, out, lse, h_kv,
-            k_cache.shape[1] // self.box, scale_log2, causal, batch_invariant,
-        ).launch(
+        group = q.shape[2] // h_kv
+        unit_rows = row_tiles * ROWS
+        partials = scaled_partial_results(workspace, slots, unit_rows, D_V)
+        args = Arguments(
+            q, block_table, seqlens, work, splits, *partials, out, lse, Divisor.of(h_kv), Divisor.of(group),
+            Divisor.of((q.shape[1] * group + unit_rows - 1) // unit_rows), Divisor.of(k_cache.shape[1] // self.box),
+            scale_log2, causal, batch_invariant,
+        )  # fmt: skip
+        self.kernel(args, tma_k, k_tma, k_cache).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
             cluster=(self.cluster, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
-        )  # fmt: skip
+        )
         partial_o, partial_lse, partial_scale = partials
         merge_pieces(
             self.dtype, partial_o, partial_lse, work, splits, None, *by_unit(out, lse, h_kv), combine_by_unit,
@@ -147,27 +152,7 @@ class DenseDecode:
         )  # fmt: skip
 
     @cute.kernel
-    def kernel(
-        self,
-        tma_k: cute.CopyAtom,
-        k_tma: cute.Tensor,
-        k_cache: cute.Tensor,
-        q: cute.Tensor,
-        block_table: cute.Tensor,
-        seqlens: cute.Tensor,
-        work: cute.Tensor,
-        splits: cute.Tensor,
-        partial_o: cute.Tensor,
-        partial_lse: cute.Tensor,
-        partial_scale: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        h_kv: Int32,
-        boxes_per_page: Int32,
-        scale_log2: Float32,
-        causal: Int32,
-        batch_invariant: Int32,
-    ):
+    def kernel(self, args: Arguments, tma_k: cute.CopyAtom, k_tma: cute.Tensor, k_cache: cute.Tensor):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = utils.SmemAllocator().allocate(self.Shared)
@@ -178,10 +163,6 @@ class DenseDecode:
             shared.q_empty.data_ptr(),
             self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
-        args = Arguments(
-            q, block_table, seqlens, work, splits, partial_o, partial_lse, partial_scale, out, lse, h_kv,
-            boxes_per_page, scale_log2, causal, batch_invariant,
-        )  # fmt: skip
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -242,8 +223,7 @@ class DenseDecode:
         pairs = Int32(0)
         piece, end = first_piece(args.work), end_of_work(args.work)
         while remains(piece, end):
-            request = piece.unit // args.passes // args.h_kv
-            kv_head = piece.unit // args.passes % args.h_kv
+            request, kv_head, _ = args.place(piece)
             seqlen = args.seqlen(piece)
             tiles = (seqlen + (TILE - 1)) // TILE
             stop = piece_stop(piece, end, tiles, args.batch_invariant)

@@ -18,7 +18,8 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLa
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import TRANSPOSED, merge_pieces, partial_results
 from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros, pointer_at
-from flash_mla.backends.hopper.dense_decode_geometry import by_unit
+from flash_mla.backends.hopper.dense_decode_geometry import Arguments, by_unit
+from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.schedule import (
     Piece,
     anew,
@@ -27,7 +28,6 @@ from flash_mla.backends.hopper.schedule import (
     next_piece,
     piece_stop,
     remains,
-    slot_of,
     uniform,
 )
 from flash_mla.backends.hopper.softmax import LN2, NO_SCORE, THRESHOLD
@@ -49,60 +49,6 @@ V_GROUPS, ROPE = (0, 1), 2
 SCORES_ONLY, OUTPUT_ONLY, READY = 1, 2, 3
 
 K_WARP = 8  # the warpgroup of the scores, that of the output, then the producers
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What every role reads of the call; shapes at `FewRowsDecode.__call__`. A unit is (request, KV head)."""
-
-    q: cute.Tensor
-    block_table: cute.Tensor
-    seqlens: cute.Tensor
-    splits: cute.Tensor
-    partial_o: cute.Tensor
-    partial_lse: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor
-    h_kv: cute.FastDivmodDivisorV2
-    group: cute.FastDivmodDivisorV2  # query heads per KV head
-    blocks_per_page: cute.FastDivmodDivisorV2
-    scale_log2: Float32
-    causal: Int32
-    batch_invariant: Int32
-
-    def unit(self, piece: Piece) -> tuple[Int32, Int32]:
-        """(request, KV head) of a piece."""
-        return quotient_and_remainder(piece.unit, self.h_kv)
-
-    def rows(self, piece: Piece) -> "Rows":
-        """The packed query rows of a piece."""
-        request, kv_head = self.unit(piece)
-        group = Int32(self.group.divisor)
-        return Rows(request, kv_head * group, self.q.shape[1] * group, self.group)
-
-    def tokens(self, piece: Piece) -> Int32:
-        """Tokens of a piece's request."""
-        return uniform(self.seqlens[self.unit(piece)[0]])
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The packed query rows (query token, query head) of a unit."""
-
-    request: Int32
-    first_head: Int32
-    count: Int32
-    group: cute.FastDivmodDivisorV2
-
-    def query(self, row: Int32) -> tuple[Int32, Int32]:
-        """(query token, query head) of a row."""
-        token, head = quotient_and_remainder(row, self.group)
-        return token, self.first_head + head
-
-
-def quotient_and_remainder(value: Int32, divisor: cute.FastDivmodDivisorV2) -> tuple[Int32, Int32]:
-    quotient, remainder = divmod(value, divisor)
-    return Int32(quotient), Int32(remainder)
 
 
 @dataclass(frozen=True)
@@ -175,42 +121,24 @@ class FewRowsDecode:
         self.Shared = Shared
         h_kv = k_cache.shape[2]
         partial_o, partial_lse = partial_results(workspace, slots, self.rows, D_V)
-        self.kernel(
-            tma_k, k_tma, q, block_table, seqlens, work, splits, partial_o, partial_lse, out, lse,
-            cute.FastDivmodDivisorV2(h_kv), cute.FastDivmodDivisorV2(q.shape[2] // h_kv),
-            cute.FastDivmodDivisorV2(k_cache.shape[1] // BLOCK), scale_log2, causal, batch_invariant,
-        ).launch(
+        args = Arguments(
+            q, block_table, seqlens, work, splits, partial_o, partial_lse, None, out, lse, Divisor.of(h_kv),
+            Divisor.of(q.shape[2] // h_kv), None, Divisor.of(k_cache.shape[1] // BLOCK), scale_log2, causal,
+            batch_invariant,
+        )  # fmt: skip
+        self.kernel(args, tma_k, k_tma).launch(
             grid=(1, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
-        )  # fmt: skip
+        )
         merge_pieces(
             self.dtype, partial_o, partial_lse, work, splits, None, *by_unit(out, lse, h_kv), combine_by_unit,
             combine_warps, stream, order=TRANSPOSED,
         )  # fmt: skip
 
     @cute.kernel
-    def kernel(
-        self,
-        tma_k: cute.CopyAtom,
-        k_tma: cute.Tensor,
-        q: cute.Tensor,
-        block_table: cute.Tensor,
-        seqlens: cute.Tensor,
-        work: cute.Tensor,
-        splits: cute.Tensor,
-        partial_o: cute.Tensor,
-        partial_lse: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        h_kv: cute.FastDivmodDivisorV2,
-        group: cute.FastDivmodDivisorV2,
-        blocks_per_page: cute.FastDivmodDivisorV2,
-        scale_log2: Float32,
-        causal: Int32,
-        batch_invariant: Int32,
-    ):
+    def kernel(self, args: Arguments, tma_k: cute.CopyAtom, k_tma: cute.Tensor):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = utils.SmemAllocator().allocate(self.Shared)
@@ -224,13 +152,9 @@ class FewRowsDecode:
             shared.sums_full.data_ptr(),
             shared.sums_empty.data_ptr(),
         )
-        args = Arguments(
-            q, block_table, seqlens, splits, partial_o, partial_lse, out, lse, h_kv, group, blocks_per_page,
-            scale_log2, causal, batch_invariant,
-        )  # fmt: skip
         cute.arch.griddepcontrol_launch_dependents()
         # On their way while barriers are made, which the warp that brings K does not wait for: it makes them.
-        piece, end = first_piece(work), end_of_work(work)
+        piece, end = first_piece(args.work), end_of_work(args.work)
         if warp == K_WARP:
             cpasync.prefetch_descriptor(tma_k)
             self.init_barriers(barriers)
@@ -289,10 +213,10 @@ class FewRowsDecode:
         )
         count = Int32(0)  # of blocks
         while remains(piece, end):
-            request, kv_head = args.unit(piece)
+            request, kv_head, _ = args.place(piece)
             # Table entries do not wait for the length, nor one for another.
             first, second = (self.locate(args, request, piece.tile + i) for i in range(2))
-            tiles = (args.tokens(piece) + (BLOCK - 1)) // BLOCK
+            tiles = (args.seqlen(piece) + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             if stop > piece.tile:
                 # Two blocks ahead, so that no load of a table entry delays a load of K.
@@ -321,7 +245,7 @@ class FewRowsDecode:
     @cute.jit
     def locate(self, args, request: Int32, block: Int32) -> tuple[Int32, Int32]:
         """(row in blocks, page) of a block; of one beyond the request, which nobody loads, whatever the table holds."""
-        entry, row = quotient_and_remainder(block, args.blocks_per_page)
+        entry, row = args.boxes_per_page.divmod(block)
         entry = cutlass.min(entry, args.block_table.shape[1] - 1)
         page = Int32(0)
         if entry >= 0:  # the table of a batch without any token may have no column
@@ -359,7 +283,7 @@ class FewRowsDecode:
                         if lane // 8 < self.chunks - chunk:
                             copy_or_zeros(to + chunk * self.rows * CHUNK * 2, source + chunk * 128, size)
             cute.arch.cp_async_commit_group()
-            tiles = (args.tokens(piece) + (BLOCK - 1)) // BLOCK
+            tiles = (args.seqlen(piece) + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             cute.arch.cp_async_wait_group(0)
             cute.arch.fence_proxy("async.shared", space="cta")
@@ -405,7 +329,7 @@ class FewRowsDecode:
         count, pieces = Int32(0), Int32(0)
         while remains(piece, end):
             rows = args.rows(piece)
-            seqlen, slot = args.tokens(piece), slot_of(args.splits, piece)
+            seqlen, slot = args.seqlen(piece), args.slot(piece)
             tiles = (seqlen + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             q_stage, q_parity = pieces % STAGES, pieces // STAGES & 1
@@ -579,7 +503,7 @@ class FewRowsDecode:
 
         count, pieces = Int32(0), Int32(0)
         while remains(piece, end):
-            seqlen, slot = args.tokens(piece), slot_of(args.splits, piece)
+            seqlen, slot = args.seqlen(piece), args.slot(piece)
             tiles = (seqlen + (BLOCK - 1)) // BLOCK
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             for chunk in range_constexpr(V_CHUNKS):

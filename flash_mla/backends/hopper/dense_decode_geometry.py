@@ -6,13 +6,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.schedule import Piece, slot_of, uniform
 from flash_mla.backends.hopper.wgmma import ROWS
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What every role reads of the call; shapes at `DenseDecode.__call__`."""
+    """What every role reads of the call: an argument of the kernel. Shapes at `DenseDecode.__call__`."""
 
     q: cute.Tensor
     block_table: cute.Tensor
@@ -21,35 +22,36 @@ class Arguments:
     splits: cute.Tensor
     partial_o: cute.Tensor
     partial_lse: cute.Tensor
-    partial_scale: cute.Tensor
+    partial_scale: cute.Tensor | None  # None if partial outputs are fp32
     out: cute.Tensor
     lse: cute.Tensor
-    h_kv: Int32
-    boxes_per_page: Int32
+    h_kv: Divisor
+    group: Divisor  # query heads per KV head
+    passes: Divisor | None  # of a worker's CTAs over the packed rows of a request and KV head; None if one CTA has all
+    boxes_per_page: Divisor
     scale_log2: Float32
     causal: Int32
     batch_invariant: Int32
 
-    @property
-    def group(self):
-        """Query heads per KV head."""
-        return self.q.shape[2] // self.h_kv
-
-    @property
-    def passes(self):
-        """Passes that a worker's CTAs take over the packed rows of a request and KV head."""
-        tile = cute.arch.grid_dim()[0] * ROWS
-        return (self.q.shape[1] * self.group + tile - 1) // tile
+    def place(self, piece: Piece) -> tuple[Int32, Int32, Int32]:
+        """(request, KV head, pass) of a piece's unit."""
+        pair, turn = piece.unit, Int32(0)
+        if self.passes is not None:
+            pair, turn = self.passes.divmod(piece.unit)
+        return *self.h_kv.divmod(pair), turn
 
     def rows(self, piece: Piece) -> "Rows":
         """The rows of this CTA in the piece's unit."""
-        unit, turn = piece.unit // self.passes, piece.unit % self.passes
-        first = (turn * cute.arch.grid_dim()[0] + cute.arch.block_idx()[0]) * ROWS
-        count = self.q.shape[1] * self.group - first
-        return Rows(unit // self.h_kv, unit % self.h_kv, first, count, self.group)
+        request, kv_head, turn = self.place(piece)
+        first = Int32(0)
+        if self.passes is not None:
+            first = (turn * cute.arch.grid_dim()[0] + cute.arch.block_idx()[0]) * ROWS
+        count = self.q.shape[1] * self.group.value - first
+        return Rows(request, kv_head, first, count, self.group)
 
     def seqlen(self, piece: Piece) -> Int32:
-        return uniform(self.seqlens[piece.unit // self.passes // self.h_kv])
+        request, _, _ = self.place(piece)
+        return uniform(self.seqlens[request])
 
     def slot(self, piece: Piece) -> Int32:
         """Where the piece's partial result goes, or -1 if it is a whole unit."""
@@ -83,13 +85,14 @@ class Pages:
     block_table: cute.Tensor
     request: Int32
     boxes: Int32
-    boxes_per_page: Int32
+    boxes_per_page: Divisor
     boxes_per_tile: int
 
     def locate(self, tile: Int32) -> Boxes:
         """Boxes beyond the request stand for its last one: no table entry beyond its pages is read."""
         box = cutlass.min(tile * self.boxes_per_tile + cute.arch.lane_idx(), self.boxes - 1)
-        return Boxes(box % self.boxes_per_page, self.block_table[self.request, box // self.boxes_per_page])
+        entry, row = self.boxes_per_page.divmod(box)
+        return Boxes(row, self.block_table[self.request, entry])
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,12 @@ class Rows:
     kv_head: Int32
     first: Int32  # of the rows of this request and KV head
     count: Int32  # of rows that exist, may be <= 0
-    group: Int32  # query heads per KV head
+    group: Divisor  # query heads per KV head
 
-    def query(self, row):
+    def query(self, row) -> tuple[Int32, Int32]:
         """(query token, query head) of row number `row` of the CTA."""
-        packed = self.first + row
-        return packed // self.group, self.kv_head * self.group + packed % self.group
+        token, head = self.group.divmod(self.first + row)
+        return token, self.kv_head * self.group.value + head
 
 
 def by_unit(out: cute.Tensor, lse: cute.Tensor, h_kv: Int32) -> tuple[cute.Tensor, cute.Tensor]:
