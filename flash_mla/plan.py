@@ -98,10 +98,11 @@ def split_plan(
         lengths: [b] int32, tokens of each request.
         extra_lengths: [b] int32, tokens of a second cache; its tiles follow those of the first.
         tile: tokens in a tile.
-        fixed_cost: what starting a piece costs, in tiles.
+        fixed_cost: what starting a piece costs, in tiles. It does not count where units of as many tiles are cut alike
+            for `even_workers`, of which each then starts one.
         num_workers: workers that run at once.
-        even_workers: as many of them as are used where units cost the same on average as the first does, as equal ones
-            do; num_workers by default. Fewer may cut such units alike, or not at all.
+        even_workers: as many of them as are used where all units have as many tiles; num_workers by default. Fewer may
+            cut such units alike, or not at all.
         units_per_request: each request makes this many consecutive units of its length.
         min_cost: fewer workers are used rather than giving each a range of less than this, in tiles.
         batch_invariant: cut a unit only at places that depend on its own length.
@@ -116,14 +117,17 @@ def split_plan(
     if units_per_request > 1:
         tiles = tiles.repeat_interleave(units_per_request, output_size=tiles.numel() * units_per_request)
 
+    even_workers = num_workers if even_workers is None else even_workers
+    alike = (tiles == tiles[0]).all()
+    fixed = torch.where(alike & (tiles[0] > 0) & (even_workers % tiles.numel() == 0), 0, fixed_cost)
+
     step = torch.clamp((tiles + (MAX_INVARIANT_PIECES - 1)) // MAX_INVARIANT_PIECES, min=INVARIANT_PIECE_TILES)
     num_pieces = torch.clamp((tiles + step - 1) // step, min=1) if batch_invariant else torch.ones_like(tiles)
-    begins = torch.nn.functional.pad((tiles + fixed_cost * num_pieces).cumsum(0), (1, 0))
+    begins = torch.nn.functional.pad((tiles + fixed * num_pieces).cumsum(0), (1, 0))
     total = begins[-1]
 
     # Worker w's range of the cost axis begins at floor(w * total / workers); workers beyond that number stay idle.
-    alike = total == begins[1] * tiles.numel()
-    most = torch.where(alike, num_workers if even_workers is None else even_workers, num_workers)
+    most = torch.where(alike, even_workers, num_workers)
     workers = torch.minimum(torch.clamp(total // min_cost, min=1), most)
     worker = torch.arange(num_workers + 1, device=lengths.device)
     cut = torch.minimum(worker * total // workers, total)
@@ -133,7 +137,7 @@ def split_plan(
     offset = cut - begins[inside]
 
     if batch_invariant:
-        split = (offset + fixed_cost + step[inside] - 1) // (fixed_cost + step[inside])
+        split = (offset + fixed + step[inside] - 1) // (fixed + step[inside])
         next_unit = split >= num_pieces[inside]
         unit = torch.where(next_unit & ~at_end, unit + 1, unit)
         split = torch.where(next_unit | at_end, 0, split)
@@ -141,8 +145,8 @@ def split_plan(
         counts = torch.where(num_pieces > 1, num_pieces, 0)
     else:
         # A cut within the fixed cost moves to the unit's beginning; the first worker cut beyond it begins piece 1.
-        begin_tile = torch.where(at_end, 0, torch.clamp(offset - fixed_cost, min=0))
-        first = -(-(begins[:-1] + fixed_cost + 1) * workers // total)
+        begin_tile = torch.where(at_end, 0, torch.clamp(offset - fixed, min=0))
+        first = -(-(begins[:-1] + fixed + 1) * workers // total)
         counts = -(-begins[1:] * workers // total) - first
         counts = torch.where(counts > 0, counts + 1, 0)
         split = torch.where(begin_tile > 0, worker - first[inside] + 1, 0)

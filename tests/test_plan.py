@@ -68,7 +68,8 @@ def test_slots_are_dense_and_bounded(lengths, schedule, batch_invariant):
 def test_loads_are_balanced(lengths, schedule):
     _, tiles, pieces = make(lengths, **schedule)
     fixed = schedule["fixed_cost"]
-    total = sum(tiles) + fixed * len(tiles)
+    cut_alike = len(set(tiles)) == 1 and tiles[0] > 0 and schedule["num_workers"] % len(tiles) == 0
+    total = sum(tiles) + (0 if cut_alike else fixed * len(tiles))
     workers = min(schedule["num_workers"], max(1, total // schedule["min_cost"]))
     load = [0] * schedule["num_workers"]
     for piece in pieces:
@@ -122,6 +123,18 @@ def test_equal_units_have_workers_of_their_own_number(length, requests, schedule
     assert torch.equal(plan.work[: fewer + 1], expected.work)
     assert torch.equal(plan.splits, expected.splits)
     assert not any(unit < len(tiles) for unit in plan.work[fewer:, 0].tolist()), "the others stay idle"
+
+
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 30), st.integers(1, 12))
+def test_equal_units_are_cut_alike(units, pieces_of_each, more_tiles, fixed_cost):
+    tiles, workers = pieces_of_each + more_tiles, units * pieces_of_each
+    plan = split_plan(
+        torch.full((units,), tiles * TILE), fixed_cost=fixed_cost, num_workers=workers + 3, even_workers=workers
+    )
+    pieces = list(plan.pieces([tiles] * units))
+    assert [piece.worker for piece in pieces] == list(range(workers))
+    lengths = [piece.end - piece.begin for piece in pieces]
+    assert max(lengths) - min(lengths) <= 1
 
 
 @given(lengths_lists, schedules)

@@ -17,6 +17,8 @@ def random_schedule(rng):
     lengths = torch.tensor([rng.choice([0, 1, rng.randint(0, longest)]) for _ in range(b)], dtype=torch.int32)
     if rng.random() < 0.3:
         lengths = torch.full_like(lengths, rng.randint(0, longest))
+        if rng.random() < 0.3:
+            lengths[rng.randrange(b)] = 0
     extra = torch.randint(0, 2048, (b,), dtype=torch.int32) if rng.random() < 0.4 else None
     num_workers = rng.choice([1, 2, 33, 66, 132, 600])
     return lengths, {

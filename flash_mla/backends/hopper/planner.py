@@ -72,13 +72,20 @@ class Planner:
         units = requests * units_per_request
         num_workers = work.shape[0] - 1
 
-        total = Int32(0)
+        first = self.request_tiles(lengths, extra_lengths, Int32(0), tile)
+        total, others = Int32(0), Int32(0)  # others: requests that are not as long as the first
         for request in cutlass.range(thread, requests, THREADS):
             n = self.request_tiles(lengths, extra_lengths, request, tile)
             total += self.cost(n, fixed_cost) * units_per_request
+            others += cutlass.select_(n != first, Int32(1), Int32(0))
         _, total = self.scan(total, warp_sums)
-        first_cost = self.cost(self.request_tiles(lengths, extra_lengths, Int32(0), tile), fixed_cost)
-        most = cutlass.select_(total == first_cost * units, even_workers, num_workers)
+        _, others = self.scan(others, warp_sums)
+        most = num_workers
+        if others == 0:
+            most = even_workers
+            if (first > 0) & (even_workers % units == 0):  # no unit without cost, and each worker starts one piece
+                fixed_cost = Int32(0)
+                total = self.cost(first, fixed_cost) * units
         workers = cutlass.min(cutlass.max(1, total // min_cost), most)
 
         begin = Int32(0)  # of the first unit of the block, on the cost axis

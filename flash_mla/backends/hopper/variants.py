@@ -29,7 +29,7 @@ COMBINE = {
 }
 
 PLANNER = {
-    "planner_balanced": Variant("flash_mla.backends.hopper.planner", 64, {"batch_invariant": False}),
+    "planner_balanced": Variant("flash_mla.backends.hopper.planner", 72, {"batch_invariant": False}),
     "planner_batch_invariant": Variant("flash_mla.backends.hopper.planner", 64, {"batch_invariant": True}),
 }
 
