@@ -56,6 +56,7 @@ class Combine:
         self,
         partial_o: cute.Tensor,  # [slots, rows_per_unit, d_v] fp32, or fp16 if scaled
         partial_lse: cute.Tensor,  # [slots, rows_per_unit] fp32, base 2
+        partial_scale: cute.Tensor | None,  # [slots, rows_per_unit, d_v / 256] fp32, if scaled
         work: cute.Tensor,  # [workers + 1, 4]: SplitPlan.work
         splits: cute.Tensor,  # [units + 1]: SplitPlan.splits
         sink: cute.Tensor | None,  # [u1, r1] fp32, natural log
@@ -65,7 +66,6 @@ class Combine:
         by_unit: Int32,  # 1: look at every unit; 0: at the unit in which each worker begins its second piece
         warps: Int32,  # that share a slice's splits: 1, 2, 4 or 8
         stream,
-        partial_scale: cute.Tensor | None = None,  # [slots, rows_per_unit, d_v / 256] fp32
     ):
         slices_per_cta = WARPS // warps
         rows_per_unit = partial_o.shape[1]
@@ -344,6 +344,7 @@ def merge_pieces(
     dtype: cutlass.Constexpr,
     partial_o: cute.Tensor,
     partial_lse: cute.Tensor,
+    partial_scale: cute.Tensor | None,
     work: cute.Tensor,
     splits: cute.Tensor,
     sink: cute.Tensor | None,
@@ -352,7 +353,6 @@ def merge_pieces(
     by_unit: Int32,
     warps: Int32,
     stream,
-    partial_scale: cute.Tensor | None = None,
     order: cutlass.Constexpr = PLAIN,
 ):
     """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done.
@@ -361,13 +361,15 @@ def merge_pieces(
     of as few columns as its lanes can load.
     """
     candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
-    arguments = (partial_o, partial_lse, work, splits, sink, out, lse, candidates, by_unit, warps, stream)
+    arguments = (
+        partial_o, partial_lse, partial_scale, work, splits, sink, out, lse, candidates, by_unit, warps, stream,
+    )  # fmt: skip
     d_v = partial_o.shape[2]
     order = order if partial_scale is None else SCALED
     if warps == 1:
-        Combine(dtype, d_v, d_v, order)(*arguments, partial_scale)
+        Combine(dtype, d_v, d_v, order)(*arguments)
     else:
-        Combine(dtype, d_v, SCALED_COLUMNS if order == SCALED else d_v // 4, order)(*arguments, partial_scale)
+        Combine(dtype, d_v, SCALED_COLUMNS if order == SCALED else d_v // 4, order)(*arguments)
 
 
 def compile_variant(dtype: str, d_v: int, columns: int) -> aot.Compiled:
@@ -383,5 +385,5 @@ def compile_variant(dtype: str, d_v: int, columns: int) -> aot.Compiled:
     out = aot.strided(element, (u0, u1, r0, r1, d_v), dense_last=True, align=16)
     lse = aot.strided(Float32, (u0, u1, r0, r1))
     return aot.compile_kernel(
-        Combine(element, d_v, columns), partial_o, partial_lse, work, splits, sink, out, lse, *[Int32(1)] * 3
+        Combine(element, d_v, columns), partial_o, partial_lse, None, work, splits, sink, out, lse, *[Int32(1)] * 3
     )

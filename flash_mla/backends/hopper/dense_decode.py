@@ -145,11 +145,9 @@ class DenseDecode:
             stream=stream,
             min_blocks_per_mp=1,
         )
-        partial_o, partial_lse, partial_scale = partials
         merge_pieces(
-            self.dtype, partial_o, partial_lse, work, splits, None, *by_unit(out, lse, h_kv), combine_by_unit,
-            combine_warps, stream, partial_scale,
-        )  # fmt: skip
+            self.dtype, *partials, work, splits, None, *by_unit(out, lse, h_kv), combine_by_unit, combine_warps, stream
+        )
 
     @cute.kernel
     def kernel(self, args: Arguments, tma_k: cute.CopyAtom, k_tma: cute.Tensor, k_cache: cute.Tensor):

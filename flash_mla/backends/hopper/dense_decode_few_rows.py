@@ -133,8 +133,8 @@ class FewRowsDecode:
             min_blocks_per_mp=1,
         )
         merge_pieces(
-            self.dtype, partial_o, partial_lse, work, splits, None, *by_unit(out, lse, h_kv), combine_by_unit,
-            combine_warps, stream, order=TRANSPOSED,
+            self.dtype, partial_o, partial_lse, None, work, splits, None, *by_unit(out, lse, h_kv), combine_by_unit,
+            combine_warps, stream, TRANSPOSED,
         )  # fmt: skip
 
     @cute.kernel

@@ -101,8 +101,8 @@ def combine(
         sink = constant(float("-inf"), torch.float32, out.device).expand(out.shape[1], out.shape[3])
     candidates, by_unit, warps = _who_merges(num_units, num_workers, partial_o.shape[1], batch_invariant)
     kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}_{'many_rows' if warps == 1 else 'many_splits'}")
-    tensors = (partial_o, partial_lse, split_plan.work, split_plan.splits, sink, out, lse)
-    kernel(*tensors, candidates, int(by_unit), warps, None)  # not scaled
+    tensors = (partial_o, partial_lse, None, split_plan.work, split_plan.splits, sink, out, lse)  # not scaled
+    kernel(*tensors, candidates, int(by_unit), warps)
 
 
 def _who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[int, bool, int]:

@@ -23,6 +23,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandSource
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import merge_pieces, scaled_partial_results
 from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS
+from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.epilogue import write_16bit_row, write_scaled_row
 from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Fragments
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains
@@ -39,10 +40,8 @@ from flash_mla.backends.hopper.softmax import (
 )
 from flash_mla.backends.hopper.sparse_decode_walk import (
     Arguments,
-    Divisor,
     Source,
     TokenWalk,
-    inverses,
     tiles_of,
 )
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, qk_op, tile_at
@@ -140,11 +139,12 @@ class SparseDecode(TokenWalk):
 
         self.Shared = Shared
         unit_rows = row_tiles * ROWS
-        divisors = (page_size, extra_page_size, run, q.shape[1], (q.shape[2] + unit_rows - 1) // unit_rows)
+        passes = (q.shape[2] + unit_rows - 1) // unit_rows
+        divisors = map(Divisor.of, (page_size, extra_page_size, run, q.shape[1], passes))
         partials = scaled_partial_results(workspace, slots, unit_rows, D_V)
         self.kernel(
             tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
-            *partials, out, lse, scale_log2, causal, batch_invariant, divisors, inverses(divisors),
+            *partials, out, lse, scale_log2, *divisors, causal, batch_invariant,
         ).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -154,11 +154,7 @@ class SparseDecode(TokenWalk):
             use_pdl=True,
         )  # fmt: skip
         if slots != 0:
-            partial_o, partial_lse, partial_scale = partials
-            merge_queries(
-                self.dtype, partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps,
-                stream, partial_scale,
-            )  # fmt: skip
+            merge_queries(self.dtype, *partials, work, splits, sink, out, lse, combine_by_unit, combine_warps, stream)
 
     @cute.kernel
     def kernel(
@@ -181,10 +177,13 @@ class SparseDecode(TokenWalk):
         out: cute.Tensor,
         lse: cute.Tensor,
         scale_log2: Float32,
+        page_size: Divisor,
+        extra_page_size: Divisor,
+        run: Divisor,
+        tokens: Divisor,
+        passes: Divisor,
         causal: Int32,
         batch_invariant: Int32,
-        divisors: tuple,  # page sizes, run, query tokens of a request, passes over their heads
-        divisor_inverses: tuple,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -196,12 +195,11 @@ class SparseDecode(TokenWalk):
             shared.q_empty.data_ptr(),
             self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
-        page_size, extra_page_size, *rest = map(Divisor, divisors, divisor_inverses)
         args = Arguments(
             q, Source(k_cache, page_size, self.token_bytes(k_cache, False), indices, lengths),
             Source(extra_cache, extra_page_size, self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
-            sink, work, splits, partial_o, partial_lse, partial_scale, out, lse, scale_log2, *rest, causal,
-            batch_invariant,
+            sink, work, splits, partial_o, partial_lse, partial_scale, out, lse, scale_log2, run, tokens, passes,
+            causal, batch_invariant,
         )  # fmt: skip
         if warp == PRODUCER_WARP:
             cpasync.prefetch_descriptor(tma_q)
@@ -600,6 +598,7 @@ def merge_queries(
     dtype: cutlass.Constexpr,
     partial_o: cute.Tensor,
     partial_lse: cute.Tensor,
+    partial_scale: cute.Tensor | None,
     work: cute.Tensor,
     splits: cute.Tensor,
     sink: cute.Tensor,
@@ -608,7 +607,6 @@ def merge_queries(
     by_unit: Int32,
     warps: Int32,
     stream,
-    partial_scale: cute.Tensor | None = None,
 ):
     """`merge_pieces` of units that are query tokens and some of their heads."""
     (b, s_q, h_q, _), (out_b, out_s, out_h, _) = out.shape, out.stride
@@ -619,8 +617,8 @@ def merge_queries(
     rows_lse = cute.make_tensor(lse.iterator, cute.make_layout((b, s_q, 1, h_q), stride=(lse_b, lse_s, 0, lse_h)))
     rows_sink = cute.make_tensor(sink.iterator, cute.make_layout((s_q, h_q), stride=(0, sink.stride[0])))
     merge_pieces(
-        dtype, partial_o, partial_lse, work, splits, rows_sink, rows_out, rows_lse, by_unit, warps, stream,
-        partial_scale,
+        dtype, partial_o, partial_lse, partial_scale, work, splits, rows_sink, rows_out, rows_lse, by_unit, warps,
+        stream,
     )  # fmt: skip
 
 

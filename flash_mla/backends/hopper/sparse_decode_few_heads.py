@@ -27,6 +27,7 @@ from flash_mla.backends.hopper import aot, dequant, few_heads_rows
 from flash_mla.backends.hopper.combine import partial_results
 from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_async, wait_copies
 from flash_mla.backends.hopper.dequant import load_words
+from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.few_heads_rows import (
     GROUP,
     UNIT,
@@ -54,7 +55,7 @@ from flash_mla.backends.hopper.sparse_decode import (
     compile_for,
     merge_queries,
 )
-from flash_mla.backends.hopper.sparse_decode_walk import Arguments, Divisor, Source, TokenWalk, inverses, tiles_of
+from flash_mla.backends.hopper.sparse_decode_walk import Arguments, Source, TokenWalk, tiles_of
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS
 
 GROUPS = D_V // GROUP
@@ -191,10 +192,10 @@ class SparseDecodeFewHeads(TokenWalk):
 
         self.Storage = Storage
         partial_o, partial_lse = partial_results(workspace, slots, heads, D_V)
-        divisors = (page_size, extra_page_size, run, q.shape[1], Int32(1))
+        divisors = map(Divisor.of, (page_size, extra_page_size, run, q.shape[1], 1))
         self.kernel(
             q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits, partial_o,
-            partial_lse, out, lse, scale_log2, causal, batch_invariant, divisors, inverses(divisors),
+            partial_lse, out, lse, scale_log2, *divisors, causal, batch_invariant,
         ).launch(
             grid=(1, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -204,7 +205,8 @@ class SparseDecodeFewHeads(TokenWalk):
         )  # fmt: skip
         if slots != 0:
             merge_queries(
-                self.dtype, partial_o, partial_lse, work, splits, sink, out, lse, combine_by_unit, combine_warps, stream
+                self.dtype, partial_o, partial_lse, None, work, splits, sink, out, lse, combine_by_unit, combine_warps,
+                stream,
             )  # fmt: skip
 
     @cute.kernel
@@ -225,20 +227,22 @@ class SparseDecodeFewHeads(TokenWalk):
         out: cute.Tensor,
         lse: cute.Tensor,
         scale_log2: Float32,
+        page_size: Divisor,
+        extra_page_size: Divisor,
+        run: Divisor,
+        tokens: Divisor,
+        passes: Divisor,
         causal: Int32,
         batch_invariant: Int32,
-        divisors: tuple,
-        divisor_inverses: tuple,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = utils.SmemAllocator().allocate(self.Storage)
         barriers = Barriers(shared.full.data_ptr(), shared.empty.data_ptr())
-        page_size, extra_page_size, *rest = map(Divisor, divisors, divisor_inverses)
         args = Arguments(
             q, Source(k_cache, page_size, self.loader.token_bytes, indices, lengths),
             Source(extra_cache, extra_page_size, self.loader.token_bytes, extra_indices, extra_lengths), sink, work,
-            splits, partial_o, partial_lse, None, out, lse, scale_log2, *rest, causal, batch_invariant,
+            splits, partial_o, partial_lse, None, out, lse, scale_log2, run, tokens, passes, causal, batch_invariant,
         )  # fmt: skip
         if warp == PRODUCER_WARP:
             args.prefetch()

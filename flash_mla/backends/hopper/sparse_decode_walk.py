@@ -5,30 +5,15 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint32, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 
 from flash_mla.backends.hopper.copies import copy_async, prefetch
+from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.schedule import Piece, next_piece, piece_stop, remains, slot_of, uniform
 from flash_mla.backends.hopper.wgmma import ROWS
 
 TILE_BITS = 7
 TILE = 1 << TILE_BITS  # tokens in a tile of the plan
-
-
-@dataclass(frozen=True)
-class Divisor:
-    """A number above 0 to divide by on the device, where a plain division takes dozens of instructions."""
-
-    value: Int32
-    inverse: Uint32  # (2^32 - 1) // value
-
-    def quotient(self, n: Int32) -> Int32:
-        """n // value of n >= 0."""
-        q = cute.arch.inline_ptx(
-            "mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[n, self.inverse]
-        )
-        # The product falls short of the quotient by one at most.
-        return q + cutlass.select_(n - q * self.value >= self.value, Int32(1), Int32(0))
 
 
 @dataclass(frozen=True)
@@ -285,8 +270,3 @@ class TokenWalk:
 
 def tiles_of(length: Int32) -> Int32:
     return (length + (TILE - 1)) >> TILE_BITS  # a division would round towards 0, and correct that
-
-
-def inverses(divisors: tuple) -> tuple:
-    """What `Divisor` takes beside each of these numbers; computed on the host."""
-    return tuple(Uint32(0xFFFFFFFF) // Uint32(divisor) for divisor in divisors)

@@ -272,8 +272,9 @@ class SparsePrefill(Seesaw):
         no_work = cute.make_tensor(unit_slots.iterator, cute.make_layout((1, 4)))  # every unit is looked at
         MergeMaxLogits()(partial_max, rows_max, splits, stream)
         Combine(self.dtype, D_V, columns=D_V // 4)(
-            partial_o, partial_lse, no_work, unit_slots, sinks, rows_out, rows_lse, units, Int32(1), Int32(2), stream
-        )
+            partial_o, partial_lse, None, no_work, unit_slots, sinks, rows_out, rows_lse, units, Int32(1), Int32(2),
+            stream,
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(
