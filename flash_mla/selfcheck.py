@@ -426,7 +426,7 @@ def _hopper_kernels(device: torch.device, gen: torch.Generator) -> Iterator[Row]
     """The kernels that every split-KV mode shares, by themselves."""
     for mode, names, run in (
         ("planner kernel", ("planner_balanced", "planner_batch_invariant"), _planner),
-        ("combine kernel", ("combine_bf16_many_rows", "combine_bf16_many_splits"), _combine),
+        ("combine kernel", ("combine_bf16",), _combine),
     ):
         missing = [reason for name in names if (reason := kernels.unavailable(name))]
         results = [] if missing else run(device, gen)

@@ -160,7 +160,7 @@ class TestRealBuild:
 
         monkeypatch.setattr(build, "_compile_in_process", fail_on_other)
         with pytest.raises(build.BuildError, match="no"):
-            build.build([NAME, OTHER, "combine_bf16_many_rows"], tmp_path)
+            build.build([NAME, OTHER, "combine_bf16"], tmp_path)
         assert manifest_of(tmp_path)["kernels"].keys() == {NAME}
         assert kernels.refusal(tmp_path, NAME) is None
 

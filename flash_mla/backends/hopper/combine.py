@@ -361,18 +361,17 @@ def merge_pieces(
     of as few columns as its lanes can load.
     """
     candidates = cutlass.select_(by_unit != 0, Int32(splits.shape[0] - 1), Int32(work.shape[0] - 1))
-    arguments = (
-        partial_o, partial_lse, partial_scale, work, splits, sink, out, lse, candidates, by_unit, warps, stream,
-    )  # fmt: skip
+    tensors = (partial_o, partial_lse, partial_scale, work, splits, sink, out, lse)
     d_v = partial_o.shape[2]
     order = order if partial_scale is None else SCALED
     if warps == 1:
-        Combine(dtype, d_v, d_v, order)(*arguments)
+        Combine(dtype, d_v, d_v, order)(*tensors, candidates, by_unit, warps, stream)
     else:
-        Combine(dtype, d_v, SCALED_COLUMNS if order == SCALED else d_v // 4, order)(*arguments)
+        columns = SCALED_COLUMNS if order == SCALED else d_v // 4
+        Combine(dtype, d_v, columns, order)(*tensors, candidates, by_unit, warps, stream)
 
 
-def compile_variant(dtype: str, d_v: int, columns: int) -> aot.Compiled:
+def compile_variant(dtype: str, d_v: int) -> aot.Compiled:
     """Compile for tensors of any extents; the last dimension of `out` is dense, its rows 16-byte aligned."""
     element = getattr(cutlass, dtype)
     slots, rows, workers, units = (cute.sym_int() for _ in range(4))
@@ -385,5 +384,5 @@ def compile_variant(dtype: str, d_v: int, columns: int) -> aot.Compiled:
     out = aot.strided(element, (u0, u1, r0, r1, d_v), dense_last=True, align=16)
     lse = aot.strided(Float32, (u0, u1, r0, r1))
     return aot.compile_kernel(
-        Combine(element, d_v, columns), partial_o, partial_lse, None, work, splits, sink, out, lse, *[Int32(1)] * 3
+        merge_pieces, element, partial_o, partial_lse, None, work, splits, sink, out, lse, Int32(1), Int32(1)
     )

@@ -99,27 +99,27 @@ def combine(
     num_workers, num_units = split_plan.work.shape[0] - 1, split_plan.splits.shape[0] - 1
     if sink is None:
         sink = constant(float("-inf"), torch.float32, out.device).expand(out.shape[1], out.shape[3])
-    candidates, by_unit, warps = _who_merges(num_units, num_workers, partial_o.shape[1], batch_invariant)
-    kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}_{'many_rows' if warps == 1 else 'many_splits'}")
+    by_unit, warps = _who_merges(num_units, num_workers, partial_o.shape[1], batch_invariant)
+    kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}")
     tensors = (partial_o, partial_lse, None, split_plan.work, split_plan.splits, sink, out, lse)  # not scaled
-    kernel(*tensors, candidates, int(by_unit), warps)
+    kernel(*tensors, int(by_unit), warps)
 
 
-def _who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[int, bool, int]:
-    """(how many, units rather than workers) combine looks at to find splits, and warps that share the splits of a row.
+def _who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[bool, int]:
+    """(whether combine looks at units rather than workers to find splits, warps that share the splits of a row).
 
     One warp takes a whole row. From two on each takes some of its columns, in ever more CTAs: that pays for few
     rows of many splits.
     """
     if batch_invariant:
-        return num_units, True, 1  # the order of summation must not depend on the batch
+        return True, 1  # the order of summation must not depend on the batch
     by_unit = num_units <= num_workers
     candidates = num_units if by_unit else num_workers
     rows, splits = candidates * unit_rows, num_workers // num_units
     if rows >= MANY_ROWS or num_workers <= FEW_SPLITS * num_units:
-        return candidates, by_unit, 1
+        return by_unit, 1
     side_by_side = max(2, min(8, MANY_ROWS // rows, splits // SPLITS_OF_A_WARP))
-    return candidates, by_unit, 1 << (side_by_side.bit_length() - 1)
+    return by_unit, 1 << (side_by_side.bit_length() - 1)
 
 
 class Argument(NamedTuple):
@@ -154,7 +154,7 @@ class DecodeCall(NamedTuple):
         if not unsplit:
             slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
         row_words = problem.d_v // 2 + 2 if scaled else problem.d_v
-        _, by_unit, warps = _who_merges(num_units, num_workers, unit_rows, problem.batch_invariant)
+        by_unit, warps = _who_merges(num_units, num_workers, unit_rows, problem.batch_invariant)
         device = problem.device
         return DecodeCall(
             name=kernel,

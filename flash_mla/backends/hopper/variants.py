@@ -21,11 +21,8 @@ class Variant:
 
 
 COMBINE = {
-    f"combine_{short}_{shape}": Variant(
-        "flash_mla.backends.hopper.combine", 80, {"dtype": dtype, "d_v": 512, "columns": columns}
-    )
+    f"combine_{short}": Variant("flash_mla.backends.hopper.combine", 80, {"dtype": dtype, "d_v": 512})
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
-    for shape, columns in (("many_rows", 512), ("many_splits", 128))
 }
 
 PLANNER = {
