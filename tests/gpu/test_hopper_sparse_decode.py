@@ -211,12 +211,22 @@ def test_long_and_short_requests():
     check(case(1, 1, 16, 20_000))
 
 
-def test_scales_that_are_no_powers_of_two():
-    arguments = case(4, 1, 64, 256)
+@pytest.mark.parametrize("h_q", [64, 128])
+@pytest.mark.parametrize("kind", ["odd", "negative", "zero for some groups", "zero for some rows", "tiny"])
+def test_scales_that_are_no_powers_of_two(kind, h_q):
+    arguments = case(4, 1, h_q, 256)
     scales = arguments["k_cache"][..., 512:528]
     written = scales.ne(255).any(-1, keepdim=True)
-    odd = torch.rand((*scales.shape[:-1], 4), device="cuda") * 2e-3 + 1e-4
-    arguments["k_cache"][..., 512:528] = torch.where(written, odd.view(torch.uint8), scales)
+    values = torch.rand((*scales.shape[:-1], 4), device="cuda") * 2e-3 + 1e-4
+    if kind == "negative":
+        values *= torch.randint(2, values.shape, device="cuda") * 2 - 1
+    elif kind == "zero for some groups":
+        values *= torch.rand_like(values) < 0.7
+    elif kind == "zero for some rows":
+        values *= torch.rand_like(values[..., :1]) < 0.5
+    elif kind == "tiny":
+        values *= 1e-30
+    arguments["k_cache"][..., 512:528] = torch.where(written, values.view(torch.uint8), scales)
     check(arguments)
 
 

@@ -412,7 +412,6 @@ class SparseDecode(TokenWalk):
             cute.arch.barrier(barrier_id=LEFT_ONLY, number_of_threads=WARPGROUP)
         cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
         max0[row], max0[row + 8] = n[0], n[1]
-        cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier_arrive(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
@@ -423,6 +422,8 @@ class SparseDecode(TokenWalk):
         self.free(barriers, 0, LEFT)
 
         cute.arch.barrier(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
+        # For the other side's P; on that side a fence would hold up its own P V.
+        cute.arch.fence_proxy("async.shared", space="cta")
         rescale(f.o, row_sum, m, max1[row], max1[row + 8], scale)
         warpgroup.fence()
         f.issue_pv(f.p_in, 1)
@@ -447,6 +448,7 @@ class SparseDecode(TokenWalk):
         warpgroup.commit_group()
         warpgroup.wait_group(0)
         cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
+        cute.arch.fence_proxy("async.shared", space="cta")
         n[0], n[1] = max0[row], max0[row + 8]
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
@@ -465,7 +467,6 @@ class SparseDecode(TokenWalk):
             cute.arch.barrier(barrier_id=RIGHT_ONLY, number_of_threads=WARPGROUP)
         cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
         max1[row], max1[row + 8] = n[0], n[1]
-        cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
         rescale(f.o, row_sum, m, n[0], n[1], scale)
         warpgroup.fence()
