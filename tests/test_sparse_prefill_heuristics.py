@@ -53,6 +53,11 @@ def test_few_tokens_use_the_whole_gpu():
     assert (config.whole_tokens, config.splits, config.workers) == (0, 16, 128)
 
 
+def test_merging_many_tokens_does_not_pay():
+    for s_q, h_q, topk in ((32, 64, 512), (64, 64, 512), (16, 128, 1024), (33, 128, 2048)):
+        assert sparse_prefill_config(s_q, h_q, topk, H200).splits == 1, (s_q, h_q, topk)
+
+
 def test_a_full_gpu_is_not_split():
     config = sparse_prefill_config(128, 16, 2048, H200)
     assert (config.whole_tokens, config.splits, config.slots, config.workers) == (128, 1, 0, 128)

@@ -20,19 +20,55 @@ V_CHUNKS = D_V // CHUNK
 
 
 @dataclass(frozen=True)
-class Fragments:
-    """Operands and accumulators of a consumer warpgroup."""
+class Registers:
+    """Accumulators and operands that a consumer warpgroup holds."""
+
+    q_rope: cute.Tensor  # Q's RoPE chunk
+    p: cute.Tensor  # this side's probabilities as an A operand
+    p_scores: cute.Tensor  # the same registers, in the scores' order
+    store: tuple  # how to write them to shared memory: (tiled copy, the same registers in its order)
+    s: cute.Tensor
+    o: cute.Tensor
+
+    @staticmethod
+    def allocate(dtype: type[cutlass.Numeric]) -> Registers:
+        qk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))
+        qk_slice = qk.get_slice(0)
+        pv_slice = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM)).get_slice(0)
+        s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, BLOCK)))
+        p_scores = cute.make_rmem_tensor(s.layout, dtype)
+        # An A operand takes its registers in the order of the accumulator.
+        p = cute.make_tensor(p_scores.iterator, cute.make_layout(((2, 2, 2), 1, 4), stride=((1, 2, 4), 0, 8)))
+        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), qk)
+        return Registers(
+            q_rope=cute.make_rmem_tensor(p.layout, dtype),
+            p=p,
+            p_scores=p_scores,
+            store=(store, store.get_slice(0).retile(p_scores)),
+            s=s,
+            o=pv_slice.make_fragment_C(pv_slice.partition_shape_C((ROWS, D_V // 2))),
+        )
+
+    def load_q_rope(self, r: int, row: cute.Pointer, lane: Int32):
+        """Q's RoPE chunk of this thread's row r straight into the registers of an A operand: its memory holds P.
+
+        row: where the row of Q begins in global memory.
+        """
+        start = row + (D_V + 2 * (lane % 4))
+        source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
+        to = cute.make_tensor(self.q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
+        cute.autovec_copy(source, to)
+
+
+@dataclass(frozen=True)
+class Fragments(Registers):
+    """All operands and accumulators of a consumer warpgroup."""
 
     q: list  # descriptors of Q's eight V chunks
-    q_rope: cute.Tensor  # the RoPE chunk, in registers
     k: list  # descriptors of the chunks of this side's K buffer
     v: list  # descriptors of this side's half of V in both buffers
     p_in: cute.Tensor  # descriptor of the other side's probabilities
     p_out: tuple  # how to store this side's probabilities: (tiled copy, registers, shared memory)
-    p: cute.Tensor  # this side's probabilities as an A operand
-    p_scores: cute.Tensor  # the same registers, in the scores' order
-    s: cute.Tensor
-    o: cute.Tensor
 
     @staticmethod
     def of(
@@ -47,19 +83,12 @@ class Fragments:
     ) -> Fragments:
         """Of a thread, given where shared memory holds Q, both buffers of `chunks` of K, and each side's P."""
         chunk, v = k_major_layout(dtype), v_layout(dtype)
-        qk = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM))
-        pv = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM))
-        qk_slice, pv_slice = qk.get_slice(thread), pv.get_slice(thread)
-
-        s = qk_slice.make_fragment_C(qk_slice.partition_shape_C((ROWS, BLOCK)))
-        p_scores = cute.make_rmem_tensor(s.layout, dtype)
-        # An A operand takes its registers in the order of the accumulator.
-        p_operand = cute.make_tensor(p_scores.iterator, cute.make_layout(((2, 2, 2), 1, 4), stride=((1, 2, 4), 0, 8)))
-        store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), qk)
-        store_slice = store.get_slice(thread)
+        qk_slice = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM)).get_slice(thread)
+        pv_slice = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM)).get_slice(thread)
+        registers = Registers.allocate(dtype)
         return Fragments(
+            **vars(registers),
             q=[qk_slice.make_fragment_A(qk_slice.partition_A(tile_at(q, c, chunk))) for c in range(V_CHUNKS)],
-            q_rope=cute.make_rmem_tensor(p_operand.layout, dtype),
             k=[
                 qk_slice.make_fragment_B(qk_slice.partition_B(tile_at(k, side * chunks + c, chunk)))
                 for c in range(chunks)
@@ -69,22 +98,8 @@ class Fragments:
                 for buffer in range(2)
             ],
             p_in=pv_slice.make_fragment_A(pv_slice.partition_A(other_p)),
-            p_out=(store, store_slice.retile(p_scores), store_slice.partition_D(p)),
-            p=p_operand,
-            p_scores=p_scores,
-            s=s,
-            o=pv_slice.make_fragment_C(pv_slice.partition_shape_C((ROWS, D_V // 2))),
+            p_out=(*registers.store, registers.store[0].get_slice(thread).partition_D(p)),
         )
-
-    def load_q_rope(self, r: int, row: cute.Pointer, lane: Int32):
-        """Q's RoPE chunk of this thread's row r straight into the registers of an A operand: its memory holds P.
-
-        row: where the row of Q begins in global memory.
-        """
-        start = row + (D_V + 2 * (lane % 4))
-        source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
-        to = cute.make_tensor(self.q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
-        cute.autovec_copy(source, to)
 
     def issue_pv(self, a, buffer: int, begins: bool | Boolean = False):
         """Issue O += P V for this side's half of a buffer; P in registers or as the other side left it.

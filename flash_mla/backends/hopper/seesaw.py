@@ -5,23 +5,27 @@ probabilities to the other through shared memory, and each accumulates one half 
 lies in shared memory as chunks of 64 columns, K and V at once; the RoPE chunk, if there is one, is the last.
 
 A kernel derives from `Seesaw` and says how K arrives (`wait_chunks`) and what a softmax step is (`softmax`).
+
+A consumer's code is made for one side, or for a side that is only known when it runs. With all code there twice, a
+call's first microseconds went by waiting for instructions; with all of it shared, a pair takes 4 % longer. So pairs in
+a loop have code for each side, and the rest is there once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, range_constexpr
+from cutlass import Boolean, Float32, Int32, const_expr, range_constexpr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
-from flash_mla.backends.hopper.fragments import BLOCK, V_CHUNKS, Fragments
+from flash_mla.backends.hopper.fragments import BLOCK, V_CHUNKS, Registers
+from flash_mla.backends.hopper.schedule import anew
 from flash_mla.backends.hopper.softmax import NO_SCORE, quad_max, quad_sum, rescale
-from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, qk_op, tile_at
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
 
 TILE = 2 * BLOCK  # tokens in a pair of blocks, one for each consumer warpgroup
 CHUNK_ELEMENTS = ROWS * CHUNK
@@ -30,9 +34,14 @@ WARPGROUP = 128
 # Chunks of a K block that come and are freed together: V columns of the left and the right consumer, and RoPE.
 LEFT, RIGHT, ROPE = 0, 1, 2
 GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
+# The same chunks, as a consumer sees them: its own half of V, the other's, and RoPE. Of the blocks, OWN is the one that
+# it scores.
+OWN, OTHER = 0, 1
+PARTS = GROUPS
 
 # Named barriers of the two consumer warpgroups.
-P0_READY, P1_READY, SUMS_READY, P1_READ, SCORES_ISSUED = 1, 2, 3, 4, 5
+P_READY = 1  # of the left side; the right side's is the next
+SUMS_READY, P1_READ, SCORES_ISSUED = 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,22 @@ class Running:
 
 
 @dataclass(frozen=True)
+class Position:
+    """Where a pair is in its piece of work. A bool is known to the compiler."""
+
+    begins: bool | Boolean  # the piece
+    precedes_last: bool | Boolean
+    closes: bool | Boolean  # the piece
+
+
+@dataclass(frozen=True)
 class Consumer:
     """A consumer warpgroup: what its steps share."""
 
-    side: int  # LEFT or RIGHT
+    side: int | Int32  # LEFT or RIGHT, the same in a whole warp
     shared: Any
     barriers: Any
-    f: Fragments
+    f: Registers
     running: Running
     scale: Float32  # of scores, to base 2
     thread: Int32  # of the warpgroup
@@ -70,6 +88,19 @@ class Consumer:
         """The first of this thread's two rows, `row` and `row + 8`."""
         return self.thread // 32 * 16 + self.thread % 32 // 4
 
+    @property
+    def side_anew(self):
+        """The side, as where its operands lie is told from it for each use: few registers are left to remember that."""
+        return self.side if isinstance(self.side, int) else anew(self.side)
+
+    def group(self, part: int):
+        """Which group of a block's chunks a part of them is."""
+        return part if part == ROPE else self.side ^ part
+
+    def of_rows(self, both_sides, of: int) -> cute.Tensor:
+        """Of two values per row in shared memory, this side's (OWN) or the other's (OTHER)."""
+        return both_sides.get_tensor(cute.make_layout((ROWS, 2)))[None, self.side ^ of]
+
 
 class Seesaw:
     def __init__(self, dtype: type[cutlass.Numeric], d: int):
@@ -78,14 +109,14 @@ class Seesaw:
         self.chunks = d // CHUNK
         self.has_rope = self.chunks > V_CHUNKS
         self.groups = GROUPS[: 3 if self.has_rope else 2]
-        # The order in which each consumer takes the groups: its own half of V first, because that is freed last.
-        rope = (ROPE,) if self.has_rope else ()
-        self.qk_order = ((LEFT, *rope, RIGHT), (RIGHT, *rope, LEFT))
+        # The order in which each consumer takes the parts of a block: its own half of V first, because that is freed
+        # last.
+        self.qk_order = (OWN, *((ROPE,) if self.has_rope else ()), OTHER)
 
     # What a kernel adds.
 
-    def wait_chunks(self, c: Consumer, group: int, parity):
-        """Wait until a group of chunks of this side's block has arrived."""
+    def wait_chunks(self, c: Consumer, part: int, parity):
+        """Wait until a part of this side's block has arrived."""
         raise NotImplementedError
 
     def free_p(self, c: Consumer):
@@ -98,180 +129,178 @@ class Seesaw:
         """
         raise NotImplementedError
 
+    def load_ahead(self, c: Consumer, work: Any):
+        """Start loads that the end of the piece of work waits for: Q has been read, and no fence comes before it."""
+        raise NotImplementedError
+
     # What it gets.
 
-    def fragments(self, side: int, shared, thread) -> Fragments:
-        p = [tile_at(x.data_ptr(), 0, k_major_layout(self.dtype)) for x in (shared.p0, shared.p1)]
-        q, k = shared.q.data_ptr(), shared.k.data_ptr()
-        return Fragments.of(self.dtype, side, thread, q, k, self.chunks, p[side], p[1 - side])
+    def q_and_k(self, c: Consumer) -> tuple[list, list]:
+        """Descriptors of the chunks of Q's V columns, and of this side's block, as `PARTS` numbers them."""
+        side = c.side_anew
+        qk = cute.make_tiled_mma(qk_op(self.dtype, OperandSource.SMEM)).get_slice(0)
+        q = qk.make_fragment_A(qk.partition_A(chunks_at(c.shared.q.data_ptr(), self.dtype, V_CHUNKS)))
+        k = qk.make_fragment_B(qk.partition_B(chunks_at(c.shared.k.data_ptr(), self.dtype, 2 * self.chunks)))
+        chunks = [V_CHUNKS // 2 * (side ^ part) + i for part in (OWN, OTHER) for i in range(V_CHUNKS // 2)]
+        rope = [V_CHUNKS] if self.has_rope else []
+        of_block = [side * self.chunks + i for i in chunks + rope]
+        return [q[None, None, None, i] for i in chunks], [k[None, None, None, i] for i in of_block]
 
-    def issue_scores(self, c: Consumer, groups: Sequence[int], parity, after_first: Callable[[], None] | None = None):
-        """Issue S (+)= Q K^T over groups of chunks of this side's block, each as soon as it has arrived.
+    def issue_pv(self, c: Consumer, of: int, begins: bool | Boolean):
+        """Issue O += P V for this side's half of V of its block (OWN) or the other's; P is of the same side.
 
-        after_first: called when the first chunk has been issued, as a group of wgmma of its own.
+        begins: whether O = P V instead.
         """
-        f, first_chunk = c.f, GROUPS[self.qk_order[c.side][0]][0]
-        for group in groups:
-            self.wait_chunks(c, group, parity)
-            for chunk in GROUPS[group]:
-                source, q = (OperandSource.RMEM, f.q_rope) if group == ROPE else (OperandSource.SMEM, f.q[chunk])
-                gemm(qk_op(self.dtype, source), f.s, q, f.k[chunk], overwrite=chunk == first_chunk)
-                if after_first is not None and chunk == first_chunk:
-                    warpgroup.commit_group()
-                    after_first()
-        warpgroup.commit_group()
-
-    def free(self, c: Consumer, buffer: int, group: int):
-        """Tell the producers that a group of chunks has been read."""
-        if group == ROPE and not self.has_rope:
-            return
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(c.barriers.k_empty + (buffer * len(self.groups) + group))
+        side = c.side_anew
+        pv = cute.make_tiled_mma(pv_op(self.dtype, OperandSource.SMEM)).get_slice(0)
+        half = (side ^ of) * self.chunks + V_CHUNKS // 2 * side
+        v = pv.make_fragment_B(pv.partition_B(tile_at(c.shared.k.data_ptr(), half, v_layout(self.dtype))))
+        source, p = OperandSource.RMEM, c.f.p
+        if of == OTHER:
+            tile = tile_at(c.shared.p.data_ptr(), side ^ OTHER, k_major_layout(self.dtype))
+            source, p = OperandSource.SMEM, pv.make_fragment_A(pv.partition_A(tile))
+        gemm(pv_op(self.dtype, source), c.f.o, p, v, overwrite=begins)
 
     @cute.jit
-    def free_q(self, c, group: cutlass.Constexpr, is_read: bool | Boolean):
+    def issue_scores(self, c, parts: cutlass.Constexpr, parity, frees: cutlass.Constexpr = False):
+        """Issue S (+)= Q K^T over parts of this side's block, each as soon as it has arrived.
+
+        frees: whether the left side has P V in flight, and frees V behind that.
+        """
+        f = c.f
+        all_q, all_k = self.q_and_k(c)
+        for part in parts:
+            self.wait_chunks(c, part, parity)
+            for i in PARTS[part]:
+                source, q = (OperandSource.RMEM, f.q_rope) if part == ROPE else (OperandSource.SMEM, all_q[i])
+                gemm(qk_op(self.dtype, source), f.s, q, all_k[i], overwrite=i == 0)
+                if const_expr(frees and i == 0):
+                    # What a side takes first has been free for long, so the tensor cores need not run dry; issuing more
+                    # than a chunk of it before K's other buffer is freed would wait for the tensor cores.
+                    warpgroup.commit_group()
+                    if c.side == LEFT:
+                        warpgroup.wait_group(1)
+                        self.free(c, OTHER, OWN)
+        warpgroup.commit_group()
+
+    def free(self, c: Consumer, block: int, part: int):
+        """Tell the producers that a part of this side's (OWN) or the other's block has been read."""
+        if part == ROPE and not self.has_rope:
+            return
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(c.barriers.k_empty + ((c.side ^ block) * len(self.groups) + c.group(part)))
+
+    @cute.jit
+    def free_q(self, c, group, is_read: bool | Boolean):
         """Tell the producers that a group of Q's chunks has been read, if it has."""
         if is_read:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive(c.barriers.q_empty + group)
 
-    def hand_over(self, c: Consumer, p_max: cute.Tensor, n: cute.Tensor, ready: int):
+    def hand_over(self, c: Consumer, n: cute.Tensor):
         """Give the other side this one's probabilities and the reference that they were taken against.
 
         It has read the previous ones: this side's scores are of K that came where that side's P V was done with V.
         """
         self.free_p(c)
-        cute.copy(c.f.p_out[0], c.f.p_out[1], c.f.p_out[2])
-        p_max[c.row], p_max[c.row + 8] = n[0], n[1]
-        cute.arch.barrier_arrive(barrier_id=ready, number_of_threads=2 * WARPGROUP)
+        self.stage(c, c.shared.p.data_ptr() + c.side * CHUNK_ELEMENTS)
+        c, maxima = replace(c, thread=anew(c.thread)), c.of_rows(c.shared.maxima, OWN)
+        maxima[c.row], maxima[c.row + 8] = n[0], n[1]
+        cute.arch.barrier_arrive(barrier_id=P_READY + c.side, number_of_threads=2 * WARPGROUP)
 
-    def take_over(self, c: Consumer, p_max: cute.Tensor, n: cute.Tensor, ready: int):
-        """Wait for the other side's probabilities and read their reference.
+    def stage(self, c: Consumer, to: cute.Pointer):
+        """Write this side's 64 x 64 probabilities, or what else is in their registers, to a chunk of shared memory."""
+        store, values = c.f.store
+        chunk = store.get_slice(anew(c.thread)).partition_D(tile_at(to, 0, k_major_layout(self.dtype)))
+        cute.copy(store, values, chunk)
+
+    def take_over(self, c: Consumer, n: cute.Tensor, begins: bool | Boolean):
+        """Wait for the other side's probabilities, issue O += P V of them, and leave their reference in n.
 
         The fence is the reader's, who has no wgmma in flight: the writer's would wait for those.
         """
-        cute.arch.barrier(barrier_id=ready, number_of_threads=2 * WARPGROUP)
+        cute.arch.barrier(barrier_id=P_READY + (c.side ^ OTHER), number_of_threads=2 * WARPGROUP)
         cute.arch.fence_proxy("async.shared", space="cta")
-        n[0], n[1] = p_max[c.row], p_max[c.row + 8]
+        c, maxima = replace(c, thread=anew(c.thread)), c.of_rows(c.shared.maxima, OTHER)
+        n[0], n[1] = maxima[c.row], maxima[c.row + 8]
+        self.move_reference(c, n, begins)
+        warpgroup.fence()
+        self.issue_pv(c, OTHER, begins)
+        warpgroup.commit_group()
 
-    def pair(self, c: Consumer, pairs, begins, precedes_last):
-        """One pair of K blocks, not the last one: its scores are complete on entry, those of the next pair on exit.
-
-        pairs: how many went before, of this and earlier work.
-        begins: whether it is the first of a piece of work.
-        precedes_last: whether the next one is the piece's last.
-        """
-        if c.side == LEFT:
-            self.pair_left(c, pairs & 1, begins, None)
-        else:
-            self.pair_right(c, pairs & 1, begins, None, precedes_last)
-
-    def last_pair(self, c: Consumer, pairs, begins, prepare: tuple):
-        """The last pair of a piece of work. K's and P's buffers are free on exit, and the sides are merged.
-
-        prepare: (function, its arguments), called when Q has been read and nothing that it loads can hold up a fence;
-        its result is returned.
-        """
-        if c.side == LEFT:
-            return self.pair_left(c, pairs & 1, begins, prepare)
-        return self.pair_right(c, pairs & 1, begins, prepare)
-
-    def move_reference(self, c: Consumer, n: cute.Tensor, begins: bool | Boolean = False):
+    def move_reference(self, c: Consumer, n: cute.Tensor, begins: bool | Boolean):
         """Take the reference n for O and the sums, of which there are none if the piece of work `begins`."""
         m = c.running.reference
         if begins is not False:
             m[0], m[1] = cutlass.select_(begins, n[0], m[0]), cutlass.select_(begins, n[1], m[1])
         rescale(c.f.o, c.running.row_sum, m, n[0], n[1], c.scale)
 
-    def pair_left(self, c: Consumer, parity, begins, prepare: tuple | None):
-        f, m, row_sum = c.f, c.running.reference, c.running.row_sum
-        n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-        max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (c.shared.max0, c.shared.max1))
-        prepared = None
+    @cute.jit
+    def pair(self, c, parity, at, work):
+        """One pair of K blocks: its scores are complete on entry, those of the next pair on exit, if there is one.
 
-        n[0], n[1] = m[0], m[1]
-        self.softmax(c, n, sums, parity, begins)
-        self.hand_over(c, max0, n, P0_READY)
-        self.move_reference(c, n, begins)
+        No wgmma is in flight on entry and exit: one over a loop's back edge makes ptxas serialise all of them.
+
+        parity: whether the number of those before it, of this and earlier work, is odd.
+        at: its `Position`.
+        work: of `load_ahead`.
+        """
+        row_sum = c.running.row_sum
+        n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+        n[0], n[1] = c.running.reference[0], c.running.reference[1]
+        is_left = c.side == LEFT
+        leads = at.begins & is_left
+        self.free(c, OWN, ROPE)
+        if at.closes:
+            self.free_q(c, LEFT, True)
+            self.free_q(c, RIGHT, at.begins | is_left)  # for a next pair the right side has done it
+        if c.side == RIGHT:
+            self.take_over(c, n, at.begins)
+
+        self.softmax(c, n, sums, parity, leads)
+        self.hand_over(c, n)
+        warpgroup.wait_group(0)
+        if c.side == RIGHT:
+            self.free(c, OTHER, OWN)
+        self.move_reference(c, n, leads)
         warpgroup.fence()
-        f.issue_pv(f.p, 0, begins)
+        self.issue_pv(c, OWN, leads)
         warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
-        self.free(c, 0, ROPE)
-        if prepare is not None:
-            prepared = prepare[0](*prepare[1:])
+        if at.closes:
+            self.load_ahead(c, work)
+            if c.side == RIGHT:
+                self.merge_sides(c)
         warpgroup.wait_group(0)
-        self.free(c, 0, LEFT)
+        self.free(c, OWN, OWN)
 
-        self.take_over(c, max1, n, P1_READY)
-        self.move_reference(c, n)
-        warpgroup.fence()
-        f.issue_pv(f.p_in, 1)
-        warpgroup.commit_group()
-        if prepare is None:
-            # What this side takes first has been free for long, so the tensor cores need not run dry; issuing more than
-            # a chunk of it before K's other buffer is freed would wait for the tensor cores.
-            self.issue_scores(c, self.qk_order[LEFT], parity ^ 1, lambda: self.free_behind_scores(c))
-            cute.arch.barrier_arrive(barrier_id=SCORES_ISSUED, number_of_threads=2 * WARPGROUP)
+        if c.side == LEFT:
+            self.take_over(c, n, False)
+        if at.closes:
+            if c.side == LEFT:
+                self.merge_sides(c)
+            # Only the left side's P V, but ptxas must see on all paths that nothing is left in flight.
             warpgroup.wait_group(0)
+            if c.side == LEFT:
+                self.free(c, OTHER, OWN)
+                cute.arch.barrier_arrive(barrier_id=P1_READ, number_of_threads=2 * WARPGROUP)
+            else:
+                cute.arch.barrier(barrier_id=P1_READ, number_of_threads=2 * WARPGROUP)
         else:
-            self.merge_sides(c)
-            warpgroup.wait_group(0)
-            self.free(c, 1, LEFT)
-            cute.arch.barrier_arrive(barrier_id=P1_READ, number_of_threads=2 * WARPGROUP)
-        return prepared
-
-    def free_behind_scores(self, c: Consumer):
-        """The left side is done with V of buffer 1 when all but the last group of wgmma are."""
-        warpgroup.wait_group(1)
-        self.free(c, 1, LEFT)
-
-    def pair_right(self, c: Consumer, parity, begins, prepare: tuple | None, precedes_last=False):
-        f, row_sum = c.f, c.running.row_sum
-        n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-        max0, max1 = (x.get_tensor(cute.make_layout(ROWS)) for x in (c.shared.max0, c.shared.max1))
-        prepared = None
-
-        self.free(c, 1, ROPE)
-        self.take_over(c, max0, n, P0_READY)
-        self.move_reference(c, n, begins)
-        warpgroup.fence()
-        f.issue_pv(f.p_in, 0, begins)
-        warpgroup.commit_group()
-        self.softmax(c, n, sums, parity, False)
-        self.hand_over(c, max1, n, P1_READY)
-        warpgroup.wait_group(0)
-        self.free(c, 0, RIGHT)
-
-        self.move_reference(c, n)
-        warpgroup.fence()
-        f.issue_pv(f.p, 1)
-        warpgroup.commit_group()
-        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
-        if prepare is not None:
-            prepared = prepare[0](*prepare[1:])
-            self.merge_sides(c)
-        warpgroup.wait_group(0)
-        self.free(c, 1, RIGHT)
-        if prepare is not None:
-            cute.arch.barrier(barrier_id=P1_READ, number_of_threads=2 * WARPGROUP)
-        else:
-            first, *rest = self.qk_order[RIGHT]
-            # The left side's scores are wanted first: they do not share the tensor cores with this side's.
-            cute.arch.barrier(barrier_id=SCORES_ISSUED, number_of_threads=2 * WARPGROUP)
+            if c.side == RIGHT:
+                # The left side's scores are wanted first: they do not share the tensor cores with this side's.
+                cute.arch.barrier(barrier_id=SCORES_ISSUED, number_of_threads=2 * WARPGROUP)
             warpgroup.fence()
-            self.issue_scores(c, (first,), parity ^ 1)
-            self.issue_scores(c, rest, parity ^ 1)
-            # This side is the last to read Q: half of the next one comes while it still reads the rest.
-            warpgroup.wait_group(1)
-            self.free_q(c, first, precedes_last)
+            first, *rest = self.qk_order
+            self.issue_scores(c, (first,), parity ^ 1, True)
+            self.issue_scores(c, tuple(rest), parity ^ 1)
+            if c.side == LEFT:
+                cute.arch.barrier_arrive(barrier_id=SCORES_ISSUED, number_of_threads=2 * WARPGROUP)
+            elif at.precedes_last:
+                # This side is the last to read Q: half of the next one comes while it still reads the rest.
+                warpgroup.wait_group(1)
+                self.free_q(c, RIGHT, True)
             warpgroup.wait_group(0)
-        return prepared
-
-    def by_side(self, side: int, left, right) -> tuple:
-        """(this side's, the other side's) of two values per row in shared memory."""
-        left, right = (x.get_tensor(cute.make_layout(ROWS)) for x in (left, right))
-        return (left, right) if side == LEFT else (right, left)
 
     @cute.jit
     def merge_sides(self, c):
@@ -279,8 +308,9 @@ class Seesaw:
 
         What it leaves in shared memory is overwritten by the next piece of work behind barriers of that piece's pairs.
         """
-        sums, other_sums = self.by_side(c.side, c.shared.sum0, c.shared.sum1)
-        tops, other_tops = self.by_side(c.side, c.shared.top0, c.shared.top1)
+        c = replace(c, thread=anew(c.thread))
+        sums, other_sums = c.of_rows(c.shared.sums, OWN), c.of_rows(c.shared.sums, OTHER)
+        tops, other_tops = c.of_rows(c.shared.tops, OWN), c.of_rows(c.shared.tops, OTHER)
         row_sum, top = c.running.row_sum, c.running.top
         for r in range_constexpr(2):
             row_sum[r], top[r] = quad_sum(row_sum[r]), quad_max(top[r])
@@ -290,6 +320,12 @@ class Seesaw:
         for r in range_constexpr(2):
             row_sum[r] = row_sum[r] + other_sums[c.row + 8 * r]
             top[r] = cute.arch.fmax(top[r], other_tops[c.row + 8 * r])
+
+
+def chunks_at(base: cute.Pointer, dtype: type[cutlass.Numeric], count: int) -> cute.Tensor:
+    """`count` chunks of shared memory from `base` on: [64 rows, 64 columns, chunk]."""
+    layout = cute.tile_to_shape(k_major_layout(dtype), (ROWS, CHUNK, count), (0, 1, 2))
+    return cute.make_tensor(cute.recast_ptr(base, layout.inner), layout.outer)
 
 
 def mask_by_bits(scores: cute.Tensor, bits: list, lane: Int32):

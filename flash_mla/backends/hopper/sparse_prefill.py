@@ -6,7 +6,7 @@ warpgroups keep the seesaw, and write a piece's output while the next one's Q an
 is shared memory left for TMA to write the output from, and the next piece's first scores are computed meanwhile.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
 import cutlass.cute as cute
@@ -18,9 +18,9 @@ from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import Combine
 from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_fp32_row
-from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS
+from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Registers
 from flash_mla.backends.hopper.max_logits import MergeMaxLogits
-from flash_mla.backends.hopper.schedule import uniform
+from flash_mla.backends.hopper.schedule import anew, uniform
 from flash_mla.backends.hopper.seesaw import (
     CHUNK_ELEMENTS,
     LEFT,
@@ -29,19 +29,21 @@ from flash_mla.backends.hopper.seesaw import (
     TILE,
     WARPGROUP,
     Consumer,
+    Position,
     Running,
     Seesaw,
     mask_by_bits,
 )
 from flash_mla.backends.hopper.softmax import LN2, LOG2_E, THRESHOLD, exponentials, quad_max, row_max
-from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout, tile_at
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout
 
 CONSUMER_REGISTERS = 232
 PRODUCER_REGISTERS = 40
 PRODUCER_WARP = 8  # the producer warpgroup's first
 # Chunks of a piece's output that each side has written when it issues the next piece's scores over its own half of V's
 # columns, and those over the other half. The left side's K comes first, and its scores are wanted first.
-WRITTEN = ((0, 1), (1, 2))
+WRITTEN = (0, 1)
+TILE_BITS = TILE.bit_length() - 1
 STAGES = 2  # chunks of each side's output that shared memory has room for beside K and Q, without RoPE
 WARP_ROWS = 16  # rows of a block that a producer warp gathers, and of the output that a consumer warp writes
 
@@ -60,8 +62,7 @@ class Barriers:
 class Piece:
     """The tiles [begin, stop) of a query token for 64 of its heads; lives in registers, across loops."""
 
-    def __init__(self, number: Int32, token: Int32, head_tile: Int32, begin: Int32, stop: Int32, length: Int32):
-        self.number = number  # in the order of the work
+    def __init__(self, token: Int32, head_tile: Int32, begin: Int32, stop: Int32, length: Int32):
         self.token = token
         self.head_tile = head_tile
         self.begin = begin
@@ -69,7 +70,7 @@ class Piece:
         self.length = length  # indices of the token that count
 
     def _values(self):
-        return self.number, self.token, self.head_tile, self.begin, self.stop, self.length
+        return self.token, self.head_tile, self.begin, self.stop, self.length
 
     def __extract_mlir_values__(self):
         return [value.ir_value() for value in self._values()]
@@ -95,51 +96,42 @@ class Arguments:
     partial_o: cute.Tensor
     partial_lse: cute.Tensor
     partial_max: cute.Tensor
-    whole_tokens: Int32
-    splits: Int32
+    whole_pieces: Int32  # how many pieces are whole; those behind them are parts of the other tokens
+    pieces: Int32
+    head_tiles: cute.FastDivmodDivisorV2  # of a token
+    splits: cute.FastDivmodDivisorV2  # pieces of 64 heads of a token that is split
     scale_log2: Float32
 
-    @property
-    def head_tiles(self):
-        return (self.q.shape[1] + ROWS - 1) // ROWS
-
-    @property
-    def whole_pieces(self):
-        """How many pieces are whole; those behind them are parts of the other tokens."""
-        return self.whole_tokens * self.head_tiles
-
-    @property
-    def pieces(self):
-        return self.whole_pieces + (self.q.shape[0] - self.whole_tokens) * self.head_tiles * self.splits
-
-    def unit(self, number: Int32) -> Int32:
-        """(token, 64 of its heads) of a piece, as one number; a split unit's pieces are consecutive."""
-        slot = number - self.whole_pieces
-        return cutlass.select_(slot < 0, number, self.whole_pieces + slot // self.splits)
+    def place(self, number: Int32) -> tuple[Int32, Int32, Int32]:
+        """(token, 64 of its heads, split) of a piece; a split unit's pieces are consecutive."""
+        slot = self.slot(number)
+        unit, split = divmod(slot, self.splits)
+        unit = cutlass.select_(slot < 0, number, self.whole_pieces + Int32(unit))
+        token, head_tile = divmod(unit, self.head_tiles)
+        return cutlass.min(Int32(token), self.q.shape[0] - 1), Int32(head_tile), Int32(split)
 
     def length(self, number: Int32) -> Int32:
         """How many leading indices of a piece's token count, as the caller says it."""
-        return self.lengths[cutlass.min(self.unit(number) // self.head_tiles, self.q.shape[0] - 1)]
+        return self.lengths[self.place(number)[0]]
 
     def piece(self, number: Int32, length: Int32) -> Piece:
         """Piece `number`, given its token's `length`; beyond the last one, a piece without rows of KV."""
-        unit, slot = self.unit(number), number - self.whole_pieces
-        token = cutlass.min(unit // self.head_tiles, self.q.shape[0] - 1)
+        token, head_tile, split = self.place(number)
         length = cutlass.min(cutlass.max(uniform(length), 0), self.indices.shape[1])
         length = cutlass.select_(number < self.pieces, length, Int32(0))
-        tiles = (length + TILE - 1) // TILE
-        split = cutlass.select_(slot < 0, Int32(0), slot % self.splits)
-        count = cutlass.select_(slot < 0, Int32(1), self.splits)
-        begin, stop = split * tiles // count, (split + 1) * tiles // count
+        tiles = (length + TILE - 1) >> TILE_BITS
+        is_whole = number < self.whole_pieces
+        begin = cutlass.select_(is_whole, Int32(0), Int32(split * tiles // self.splits))
+        stop = cutlass.select_(is_whole, tiles, Int32((split + 1) * tiles // self.splits))
         # A piece without tiles takes the one beyond the token's last, which holds no rows: no role has to know.
         is_empty = begin == stop
         begin = cutlass.select_(is_empty, tiles, begin)
         stop = cutlass.select_(is_empty, tiles + 1, stop)
-        return Piece(number, token, unit % self.head_tiles, begin, stop, length)
+        return Piece(token, head_tile, begin, stop, length)
 
-    def slot(self, piece: Piece) -> Int32:
-        """Where the piece's partial result goes; < 0 if it is whole."""
-        return piece.number - self.whole_pieces
+    def slot(self, number: Int32) -> Int32:
+        """Where a piece's partial result goes; < 0 if it is whole."""
+        return number - self.whole_pieces
 
     def rows(self, piece: Piece) -> Int32:
         """How many of the piece's 64 heads exist."""
@@ -155,6 +147,9 @@ class SparsePrefill(Seesaw):
         # The end of a piece overlaps with the next one's begin. With RoPE there is room for a single stage of output,
         # by which that gained nothing.
         self.overlaps = not self.has_rope
+        # Where RoPE takes its registers, the loop over pairs is faster without what closes a piece. That is then code
+        # of its own, for both sides.
+        self.peels = self.has_rope
 
     @cute.jit
     def __call__(
@@ -197,15 +192,12 @@ class SparsePrefill(Seesaw):
             q_full: cute.struct.MemRange[Int64, 1]
             q_empty: cute.struct.MemRange[Int64, 2]
             valid: cute.struct.MemRange[Int64, 2]  # a bit for each row of a buffer
-            max0: cute.struct.MemRange[Float32, ROWS]
-            max1: cute.struct.MemRange[Float32, ROWS]
-            sum0: cute.struct.MemRange[Float32, ROWS]
-            sum1: cute.struct.MemRange[Float32, ROWS]
-            top0: cute.struct.MemRange[Float32, ROWS]
-            top1: cute.struct.MemRange[Float32, ROWS]
+            # Of each row, the left side's and the right side's.
+            maxima: cute.struct.MemRange[Float32, 2 * ROWS]
+            sums: cute.struct.MemRange[Float32, 2 * ROWS]
+            tops: cute.struct.MemRange[Float32, 2 * ROWS]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
-            p0: cute.struct.Align[cute.struct.MemRange[self.dtype, CHUNK_ELEMENTS], 1024]
-            p1: cute.struct.Align[cute.struct.MemRange[self.dtype, CHUNK_ELEMENTS], 1024]
+            p: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * CHUNK_ELEMENTS], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * self.chunks * CHUNK_ELEMENTS], 1024]
             out: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * self.overlaps * CHUNK_ELEMENTS], 1024]
 
@@ -216,9 +208,12 @@ class SparsePrefill(Seesaw):
         row_layout = cute.make_ordered_layout((slots, ROWS), order=(1, 0))
         partial_lse = cute.make_tensor(workspace.iterator + Int64(slots) * ROWS * D_V, row_layout)
         partial_max = cute.make_tensor(workspace.iterator + Int64(slots) * ROWS * (D_V + 1), row_layout)
+        head_tiles = (q.shape[1] + ROWS - 1) // ROWS
+        whole_pieces = whole_tokens * head_tiles
+        divisors = [cute.FastDivmodDivisorV2(n) for n in (head_tiles, splits)]
         self.kernel(
             tma_q, q_tma, q, kv, indices, lengths, sink, out, tma_out, out_tma, max_logits, lse, partial_o,
-            partial_lse, partial_max, whole_tokens, splits, scale_log2,
+            partial_lse, partial_max, whole_pieces, whole_pieces + slots, *divisors, scale_log2,
         ).launch(grid=(workers, 1, 1), block=(3 * WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
         if units > 0:
             self.combine(
@@ -294,8 +289,10 @@ class SparsePrefill(Seesaw):
         partial_o: cute.Tensor,
         partial_lse: cute.Tensor,
         partial_max: cute.Tensor,
-        whole_tokens: Int32,
-        splits: Int32,
+        whole_pieces: Int32,
+        pieces: Int32,
+        head_tiles: cute.FastDivmodDivisorV2,
+        splits: cute.FastDivmodDivisorV2,
         scale_log2: Float32,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -310,7 +307,7 @@ class SparsePrefill(Seesaw):
         )
         args = Arguments(
             q, kv, indices, lengths, sink, out, tma_out, out_tma, max_logits, lse, partial_o, partial_lse,
-            partial_max, whole_tokens, splits, scale_log2,
+            partial_max, whole_pieces, pieces, head_tiles, splits, scale_log2,
         )  # fmt: skip
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
@@ -318,12 +315,10 @@ class SparsePrefill(Seesaw):
         if warp >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             self.produce(args, shared, barriers, tma_q, q_tma, warp - PRODUCER_WARP, thread % 32)
-        elif warp < 4:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            self.consume(LEFT, args, shared, barriers, thread)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            self.consume(RIGHT, args, shared, barriers, thread - WARPGROUP)
+            side = cute.arch.make_warp_uniform(warp // 4)
+            self.consume(side, args, shared, barriers, thread - side * WARPGROUP)
 
     @cute.jit
     def init_barriers(self, barriers: Barriers, warp: Int32):
@@ -362,13 +357,13 @@ class SparsePrefill(Seesaw):
         # What is loaded here is used a tile or a piece later, so that no latency of it delays the gathering of rows.
         length = args.length(number + workers)
         now = self.load_index(args, piece.token, piece.begin, piece.length, warp, lane)
-        pairs = Int32(0)
-        pieces = Int32(0)
-        while piece.number < args.pieces:
+        parity, q_parity = Int32(1), Int32(1)  # of pairs and pieces
+        while number < args.pieces:
             number += workers
             following = args.piece(number, length)
             length = args.length(number + workers)
-            for tile in cutlass.range(piece.begin, piece.stop, unroll=1):
+            tile = piece.begin
+            while tile < piece.stop:
                 ends = tile + 1 == piece.stop
                 then = self.load_index(
                     args,
@@ -386,19 +381,20 @@ class SparsePrefill(Seesaw):
                 brings_q = (tile == piece.begin) & (warp == 0)
                 if const_expr(self.overlaps):
                     if brings_q:
-                        self.load_q(shared, barriers, tma_q, q_tma, piece, pieces)
+                        self.load_q(shared, barriers, tma_q, q_tma, piece, q_parity)
                 for buffer, group in self.load_order():
                     empty = barriers.k_empty + (buffer * len(self.groups) + group)
-                    cute.arch.mbarrier_wait(empty, (pairs & 1) ^ 1)
+                    cute.arch.mbarrier_wait(empty, parity)
                     self.gather(shared, barriers, buffer, group, rows[buffer], warp, lane)
                     if const_expr(group == buffer):  # the group whose side scores this buffer
                         self.publish_valid(shared, barriers, buffer, valid, warp)
                     if const_expr(not self.overlaps and (buffer, group) == (0, LEFT)):
                         if brings_q:
-                            self.load_q(shared, barriers, tma_q, q_tma, piece, pieces)
+                            self.load_q(shared, barriers, tma_q, q_tma, piece, q_parity)
                 now = then
-                pairs += 1
-            pieces += 1
+                parity ^= 1
+                tile += 1  # what is derived from it takes no registers of its own
+            q_parity ^= 1
             piece = following
 
     def load_order(self):
@@ -457,13 +453,13 @@ class SparsePrefill(Seesaw):
         )
 
     @cute.jit
-    def load_q(self, shared, barriers, tma_q: cute.CopyAtom, q_tma: cute.Tensor, piece: Piece, pieces: Int32):
+    def load_q(self, shared, barriers, tma_q: cute.CopyAtom, q_tma: cute.Tensor, piece: Piece, parity: Int32):
         """Bring the 512 V columns of Q; heads that do not exist become zeros."""
         to, source = self.q_chunks(shared, tma_q, q_tma)
         # What is read or written once leaves the L2 to KV.
         policy = {"cache_policy": Int64(EVICT_FIRST)} if self.overlaps else {}
         for group in (RIGHT, LEFT):  # the order in which the right side, the last to read Q, is done with them
-            cute.arch.mbarrier_wait(barriers.q_empty + group, (pieces & 1) ^ 1)
+            cute.arch.mbarrier_wait(barriers.q_empty + group, parity)
             if const_expr(group == RIGHT):
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_ELEMENTS * 2)
@@ -481,79 +477,94 @@ class SparsePrefill(Seesaw):
     # ---------------------------------------------------------------------------------------------- consumers
 
     @cute.jit
-    def consume(self, side: cutlass.Constexpr, args, shared, barriers, thread: Int32):
-        """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns."""
-        f = self.fragments(side, shared, thread)
-        c = Consumer(side, shared, barriers, f, Running.allocate(), args.scale_log2, thread)
-        pairs, pieces = Int32(0), Int32(0)
+    def consume(self, side: Int32, args, shared, barriers, thread: Int32):
+        """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns.
+
+        The sides have code of their own for pairs in a loop alone.
+        """
+        c = Consumer(
+            side, shared, barriers, Registers.allocate(self.dtype), Running.allocate(), args.scale_log2, thread
+        )
+        parity, q_parity = Int32(0), Int32(0)  # of pairs and pieces
         workers = cute.arch.grid_dim()[0]
         number = cute.arch.block_idx()[0]
-        piece = self.begin_piece(args, c, number, args.length(number))
-        length = args.length(number + workers)  # of the next piece, early
+        length = args.length(number)
+        piece = args.piece(number, length)
+        self.load_q_rope(args, c, piece)
+        following = cute.make_rmem_tensor(2, Int32)
+        following[0] = args.length(number + workers)  # of the next piece, early
         if const_expr(self.overlaps):
-            self.wait_q(c, pieces)
-            self.issue_scores(c, self.qk_order[side], pairs & 1)
+            self.wait_q(c, q_parity)
+            self.issue_scores(c, self.qk_order, parity)
             warpgroup.wait_group(0)
-        while piece.number < args.pieces:
-            number += workers
+        while number < args.pieces:
             c.running.reset()
             if const_expr(not self.overlaps):
-                length = args.length(number)  # RoPE leaves no register for what was loaded ahead
-                self.wait_q(c, pieces)
-                self.issue_scores(c, self.qk_order[side], pairs & 1)
+                following[0] = args.length(number + workers)  # RoPE leaves no register for what was loaded ahead
+                self.wait_q(c, q_parity)
+                self.issue_scores(c, self.qk_order, parity)
                 warpgroup.wait_group(0)
-            # The last pair, after which no wgmma may be in flight, is peeled: one in flight over a loop's back edge
-            # makes ptxas serialise all of them.
-            for tile in cutlass.range(piece.begin, piece.stop - 1, unroll=1):
-                self.pair(c, pairs, tile == piece.begin, tile + 2 == piece.stop)
-                pairs += 1
-            is_single = piece.begin + 1 == piece.stop
-            self.free_q(c, LEFT, True)
-            self.free_q(c, RIGHT, True if const_expr(side == LEFT) else is_single)
-            prepare = (self.load_ahead, args, c, piece, number, length)
-            following, length, sinks = self.last_pair(c, pairs, is_single, prepare)
-            pairs += 1
-            pieces += 1
+            work = (args, number + workers, following)
+            if side == LEFT:
+                parity = self.pairs(replace(c, side=LEFT), parity, piece, work)
+            else:
+                parity = self.pairs(replace(c, side=RIGHT), parity, piece, work)
+            if const_expr(self.peels):
+                self.pair(c, parity, Position(piece.begin + 1 == piece.stop, False, True), work)
+                parity ^= 1
+            q_parity ^= 1
             # Without a next piece, this one's K and Q, which are there, stand for it.
-            step = cutlass.select_(number < args.pieces, Int32(0), Int32(1))
+            step = cutlass.select_(number + workers < args.pieces, Int32(0), Int32(1))
             # While the output is written, the next piece's Q and K arrive.
-            self.write(args, c, piece, sinks, (pieces ^ step, pairs ^ step))
-            piece = following
+            self.write(args, c, piece, args.slot(number), (q_parity ^ step, parity ^ step))
+            number += workers
+            piece = args.piece(number, following[0])
+            if const_expr(self.overlaps):
+                following[0] = following[1]
         if const_expr(self.overlaps):
             self.free_staging(0)
 
-    def wait_q(self, c: Consumer, pieces: Int32):
-        """Wait for the Q of a piece before its first scores, given how many pieces went before."""
-        cute.arch.mbarrier_wait(c.barriers.q_full, pieces & 1)
+    @cute.jit
+    def pairs(self, c, parity: Int32, piece: Piece, work) -> Int32:
+        """All pairs of a piece, but the last one if that is peeled; returns the parity behind them."""
+        tile = piece.begin
+        while tile < piece.stop - self.peels:
+            closes = False if self.peels else tile + 1 == piece.stop
+            self.pair(c, parity, Position(tile == piece.begin, tile + 2 == piece.stop, closes), work)
+            parity ^= 1
+            tile += 1
+        return parity
+
+    def wait_q(self, c: Consumer, parity: Int32):
+        """Wait for the Q of a piece before its first scores, given whether the number of those before it is odd."""
+        cute.arch.mbarrier_wait(c.barriers.q_full, parity)
         warpgroup.fence()
 
     def free_p(self, c: Consumer):
         if self.overlaps:
             self.free_staging(0)
 
-    def begin_piece(self, args, c: Consumer, number: Int32, length: Int32) -> Piece:
+    def load_q_rope(self, args, c: Consumer, piece: Piece):
         """Start to load what a piece needs besides what the producers bring: Q's RoPE chunk."""
-        piece = args.piece(number, length)
         if self.has_rope:
             # The last head there is stands for those that are not.
             heads = [cutlass.min(args.head(piece, c.row + 8 * r), args.q.shape[1] - 1) for r in range(2)]
             rows = [args.q[piece.token, head, None].iterator for head in heads]
             for r in range(2):
                 c.f.load_q_rope(r, rows[r], c.thread % 32)
-        return piece
 
-    def load_ahead(self, args, c: Consumer, piece: Piece, number: Int32, length: Int32) -> tuple[Piece, Int32, list]:
-        """(the next piece, begun; the length of the one behind it; the sinks of this thread's rows of this one)."""
-        # The last head there is stands for those that are not.
-        last = args.q.shape[1] - 1
-        sinks = [args.sink[cutlass.min(args.head(piece, c.row + 8 * r), last)] for r in range(2)]
-        following = self.begin_piece(args, c, number, length)
-        return following, args.length(number + cute.arch.grid_dim()[0]), sinks
+    def load_ahead(self, c: Consumer, work: tuple):
+        """Load the next piece's RoPE chunk of Q, and the length of the one behind it."""
+        args, number, following = work
+        number, c = anew(number), replace(c, thread=anew(c.thread))
+        self.load_q_rope(args, c, args.piece(number, following[0]))
+        if self.overlaps:
+            following[1] = args.length(number + cute.arch.grid_dim()[0])
 
-    def wait_chunks(self, c: Consumer, group: int, parity):
+    def wait_chunks(self, c: Consumer, part: int, parity):
         # A copy arrives on the barrier when its bytes lie in shared memory, so that, as in CUTLASS's main loop over
         # cp.async and wgmma, no proxy fence follows.
-        cute.arch.mbarrier_wait(c.barriers.k_full + (c.side * len(self.groups) + group), parity)
+        cute.arch.mbarrier_wait(c.barriers.k_full + (c.side * len(self.groups) + c.group(part)), parity)
 
     def softmax(self, c: Consumer, n, sums, parity, begins):
         cute.arch.mbarrier_wait(c.barriers.valid_full + c.side, parity)
@@ -579,7 +590,7 @@ class SparsePrefill(Seesaw):
             exceeds = cute.arch.fmax(top0 - reference[0], top1 - reference[1]) * scale > THRESHOLD
             moves = cute.arch.vote_any_sync(exceeds | ((valid0 & valid1) != -1))
         if moves:
-            mask_by_bits(scores, [valid0, valid1], c.thread % 32)
+            mask_by_bits(scores, [valid0, valid1], anew(c.thread) % 32)
             top0, top1 = quad_max(row_max(scores, 0)), quad_max(row_max(scores, 1))
             reference[0] = cutlass.select_((top0 - reference[0]) * scale > THRESHOLD, top0, reference[0])
             reference[1] = cutlass.select_((top1 - reference[1]) * scale > THRESHOLD, top1, reference[1])
@@ -588,40 +599,46 @@ class SparsePrefill(Seesaw):
         top[1] = cute.arch.fmax(top[1], top1)
 
     @cute.jit
-    def write(self, args, c, piece: Piece, sinks: list, following: tuple[Int32, Int32]):
+    def write(self, args, c, piece: Piece, slot: Int32, following: tuple[Int32, Int32]):
         """Normalise and write a whole piece to the outputs, a part of a token to its slot of the workspace.
 
-        following: (pieces, pairs) before the next one; if pieces overlap, the scores of its first pair are complete on
-        exit.
+        slot: < 0 if the piece is whole.
+        following: parities of pieces and pairs before the next one; if pieces overlap, the scores of its first pair are
+        complete on exit.
         """
-        is_whole = args.slot(piece) < 0
-        inv = self.normalisation(c, sinks)
-        before, amid = WRITTEN[c.side]
+        # What is computed from these is not to take registers while pairs run.
+        c = replace(c, thread=anew(c.thread), side=uniform(anew(c.side)))
+        is_whole = slot < 0
+        inv = self.normalisation(args, c, piece)
+        before, amid = WRITTEN
         if const_expr(self.overlaps):
-            first, *rest = self.qk_order[c.side]
+            first, *rest = self.qk_order
             if is_whole:
                 self.write_chunks_by_tma(args, c, piece, inv, range(before))
             self.wait_q(c, following[0])
-            self.issue_scores(c, (first,), following[1] & 1)
+            self.issue_scores(c, (first,), following[1])
             if is_whole:
                 self.write_chunks_by_tma(args, c, piece, inv, range(before, amid))
-            self.issue_scores(c, rest, following[1] & 1)
+            self.issue_scores(c, tuple(rest), following[1])
         if is_whole:
             if const_expr(self.overlaps):
                 self.write_chunks_by_tma(args, c, piece, inv, range(amid, V_CHUNKS // 2))
             else:
                 self.write_rows(args, c, piece, inv)
             # Both sides have them; the left one's scores are wanted first.
-            if const_expr(c.side == RIGHT):
+            if c.side == RIGHT:
                 self.write_statistics(args, c, piece)
         else:
-            self.write_partials(args, c, piece)
+            self.write_partials(args, c, piece, slot)
         if const_expr(self.overlaps):
             warpgroup.wait_group(0)
 
-    def normalisation(self, c: Consumer, sinks: list) -> cute.Tensor:
+    def normalisation(self, args, c: Consumer, piece: Piece) -> cute.Tensor:
         """What this thread's two rows of the output are multiplied by."""
         running, inv = c.running, cute.make_rmem_tensor(2, Float32)
+        # The last head there is stands for those that are not.
+        last = args.q.shape[1] - 1
+        sinks = [args.sink[cutlass.min(args.head(piece, c.row + 8 * r), last)] for r in range(2)]
         for r in range(2):
             total = running.row_sum[r]
             # The sink takes part in the normalisation as one more token without a value would.
@@ -648,19 +665,15 @@ class SparsePrefill(Seesaw):
         TMA leaves out the rows that do not exist.
         """
         warp = uniform(c.thread // 32)
-        store, values, _ = c.f.p_out
         rows_of_warp = piece.head_tile * (ROWS // WARP_ROWS) + warp
         layout = k_major_layout(self.dtype, rows=WARP_ROWS)
         out = cute.group_modes(cute.local_tile(args.out_tma, (WARP_ROWS, CHUNK), (None, None, None)), 0, 2)
-        p = c.shared.p0 if const_expr(c.side == LEFT) else c.shared.p1
-        stages = [p.data_ptr(), c.shared.out.data_ptr() + c.side * CHUNK_ELEMENTS]
+        stages = [staging.data_ptr() + c.side * CHUNK_ELEMENTS for staging in (c.shared.p, c.shared.out)]
         for chunk in range_constexpr(chunks.start, chunks.stop):
             staging = stages[chunk % STAGES]
             self.free_staging(STAGES - 1)
             chunk_of(c.f.o, chunk, inv, c.f.p_scores)
-            cute.copy(
-                store, values, store.get_slice(c.thread).partition_D(tile_at(staging, 0, k_major_layout(self.dtype)))
-            )
+            self.stage(c, staging)
             cute.arch.fence_proxy("async.shared", space="cta")
             cute.arch.sync_warp()
             rows = cute.make_tensor(cute.recast_ptr(staging + warp * (WARP_ROWS * CHUNK), layout.inner), layout.outer)
@@ -683,22 +696,22 @@ class SparsePrefill(Seesaw):
             row = first_row + lane // 8 + 4 * i
             head = args.head(piece, cutlass.min(row, rows - 1))
             destinations.append((row < rows, args.out[piece.token, head, None].iterator + c.side * (D_V // 2)))
-        staging = (c.shared.p0 if const_expr(c.side == LEFT) else c.shared.p1).data_ptr()
+        staging = c.shared.p.data_ptr() + c.side * CHUNK_ELEMENTS
         for chunk in range_constexpr(D_V // 2 // CHUNK):
             chunk_of(c.f.o, chunk, inv, c.f.p_scores)
-            cute.copy(c.f.p_out[0], c.f.p_out[1], c.f.p_out[2])
+            self.stage(c, staging)
             cute.arch.sync_warp()
             copy_rows_of_warp(staging, first_row, [(exists, to + chunk * CHUNK) for exists, to in destinations], lane)
             cute.arch.sync_warp()
 
     @cute.jit
-    def write_partials(self, args, c, piece: Piece):
-        lane, slot, running = c.thread % 32, args.slot(piece), c.running
+    def write_partials(self, args, c, piece: Piece, slot: Int32):
+        lane, running = c.thread % 32, c.running
         for r in range_constexpr(2):
             row = c.row + 8 * r
             exists = row < args.rows(piece)
             total = running.row_sum[r]
-            if const_expr(c.side == LEFT):
+            if c.side == LEFT:
                 if exists and lane % 4 == 0:
                     # In base 2; -inf for a row that sees nothing.
                     args.partial_lse[slot, row] = cute.math.log2(total) + running.reference[r] * c.scale

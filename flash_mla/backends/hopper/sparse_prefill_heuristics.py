@@ -10,9 +10,11 @@ __all__ = ["SparsePrefillConfig", "sparse_prefill_config"]
 ROWS = 64  # heads of a piece of work
 TILE = 128  # indices in a tile
 
-# In the time of a tile: what a piece costs beside its tiles, and what merging pieces costs.
+# In the time of a tile: what a piece costs beside its tiles, and what merging pieces costs: in all, and for each 64
+# heads of a token.
 PIECE_COST = 0.7
 MERGE_COST = 1.5
+MERGE_UNIT_COST = 0.15
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def sparse_prefill_config(s_q: int, h_q: int, topk: int, num_sms: int) -> Sparse
 
     def cost(splits: int) -> float:
         rounds = -(-rest * splits // num_sms)
-        return rounds * (-(-tiles // splits) + PIECE_COST) + (MERGE_COST if splits > 1 else 0.0)
+        merge = MERGE_COST + rest * MERGE_UNIT_COST if splits > 1 else 0.0
+        return rounds * (-(-tiles // splits) + PIECE_COST) + merge
 
     splits = min(range(1, tiles + 1), key=cost)
     if rest == 0 or splits == 1:
