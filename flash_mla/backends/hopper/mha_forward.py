@@ -31,24 +31,25 @@ from flash_mla.backends.hopper.mha_schedule import (
     find,
     take_number,
 )
-from flash_mla.backends.hopper.mha_softmax import exact_softmax, mask, optimistic_softmax
+from flash_mla.backends.hopper.mha_softmax import Total, exact_softmax, mask, optimistic_softmax
 from flash_mla.backends.hopper.mha_tiles import expect, operand, partition, release, tma
 from flash_mla.backends.hopper.schedule import uniform
-from flash_mla.backends.hopper.softmax import LN2, NO_SCORE, quad_sum, rescale
+from flash_mla.backends.hopper.softmax import LN2, quad_sum
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, qk_op
 
 D_V = 128
-STAGES = 2  # of K and of V
+STAGES = 2  # of K and of V, a power of two
 SIDES = TILE_Q // ROWS  # consumer warpgroups
 WARPGROUP = 128
 CONSUMERS = SIDES * WARPGROUP
 PRODUCER_WARP = SIDES * 4  # the producer warpgroup's first; its others have nothing to do
-CONSUMER_REGISTERS = 240
-PRODUCER_REGISTERS = 24
+CONSUMER_REGISTERS = 232
+PRODUCER_REGISTERS = 40
 Q_CHUNK_ELEMENTS = ROWS * CHUNK
 KV_CHUNK_ELEMENTS = TILE_KV * CHUNK
 V_CHUNKS = D_V // CHUNK
 Q_CHUNKS_IN_REGISTERS = 1  # spares shared memory, nearly as busy as the tensor cores, their reads
+AHEAD = 4  # tiles of keys: so many from its end, what follows a work tile is found and its Q brought to L2
 WORDS = 8  # of a work tile as the producer hands it to a consumer
 
 # Named barriers: the turns of consumer 0 and 1 at the tensor cores, and "V's rows beyond the sequence are zero".
@@ -92,8 +93,7 @@ class Consumer:
     barriers: Barriers
     shared: Any
     f: Fragments
-    reference: cute.Tensor  # of the output accumulator and the sums, in unscaled scores, for each of a thread's rows
-    row_sum: cute.Tensor  # this thread's part
+    total: Total
     scale: Float32  # of scores, to base 2
     causal: Int32
 
@@ -101,6 +101,16 @@ class Consumer:
     def row(self):
         """The first of this thread's two rows, `row` and `row + 8`."""
         return self.thread // 32 * 16 + self.thread % 32 // 4
+
+
+def stage(number: Int32) -> Int32:
+    """Where tile `number` of keys lies; bits are taken, for a signed number's remainder takes long to compute."""
+    return number & (STAGES - 1)
+
+
+def phase(number: Int32) -> Int32:
+    """The parity of the phase of its stage's barriers in which tile `number` lies there."""
+    return number >> (STAGES.bit_length() - 1) & 1
 
 
 class Rows(InRegisters):
@@ -252,33 +262,45 @@ class MHAForward:
             kv_head = work.head // sequences.group
             k_to, k_from = partition(self.dtype, tma_k, k_tma, shared.k, TILE_KV, STAGES * self.chunks, work.kv_row)
             v_to, v_from = partition(self.dtype, tma_v, v_tma, shared.v, TILE_KV, STAGES * V_CHUNKS, work.kv_row)
-            if work.tiles == 0:  # its rows are written all the same
-                self.load_q(work, sequences.causal, shared, barriers, tma_q, q_tma, works)
-            for i in cutlass.range(work.tiles, unroll=1):
-                block = work.tiles - 1 - i
-                stage = loaded % STAGES
-                parity = (loaded // STAGES & 1) ^ 1
-                cute.arch.mbarrier_wait(barriers.k_empty + stage, parity)
-                expect(barriers.k_full + stage, self.chunks * KV_CHUNK_ELEMENTS)
-                for c in range_constexpr(self.chunks):
-                    source, to = k_from[None, block, c, kv_head], k_to[None, stage * self.chunks + c]
-                    cute.copy(tma_k, source, to, tma_bar_ptr=barriers.k_full + stage)
+            following, reached = work, window
+            for i in cutlass.range(cutlass.max(work.tiles, 1), unroll=1):
+                block = work.tiles - 1 - i  # < 0 if its rows see no key: they are written all the same
+                at, parity = stage(loaded), phase(loaded) ^ 1
+                if block >= 0:
+                    cute.arch.mbarrier_wait(barriers.k_empty + at, parity)
+                    expect(barriers.k_full + at, self.chunks * KV_CHUNK_ELEMENTS)
+                    for c in range_constexpr(self.chunks):
+                        source, to = k_from[None, block, c, kv_head], k_to[None, at * self.chunks + c]
+                        cute.copy(tma_k, source, to, tma_bar_ptr=barriers.k_full + at)
                 if i == 0:
                     self.load_q(work, sequences.causal, shared, barriers, tma_q, q_tma, works)
-                cute.arch.mbarrier_wait(barriers.v_empty + stage, parity)
-                expect(barriers.v_full + stage, V_CHUNKS * KV_CHUNK_ELEMENTS)
-                for c in range_constexpr(V_CHUNKS):
-                    source, to = v_from[None, block, c, kv_head], v_to[None, stage * V_CHUNKS + c]
-                    cute.copy(tma_v, source, to, tma_bar_ptr=barriers.v_full + stage)
-                loaded += 1
+                if block >= 0:
+                    cute.arch.mbarrier_wait(barriers.v_empty + at, parity)
+                    expect(barriers.v_full + at, V_CHUNKS * KV_CHUNK_ELEMENTS)
+                    for c in range_constexpr(V_CHUNKS):
+                        source, to = v_from[None, block, c, kv_head], v_to[None, at * V_CHUNKS + c]
+                        cute.copy(tma_v, source, to, tma_bar_ptr=barriers.v_full + at)
+                    loaded += 1
+                if i == cutlass.max(work.tiles - AHEAD, 0):
+                    cute.arch.griddepcontrol_wait()  # until `begin` has reset the counter
+                    following, reached = find(sequences, window, take_number(next_tile))
+                    self.prefetch_q(following, tma_q, q_tma, shared)
             works += 1
-            cute.arch.griddepcontrol_wait()  # until `begin` has reset the counter
-            work, window = find(sequences, window, take_number(next_tile))
+            work, window = following, reached
         for side in range_constexpr(SIDES):
             cute.arch.mbarrier_wait(barriers.q_empty + side, (works & 1) ^ 1)
             with cute.arch.elect_one():
                 self.words(shared, side)[0] = work.tiles
                 cute.arch.mbarrier_arrive(barriers.q_full + side)
+
+    @cute.jit
+    def prefetch_q(self, work: QueryTile, tma_q: cute.CopyAtom, q_tma: cute.Tensor, shared):
+        """Bring the rows of Q to L2."""
+        if work.tiles >= 0:
+            _, source = partition(self.dtype, tma_q, q_tma, shared.q, ROWS, SIDES * self.chunks, work.q_row)
+            for side in range_constexpr(SIDES):
+                for c in range_constexpr(self.chunks):
+                    cute.prefetch(tma_q, source[None, side, c, work.head])
 
     def words(self, shared, side) -> cute.Tensor:
         """Where a consumer reads its work: tiles, head, its first row of q, its rows, seqlen_kv, seen by its first."""
@@ -325,9 +347,9 @@ class MHAForward:
         thread: Int32,
     ):
         """One consumer warpgroup: rows 64 side ... + 63 of every tile."""
-        reference, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         f = self.fragments(shared, side, thread)
-        c = Consumer(side, thread, barriers, shared, f, reference, row_sum, scale, causal)
+        total = Total(f.o, cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
+        c = Consumer(side, thread, barriers, shared, f, total, scale, causal)
         if side == 1:
             self.give_turn(c)  # the first is the other's
         visited = Int32(0)  # tiles of keys
@@ -346,25 +368,23 @@ class MHAForward:
                 for i in cutlass.range(plain, unroll=1):
                     self.step(c, rows, plain - 1 - i, visited, False)
                     visited += 1
-                self.last_values(c, visited)
-                visited += 1
                 following = self.next_rows(c, works)
                 if following.tiles > 0:
-                    self.first_scores(c, visited)
+                    self.issue_both(c, visited)
                     warpgroup.wait_group(1)
-                    release(barriers.v_empty + (visited - 1) % STAGES)
+                    release(barriers.v_empty + stage(visited))
                     self.write(c, rows, out, lse)
-                    self.first_probabilities(c, following, visited)
+                    self.first_probabilities(c, following, visited + 1)
                 else:
+                    self.last_values(c, visited)
                     warpgroup.wait_group(0)
-                    release(barriers.v_empty + (visited - 1) % STAGES)
+                    release(barriers.v_empty + stage(visited))
                     self.write(c, rows, out, lse)
                     release(barriers.q_empty + side)
+                visited += 1
                 rows = following
             else:
-                f.o.fill(0.0)
-                reference.fill(NO_SCORE)
-                row_sum.fill(0.0)
+                total.clear()
                 self.write(c, rows, out, lse)
                 rows = self.next_rows(c, works)
                 self.begin_rows(c, rows, visited)
@@ -440,7 +460,7 @@ class MHAForward:
 
     def issue_scores(self, c: Consumer, number):
         """Issue S = Q K^T for the tile of keys `number`, counted over all work."""
-        k = c.f.k[None, None, None, number % STAGES]
+        k = c.f.k[None, None, None, stage(number)]
         held = 4 * Q_CHUNKS_IN_REGISTERS
         tiled = cute.make_tiled_mma(self.qk_op(OperandSource.RMEM))
         for i in range(held):
@@ -454,11 +474,11 @@ class MHAForward:
 
     def issue_values(self, c: Consumer, number):
         """Issue O += P V for the tile of keys `number`."""
-        gemm(self.pv_op(), c.f.o, c.f.p, c.f.v[None, None, None, number % STAGES])
+        gemm(self.pv_op(), c.f.o, c.f.p, c.f.v[None, None, None, stage(number)])
         warpgroup.commit_group()
 
     def wait(self, full, number):
-        cute.arch.mbarrier_wait(full + number % STAGES, number // STAGES & 1)
+        cute.arch.mbarrier_wait(full + stage(number), phase(number))
 
     def take_turn(self, c: Consumer):
         cute.arch.barrier(barrier_id=TURN + c.side, number_of_threads=CONSUMERS)
@@ -476,43 +496,40 @@ class MHAForward:
 
     def first_probabilities(self, c: Consumer, rows: Rows, number):
         """Wait for the first scores and take their probabilities."""
-        sums = cute.make_rmem_tensor(2, Float32)
         block = rows.tiles - 1
         warpgroup.wait_group(0)
-        release(c.barriers.k_empty + number % STAGES)
+        release(c.barriers.k_empty + stage(number))
         self.release_q(c, block)
         self.mask_block(c, rows, block)
-        c.reference.fill(NO_SCORE)
-        exact_softmax(c.f.s, c.f.p_scores, sums, c.reference, c.scale)
-        c.row_sum[0], c.row_sum[1] = sums[0], sums[1]
-        c.f.o.fill(0.0)
+        c.total.clear()
+        exact_softmax(c.f.s, c.f.p_scores, c.total, c.scale, begins=True)
         self.clear_values(c, rows, block, number)
 
-    def step(self, c: Consumer, rows: Rows, block, number, masked: bool):
-        """Add the values of the tile of keys `number`, whose probabilities are there, and take those of the next."""
-        b, m = c.barriers, c.reference
-        n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-        self.wait(b.v_full, number)
-        self.wait(b.k_full, number + 1)
+    def issue_both(self, c: Consumer, number):
+        """Issue the values of the tile of keys `number` and, in the same turn, the scores of the next."""
+        self.wait(c.barriers.v_full, number)
         self.take_turn(c)
         warpgroup.fence()
         self.issue_values(c, number)
+        self.wait(c.barriers.k_full, number + 1)  # behind the values, which take longer to issue than this
         self.issue_scores(c, number + 1)
         self.give_turn(c)
+
+    def step(self, c: Consumer, rows: Rows, block, number, masked: bool):
+        """Add the values of the tile of keys `number`, whose probabilities are there, and take those of the next."""
+        b = c.barriers
+        self.issue_both(c, number)
         warpgroup.wait_group(1)
-        release(b.v_empty + number % STAGES)
+        release(b.v_empty + stage(number))
         warpgroup.wait_group(0)
-        release(b.k_empty + (number + 1) % STAGES)
+        release(b.k_empty + stage(number + 1))
         self.release_q(c, block)
 
-        n[0], n[1] = m[0], m[1]
         if masked:
             self.mask_block(c, rows, block)
-            exact_softmax(c.f.s, c.f.p_scores, sums, n, c.scale)
+            exact_softmax(c.f.s, c.f.p_scores, c.total, c.scale)
         else:
-            optimistic_softmax(c.f.s, c.f.p_scores, sums, n, c.scale)
-        rescale(c.f.o, c.row_sum, m, n[0], n[1], c.scale)
-        c.row_sum[0], c.row_sum[1] = c.row_sum[0] + sums[0], c.row_sum[1] + sums[1]
+            optimistic_softmax(c.f.s, c.f.p_scores, c.total, c.scale)
 
     def last_values(self, c: Consumer, number):
         """Issue the values of the last tile of keys visited."""
@@ -545,7 +562,7 @@ class MHAForward:
             thread = c.side * WARPGROUP + c.thread
             row, chunk = thread // V_CHUNKS, thread % V_CHUNKS
             if row >= valid:
-                start = (number % STAGES * V_CHUNKS + chunk) * KV_CHUNK_ELEMENTS + row * CHUNK
+                start = (stage(number) * V_CHUNKS + chunk) * KV_CHUNK_ELEMENTS + row * CHUNK
                 zeros = cute.make_rmem_tensor(CHUNK, self.dtype)
                 zeros.fill(0.0)
                 to = cute.make_tensor((c.shared.v.data_ptr() + start).align(16), cute.make_layout(CHUNK))
@@ -559,11 +576,11 @@ class MHAForward:
         lane, first_row = c.thread % 32, c.thread // 32 * 16
         inv = cute.make_rmem_tensor(2, Float32)
         for r in range_constexpr(2):
-            total = quad_sum(c.row_sum[r])
+            total = quad_sum(c.total.row_sum[r])
             inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
             if (lane % 4 == 0) & (c.row + 8 * r < rows.count):
                 # -inf, as log2(0) is, for a row that sees no key.
-                row_lse = (cute.math.log2(total) + c.reference[r] * c.scale) * LN2
+                row_lse = (cute.math.log2(total) + c.total.reference[r] * c.scale) * LN2
                 lse[rows.head, rows.first + c.row + 8 * r] = row_lse
 
         destinations = []
