@@ -197,6 +197,13 @@ def test_more_tiles_than_workers(d, causal):
     check_gradients(case)
 
 
+@pytest.mark.parametrize("d", [192, 128])
+def test_many_ctas_add_to_the_same_rows_at_once(d):
+    """Each CTA visits the same few rows: whoever is first stores its part of dq, and all others must wait for that."""
+    for s_q in (1, 60, 130, 300):
+        check_gradients(make([s_q], [20_000], d=d, causal=False))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_nan_beyond_a_sequence_stays_there(causal):
     """Each sequence's neighbours are NaN, in q, k and v: tiles of keys run over a sequence's end."""

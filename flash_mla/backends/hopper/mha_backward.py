@@ -6,7 +6,8 @@ see its keys, of all heads that share them; dQ is added up in global memory in f
 
 A warp brings K and V, then Q and dO by TMA. Two consumer warpgroups, 64 keys each, hold S and dP transposed, which
 makes P^T and dS^T the left operands of dV and dK as they are. dS also goes to shared memory, where each warpgroup takes
-half of dQ's columns from all keys, one visit late, so that neither waits for the other.
+half of dQ's columns from all keys, one visit late, so that neither waits for the other. Where they add from registers,
+a thread for each half finds out ahead of time whether they are the first to (mha_first_sums).
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
-from cutlass import Float32, Int32, Int64, range_constexpr
+from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLayoutAtomKind
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
+from flash_mla.backends.hopper.mha_first_sums import claim, publish
 from flash_mla.backends.hopper.mha_gradient_rows import (
     GradientRows,
     add_registers,
@@ -49,7 +51,8 @@ STAGES = 2  # of Q, dO and dS
 SIDES = TILE_KV // ROWS  # consumer warpgroups
 WARPGROUP = 128
 CONSUMERS = SIDES * WARPGROUP
-PRODUCER_WARP = SIDES * 4  # the producer warpgroup's first; its others have nothing to do
+PRODUCER_WARP = SIDES * 4  # the producer warpgroup's first
+CLAIM_WARP = PRODUCER_WARP + 1  # of side 0; then that of side 1, and one that has nothing to do
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
 K_COLUMNS = 32  # of a chunk of K: half of dQ's columns are a multiple of it
@@ -65,7 +68,7 @@ CLEARED, DS_STORED, TURN = 1, 2, 4
 
 @dataclass(frozen=True)
 class Barriers:
-    """Shared-memory barriers, of Q, dO and dS one for each stage."""
+    """Shared-memory barriers, of Q, dO and dS one for each stage, of dQ one for each side."""
 
     k_full: cute.Pointer
     k_empty: cute.Pointer
@@ -77,6 +80,8 @@ class Barriers:
     dout_empty: cute.Pointer
     ds_full: cute.Pointer
     ds_empty: cute.Pointer
+    dq_claimed: cute.Pointer  # it is known whether a side's dQ is the first part of its sums
+    dq_added: cute.Pointer
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class Gradients:
     """What is written."""
 
     dq_sums: cute.Tensor
+    dq_states: cute.Tensor
     dk: cute.Tensor
     dv: cute.Tensor
 
@@ -165,6 +171,8 @@ class MHABackward:
         self.dq_part = VISIT_Q // 4 * self.dq_columns  # values of dQ that a warp holds
         # Copies from shared memory add dQ while its warp goes on, if there is room to stage it; else the warp adds it.
         self.staged = self.dq_part if self.dp_beside_scores else 0
+        # The first to add from registers stores instead (mha_first_sums); with copies that costs more than zeroing.
+        self.zeroed = self.staged > 0
 
     @cute.jit
     def __call__(
@@ -183,6 +191,7 @@ class MHABackward:
         dv: cute.Tensor,  # [total_kv, h_kv, d_v]
         row_values: cute.Tensor,  # [2, h_q, total_q] fp32, any contents
         dq_sums: cute.Tensor,  # [h_q, tiles, 64 * d] fp32, any contents: see mha_gradient_rows
+        dq_states: cute.Tensor,  # [h_q, tiles, 2] int32, any contents: see mha_first_sums; unused where sums are zeroed
         next_tile: cute.Tensor,  # [1] int32, any contents
         scale: Float32,
         scale_log2: Float32,
@@ -207,6 +216,9 @@ class MHABackward:
             dout_empty: cute.struct.MemRange[Int64, STAGES]
             ds_full: cute.struct.MemRange[Int64, STAGES]
             ds_empty: cute.struct.MemRange[Int64, STAGES]
+            dq_claimed: cute.struct.MemRange[Int64, SIDES]
+            dq_added: cute.struct.MemRange[Int64, SIDES]
+            dq_first: cute.struct.MemRange[Int32, SIDES]
             work: cute.struct.MemRange[Int32, WORDS]
             row_values: cute.struct.Align[cute.struct.MemRange[Float32, STAGES * 2 * VISIT_Q], 16]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, TILE_KV * self.d], 1024]
@@ -217,15 +229,15 @@ class MHABackward:
             staged: cute.struct.Align[cute.struct.MemRange[Float32, CONSUMERS // 32 * self.staged], 1024]
 
         self.Shared = Shared
-        rows = GradientRows(self.dtype, self.d)
-        rows.before(dout, out, lse, dlse, row_values, dq_sums, next_tile, stream)
+        rows = GradientRows(self.dtype, self.d, self.zeroed)
+        rows.before(dout, out, lse, dlse, row_values, dq_sums, dq_states, next_tile, stream)
         self.kernel(
             tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, tma_dout, dout_tma, cu_seqlens_qo, cu_seqlens_kv,
-            row_values, dq_sums, dk, dv, next_tile, scale, scale_log2, causal,
+            row_values, dq_sums, dq_states, dk, dv, next_tile, scale, scale_log2, causal,
         ).launch(
             grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1
         )  # fmt: skip
-        rows.after(dq_sums, cu_seqlens_qo, dq, scale, stream)
+        rows.after(dq_sums, dq_states, cu_seqlens_qo, dq, scale, stream)
 
     @cute.kernel
     def kernel(
@@ -242,6 +254,7 @@ class MHABackward:
         cu_seqlens_kv: cute.Tensor,
         row_values: cute.Tensor,
         dq_sums: cute.Tensor,
+        dq_states: cute.Tensor,
         dk: cute.Tensor,
         dv: cute.Tensor,
         next_tile: cute.Tensor,
@@ -263,9 +276,13 @@ class MHABackward:
             shared.dout_empty.data_ptr(),
             shared.ds_full.data_ptr(),
             shared.ds_empty.data_ptr(),
+            shared.dq_claimed.data_ptr(),
+            shared.dq_added.data_ptr(),
         )
         self.init_barriers(barriers, warp)
 
+        group = dq_sums.shape[0] // dk.shape[1]
+        gradients = Gradients(dq_sums, dq_states, dk, dv)
         if warp >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == PRODUCER_WARP:
@@ -276,19 +293,25 @@ class MHABackward:
                     sequences, shared, barriers, tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, tma_dout, dout_tma,
                     row_values, next_tile,
                 )  # fmt: skip
+            elif (warp < CLAIM_WARP + SIDES) & (cute.arch.lane_idx() == 0):
+                if const_expr(not self.zeroed):
+                    self.claim(shared, barriers, gradients, group, warp - CLAIM_WARP)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            group = dq_sums.shape[0] // dk.shape[1]
-            gradients = Gradients(dq_sums, dk, dv)
             self.consume(shared, barriers, gradients, group, scale, scale_log2, warp // 4, thread % WARPGROUP)
 
     @cute.jit
     def init_barriers(self, barriers: Barriers, warp: Int32):
         if warp == 0:
             with cute.arch.elect_one():
-                for full, empty in ((barriers.k_full, barriers.k_empty), (barriers.v_full, barriers.v_empty)):
+                for full in (barriers.k_full, barriers.v_full):
                     cute.arch.mbarrier_init(full, 1)
-                    cute.arch.mbarrier_init(empty, CONSUMERS // 32)
+                claims = 0 if self.zeroed else SIDES  # which read what the work is
+                cute.arch.mbarrier_init(barriers.k_empty, CONSUMERS // 32 + claims)
+                cute.arch.mbarrier_init(barriers.v_empty, CONSUMERS // 32)
+                for side in range_constexpr(SIDES):
+                    cute.arch.mbarrier_init(barriers.dq_claimed + side, 1)
+                    cute.arch.mbarrier_init(barriers.dq_added + side, WARPGROUP // 32)
                 for i in range_constexpr(STAGES):
                     cute.arch.mbarrier_init(barriers.q_full + i, 2)  # Q, and the values of its rows
                     cute.arch.mbarrier_init(barriers.dout_full + i, 1)
@@ -319,7 +342,7 @@ class MHABackward:
     ):
         """Bring the operands of one work tile after the other, each as soon as there is room for it.
 
-        K comes after the first Q and dO, since it is the last that the tile before has read.
+        The tile before frees Q and dO first, then V, and K last. Until then K and V come to the L2.
         """
         for descriptor in (tma_q, tma_k, tma_v, tma_dout):
             cpasync.prefetch_descriptor(descriptor)
@@ -327,7 +350,7 @@ class MHABackward:
         works = Int32(0)
         work, window = find(sequences, Window(Int32(0), Int32(0)), cute.arch.block_idx()[0])
         while work.tiles >= 0:
-            self.load_v(work, works, shared, barriers, tma_v, v_tma)
+            self.prefetch_keys(work, shared, tma_k, k_tma, tma_v, v_tma)
             q_to, q_from = partition(self.dtype, tma_q, q_tma, shared.q, VISIT_Q, STAGES * self.chunks, work.q_row)
             dout_to, dout_from = partition(
                 self.dtype, tma_dout, dout_tma, shared.dout, VISIT_Q, STAGES * V_CHUNKS, work.q_row
@@ -350,10 +373,12 @@ class MHABackward:
                     source, to = dout_from[None, visit.tile, c, visit.head], dout_to[None, stage * V_CHUNKS + c]
                     cute.copy(tma_dout, source, to, tma_bar_ptr=barriers.dout_full + stage)
                 if i == 0:
+                    self.load_v(work, works, shared, barriers, tma_v, v_tma)
                     self.load_k(work, works, shared, barriers, tma_k, k_tma)
                 visits += 1
                 visit = self.next_visit(work, visit)
             if work.tiles == 0:
+                self.load_v(work, works, shared, barriers, tma_v, v_tma)
                 self.load_k(work, works, shared, barriers, tma_k, k_tma)
             works += 1
             work, window = find(sequences, window, take_number(next_tile))
@@ -372,6 +397,18 @@ class MHABackward:
     def words(self, shared) -> cute.Tensor:
         """Where the consumers read their work, in the order of a KeyTile."""
         return cute.make_tensor(shared.work.data_ptr(), cute.make_layout(WORDS))
+
+    @cute.jit
+    def prefetch_keys(
+        self, work, shared, tma_k: cute.CopyAtom, k_tma: cute.Tensor, tma_v: cute.CopyAtom, v_tma: cute.Tensor
+    ):
+        """Begin to bring K and V to the L2."""
+        _, k = partition(self.dtype, tma_k, k_tma, shared.k, TILE_KV, self.k_chunks, work.kv_row, K_COLUMNS)
+        _, v = partition(self.dtype, tma_v, v_tma, shared.v, TILE_KV, V_CHUNKS, work.kv_row)
+        for c in range_constexpr(self.k_chunks):
+            cute.prefetch(tma_k, k[None, 0, c, work.kv_head])
+        for c in range_constexpr(V_CHUNKS):
+            cute.prefetch(tma_v, v[None, 0, c, work.kv_head])
 
     @cute.jit
     def load_k(self, work, works: Int32, shared, barriers, tma_k: cute.CopyAtom, k_tma: cute.Tensor):
@@ -424,6 +461,47 @@ class MHABackward:
         start = shared.row_values.data_ptr() + stage * (2 * VISIT_Q)
         return cute.make_tensor(start.align(16), cute.make_layout((VISIT_Q, 2)))
 
+    # ------------------------------------------------------------------------------------------------- claims
+
+    @cute.jit
+    def claim(self, shared, barriers, gradients, group: Int32, side: Int32):
+        """One thread claims a side's sums of one visit after the other, and tells the consumer whether it is the first.
+
+        It does so a visit ahead, and waits for nothing but its own consumers until they have added, or stored.
+        """
+        visits = Int32(0)
+        works = Int32(0)
+        work = self.claims_work(shared, barriers, works)
+        while work.tiles >= 0:
+            visit = Visit(work.kv_head * group, work.first)
+            for _ in cutlass.range(work.tiles, unroll=1):
+                state = gradients.dq_states[visit.head, work.q_tile + visit.tile, None].iterator + side
+                first = claim(state)
+                self.tell_first(shared, side, first)
+                cute.arch.mbarrier_arrive(barriers.dq_claimed + side)
+                cute.arch.mbarrier_wait(barriers.dq_added + side, visits & 1)
+                if first != 0:
+                    publish(state)
+                visits += 1
+                visit = self.next_visit(work, visit)
+            works += 1
+            work = self.claims_work(shared, barriers, works)
+
+    def claims_work(self, shared, barriers, works: Int32) -> KeyTile:
+        """Wait until there is a next work tile."""
+        cute.arch.mbarrier_wait(barriers.k_full, works & 1)
+        words = self.words(shared)
+        work = KeyTile(*(words[i] for i in range(10)))
+        cute.arch.mbarrier_arrive(barriers.k_empty)
+        return work
+
+    def tell_first(self, shared, side: Int32, first: Int32):
+        self.first_sums(shared)[side] = first
+
+    def first_sums(self, shared) -> cute.Tensor:
+        """Whether a side's dQ is the first part of its sums."""
+        return cute.make_tensor(shared.dq_first.data_ptr(), cute.make_layout(SIDES))
+
     # ---------------------------------------------------------------------------------------------- consumers
 
     @cute.jit
@@ -451,9 +529,12 @@ class MHABackward:
             f.dv.fill(0.0)
             cute.arch.mbarrier_wait(barriers.v_full, works & 1)
             self.clear_keys(c, work)
+            visit = Visit(work.kv_head * group, work.first)
             if work.tiles > 0:
-                visit = Visit(work.kv_head * group, work.first)
-                self.visit(c, work, visit, visit, visits, first=True)
+                if work.sees_first + side * ROWS >= (visit.tile + 1) * VISIT_Q:
+                    self.skip(c, work, visit, visits)
+                else:
+                    self.visit(c, work, visit, visit, visits, first=True)
                 left = work.tiles - 1
                 whole, whole_end = work.whole_visits()
                 while left > 0:
@@ -471,9 +552,10 @@ class MHABackward:
                         self.visit(c, work, following, visit, visits)
                         visit = following
                         left -= 1
+            release(barriers.v_empty)
+            if work.tiles > 0:
                 self.finish(c, work, visit, visits)
                 visits += 1
-            release(barriers.v_empty)
             release(barriers.k_empty)
             self.write(c, work, visits)
             works += 1
@@ -643,7 +725,25 @@ class MHABackward:
             self.issue_dq(c, number - 1)
             warpgroup.wait_group(0)
             release(b.ds_empty + before)
-            add_registers(self.sums(c, work, previous), f.dq, c.thread % 32)
+            self.add_dq(c, work, previous, number - 1)
+
+    def skip(self, c: Consumer, work: KeyTile, visit: Visit, number: Int32):
+        """The work's first visit, if no query of it sees any of the warpgroup's keys: dS = 0."""
+        b = c.barriers
+        stage, parity = number % STAGES, number // STAGES & 1
+        cute.arch.mbarrier_wait(b.q_full + stage, parity)
+        cute.arch.mbarrier_wait(b.dout_full + stage, parity)
+        self.clear_queries(c, work, visit, stage)
+        self.take_turn(c)
+        self.give_turn(c)
+        release(b.dout_empty + stage)
+        c.f.ds_scores.fill(0.0)
+        cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
+        store, ds, to = c.f.store
+        cute.copy(store, ds, to[None, None, None, stage * SIDES + c.side])
+        self.written()
+        release(b.ds_full + stage)
+        cute.arch.barrier(barrier_id=DS_STORED + c.side, number_of_threads=WARPGROUP)
 
     def finish(self, c: Consumer, work: KeyTile, visit: Visit, number: Int32):
         """Add to dK and dQ what the last visit contributes."""
@@ -659,7 +759,7 @@ class MHABackward:
             self.written()
             add_staged(self.sums(c, work, visit), self.room(c), self.staged)
         else:
-            add_registers(self.sums(c, work, visit), c.f.dq, c.thread % 32)
+            self.add_dq(c, work, visit, number)
 
     def take_turn(self, c: Consumer):
         """Wait until the other consumer has issued its scores, so that one's softmax is beside the other's products."""
@@ -748,6 +848,13 @@ class MHABackward:
         """Leave dQ where it can be added from, once what was staged before has been read."""
         wait_for_staged()
         stage(c.f.dq, self.room(c), c.thread % 32)
+
+    def add_dq(self, c: Consumer, work: KeyTile, visit: Visit, number: Int32):
+        """Add dQ of the visit `number` from registers."""
+        cute.arch.mbarrier_wait(c.barriers.dq_claimed + c.side, number & 1)
+        add_registers(self.sums(c, work, visit), c.f.dq, c.thread % 32, self.first_sums(c.shared)[c.side])
+        cute.arch.sync_warp()
+        release(c.barriers.dq_added + c.side)
 
     def written(self):
         """Let copies and tensor cores read what this warp has stored."""
@@ -838,7 +945,7 @@ class MHABackward:
 def compile_variant(dtype: str, d: int) -> aot.Compiled:
     """Compile for tensors of any extents whose rows are 16-byte aligned."""
     element = getattr(cutlass, dtype)
-    total_q, total_kv, h_q, h_kv, offsets = (cute.sym_int() for _ in range(5))
+    total_q, total_kv, h_q, h_kv, offsets, tiles = (cute.sym_int() for _ in range(6))
 
     def rows(tokens, heads, columns):
         return aot.strided(element, (tokens, heads, columns), dense_last=True, align=16)
@@ -858,7 +965,8 @@ def compile_variant(dtype: str, d: int) -> aot.Compiled:
         rows(total_kv, h_kv, d),
         rows(total_kv, h_kv, D_V),
         aot.strided(Float32, (2, h_q, total_q), dense_last=True),
-        aot.strided(Float32, (h_q, cute.sym_int(), VISIT_Q * d), dense_last=True, align=16),
+        aot.strided(Float32, (h_q, tiles, VISIT_Q * d), dense_last=True, align=16),
+        aot.compact(Int32, (h_q, tiles, SIDES)),
         aot.compact(Int32, (1,)),
         Float32(1.0), Float32(1.0), Int32(0), Int32(1),
     )  # fmt: skip

@@ -1,16 +1,18 @@
 """What dense MHA's backward does a query row at a time: values of rows before, sums of dQ during it, dQ after it.
 
-dQ is summed in fp32 [h_q, tiles, 64 * d], each warp adding what it holds: a tile is 64 rows of one sequence, in the
-order of the accumulators, so that a warp's part of it is contiguous. Of every 16 rows x 16 columns, thread c of the
-four that share a row of an accumulator holds columns 2 c, 2 c + 1, 8 + 2 c and 9 + 2 c: 16 bytes.
+dQ is summed in fp32 [h_q, tiles, 64 * d], each warp adding what it holds, or storing it if it is the first to
+(mha_first_sums): a tile is 64 rows of one sequence, in the order of the accumulators, so that a warp's part of it is
+contiguous. Of every 16 rows x 16 columns, thread c of the four that share a row of an accumulator holds columns 2 c,
+2 c + 1, 8 + 2 c and 9 + 2 c: 16 bytes.
 """
 
 from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, range_constexpr
+from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 
+from flash_mla.backends.hopper.mha_first_sums import UNTOUCHED
 from flash_mla.backends.hopper.mha_schedule import VISIT_Q, first_tile
 from flash_mla.backends.hopper.softmax import LOG2_E
 
@@ -23,9 +25,10 @@ UNIT = 128  # fp32 values that a warp stores at once, 16 bytes a lane: 8 rows of
 
 
 class GradientRows:
-    def __init__(self, dtype: type[cutlass.Numeric], d: int):
+    def __init__(self, dtype: type[cutlass.Numeric], d: int, zeroed: bool):
         self.dtype = dtype
         self.d = d
+        self.zeroed = zeroed  # sums are set to 0 before; else the first part is stored
 
     @cute.jit
     def before(
@@ -36,12 +39,13 @@ class GradientRows:
         dlse: cute.Tensor,
         row_values: cute.Tensor,
         dq_sums: cute.Tensor,
+        dq_states: cute.Tensor,
         next_tile: cute.Tensor,
         stream,
     ):
-        """-lse in base 2 and -delta = dlse - rowsum(dout out) of every row; sums and counter set to 0."""
-        grid = (dq_sums.shape[1] * (VISIT_Q // ROWS), out.shape[1], 1)
-        self.before_kernel(dout, out, lse, dlse, row_values, dq_sums, next_tile).launch(
+        """-lse in base 2 and -delta = dlse - rowsum(dout out) of every row; nothing is summed yet, no tile taken."""
+        grid = (dq_states.shape[1] * (VISIT_Q // ROWS), out.shape[1], 1)
+        self.before_kernel(dout, out, lse, dlse, row_values, dq_sums, dq_states, next_tile).launch(
             grid=grid, block=(ROWS * LANES, 1, 1), stream=stream
         )
 
@@ -54,6 +58,7 @@ class GradientRows:
         dlse: cute.Tensor,
         row_values: cute.Tensor,
         dq_sums: cute.Tensor,
+        dq_states: cute.Tensor,
         next_tile: cute.Tensor,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -77,23 +82,41 @@ class GradientRows:
             blind = lse[token, head] == -Float32.inf
             row_values[0, head, token] = cutlass.select_(blind, -Float32.inf, lse[token, head] * -LOG2_E)
             row_values[1, head, token] = cutlass.select_(blind, Float32(0.0), dlse[token, head] - delta)
-        zeros = cute.make_rmem_tensor(4, Float32)
-        zeros.fill(0.0)
-        sums = dq_sums[head, row // VISIT_Q, None].iterator + row % VISIT_Q * self.d + lane * 4
-        for i in range_constexpr(self.d // (4 * LANES)):
-            cute.autovec_copy(zeros, cute.make_tensor((sums + i * 4 * LANES).align(16), zeros.layout))
+        if const_expr(self.zeroed):
+            zeros = cute.make_rmem_tensor(4, Float32)
+            zeros.fill(0.0)
+            sums = dq_sums[head, row // VISIT_Q, None].iterator + row % VISIT_Q * self.d + lane * 4
+            for i in range_constexpr(self.d // (4 * LANES)):
+                cute.autovec_copy(zeros, cute.make_tensor((sums + i * 4 * LANES).align(16), zeros.layout))
+        elif (thread < SIDES) & (block % (VISIT_Q // ROWS) == 0):
+            dq_states[head, block // (VISIT_Q // ROWS), thread] = UNTOUCHED
         if (thread == 0) & (block == 0) & (head == 0):
             next_tile[0] = 0
 
     @cute.jit
-    def after(self, dq_sums: cute.Tensor, cu_seqlens_qo: cute.Tensor, dq: cute.Tensor, scale: Float32, stream):
-        """dq = scale times the sums."""
-        self.after_kernel(dq_sums, cu_seqlens_qo, dq, scale).launch(
+    def after(
+        self,
+        dq_sums: cute.Tensor,
+        dq_states: cute.Tensor,
+        cu_seqlens_qo: cute.Tensor,
+        dq: cute.Tensor,
+        scale: Float32,
+        stream,
+    ):
+        """dq = scale times the sums, 0 where nothing was added."""
+        self.after_kernel(dq_sums, dq_states, cu_seqlens_qo, dq, scale).launch(
             grid=(dq_sums.shape[1], dq.shape[1], 1), block=(VISIT_Q * (self.d // COLUMNS), 1, 1), stream=stream
         )
 
     @cute.kernel
-    def after_kernel(self, dq_sums: cute.Tensor, cu_seqlens_qo: cute.Tensor, dq: cute.Tensor, scale: Float32):
+    def after_kernel(
+        self,
+        dq_sums: cute.Tensor,
+        dq_states: cute.Tensor,
+        cu_seqlens_qo: cute.Tensor,
+        dq: cute.Tensor,
+        scale: Float32,
+    ):
         thread, _, _ = cute.arch.thread_idx()
         tile, head, _ = cute.arch.block_idx()
         sequence = sequence_of(cu_seqlens_qo, tile)
@@ -107,12 +130,18 @@ class GradientRows:
             sums = cute.make_rmem_tensor(COLUMNS, Float32)
             values = cute.make_rmem_tensor(COLUMNS, self.dtype)
             source = dq_sums[head, tile, None].iterator + unit * UNIT + row % 8 * COLUMNS
-            cute.autovec_copy(cute.make_tensor(source.align(16), sums.layout), sums)
+            sums.fill(0.0)
+            if self.has_sums(dq_states, head, tile, group // half):
+                cute.autovec_copy(cute.make_tensor(source.align(16), sums.layout), sums)
             for c in range_constexpr(4):
                 for i in range_constexpr(4):
                     values[8 * (i // 2) + 2 * c + i % 2] = (sums[4 * c + i] * scale).to(self.dtype)
             to = dq[token, head, None].iterator + group * COLUMNS
             cute.autovec_copy(values, cute.make_tensor(to.align(16), values.layout))
+
+    def has_sums(self, dq_states: cute.Tensor, head: Int32, tile: Int32, side: Int32):
+        """Whether anything was set or added."""
+        return self.zeroed or dq_states[head, tile, side] != UNTOUCHED
 
 
 @cute.jit
@@ -139,13 +168,18 @@ def units_of(dq: cute.Tensor) -> list[cute.Tensor]:
     return units
 
 
-def add_registers(to: cute.Pointer, dq: cute.Tensor, lane: Int32):
-    """Add this warp's part of dQ to its sums."""
+def add_registers(to: cute.Pointer, dq: cute.Tensor, lane: Int32, first: Int32):
+    """Add this warp's part of dQ to its sums, or store it if it is the first."""
     start = (to + lane * 4).toint()
     for i, values in enumerate(units_of(dq)):
         cute.arch.inline_ptx(
-            "red.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
-            read_only_args=[start + Int64(i * UNIT * 4), *(values[e] for e in range(4))],
+            """{
+.reg .pred first;
+setp.ne.s32 first, {$r5}, 0;
+@first st.global.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};
+@!first red.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};
+}""",
+            read_only_args=[start + Int64(i * UNIT * 4), *(values[e] for e in range(4)), first],
         )
 
 

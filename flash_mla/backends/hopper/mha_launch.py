@@ -24,6 +24,7 @@ __all__ = ["mha_backward", "mha_forward", "why_not"]
 
 TILE = 128  # query rows of a CTA forward, keys of one backward
 VISIT_Q = 64  # query rows that the backward visits at a time
+SIDES = 2  # halves of dq's columns, which are summed on their own
 FEW_QUERIES = 16  # a sequence: with fewer, most of what visits compute, and of the memory for dq's sums, is padding
 
 
@@ -144,6 +145,7 @@ def _backward(
         dv,
         row_values,
         torch.empty(problem.h_q, sums_tiles, VISIT_Q * problem.d_qk, dtype=torch.float32, device=q.device),
+        torch.empty(problem.h_q, sums_tiles, SIDES, dtype=torch.int32, device=q.device),
         torch.empty(1, dtype=torch.int32, device=q.device),
         softmax_scale,
         softmax_scale * LOG2_E,

@@ -40,8 +40,8 @@ from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout
 CONSUMER_REGISTERS = 232
 PRODUCER_REGISTERS = 40
 PRODUCER_WARP = 8  # the producer warpgroup's first
-# Chunks of a piece's output that each side has written when it issues the next piece's scores over its own half of V's
-# columns, and those over the other half. The left side's K comes first, and its scores are wanted first.
+# Chunks of a piece's output that a side has written when it issues the next piece's scores over its own half of V's
+# columns, and those over the other half.
 WRITTEN = (0, 1)
 TILE_BITS = TILE.bit_length() - 1
 STAGES = 2  # chunks of each side's output that shared memory has room for beside K and Q, without RoPE
@@ -98,6 +98,7 @@ class Arguments:
     partial_max: cute.Tensor
     whole_pieces: Int32  # how many pieces are whole; those behind them are parts of the other tokens
     pieces: Int32
+    # Not `Divisor`, with whose one correction more registers spill.
     head_tiles: cute.FastDivmodDivisorV2  # of a token
     splits: cute.FastDivmodDivisorV2  # pieces of 64 heads of a token that is split
     scale_log2: Float32
