@@ -19,11 +19,20 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
 from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLayoutAtomKind
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
+from flash_mla.backends.hopper.mha_backward_loads import (
+    D_V,
+    K_COLUMNS,
+    STAGES,
+    V_CHUNKS,
+    WORDS,
+    BackwardLoads,
+    Visit,
+)
 from flash_mla.backends.hopper.mha_first_sums import claim, publish
 from flash_mla.backends.hopper.mha_gradient_rows import (
     GradientRows,
@@ -35,19 +44,13 @@ from flash_mla.backends.hopper.mha_gradient_rows import (
 from flash_mla.backends.hopper.mha_schedule import (
     TILE_KV,
     VISIT_Q,
-    InRegisters,
     KeyTile,
     KeyTiles,
-    Window,
-    find,
-    take_number,
 )
-from flash_mla.backends.hopper.mha_tiles import expect, operand, partition, release, tma
+from flash_mla.backends.hopper.mha_tiles import operand, release, tma
 from flash_mla.backends.hopper.schedule import anew, uniform
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, qk_op
 
-D_V = 128
-STAGES = 2  # of Q, dO and dS
 SIDES = TILE_KV // ROWS  # consumer warpgroups
 WARPGROUP = 128
 CONSUMERS = SIDES * WARPGROUP
@@ -55,11 +58,8 @@ PRODUCER_WARP = SIDES * 4  # the producer warpgroup's first
 CLAIM_WARP = PRODUCER_WARP + 1  # of side 0; then that of side 1, and one that has nothing to do
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
-K_COLUMNS = 32  # of a chunk of K: half of dQ's columns are a multiple of it
 Q_CHUNK_ELEMENTS = VISIT_Q * CHUNK
 V_CHUNK_ELEMENTS = TILE_KV * CHUNK
-V_CHUNKS = D_V // CHUNK
-WORDS = 16  # of a work tile as the producer hands it to the consumers
 L2_BYTES = 24 << 20  # of what a group of heads reads and adds to: beyond L2, adding is at most half as fast
 # Named barriers: rows beyond a sequence are zero in shared memory; consumer 0 or 1 has stored its dS; the turns of
 # consumer 0 and 1 to issue their scores.
@@ -82,16 +82,6 @@ class Barriers:
     ds_empty: cute.Pointer
     dq_claimed: cute.Pointer  # it is known whether a side's dQ is the first part of its sums
     dq_added: cute.Pointer
-
-
-@dataclass(frozen=True)
-class Loads:
-    """What TMA brings: (atom, tensor) of each."""
-
-    q: tuple
-    k: tuple
-    v: tuple
-    dout: tuple
 
 
 @dataclass(frozen=True)
@@ -152,20 +142,9 @@ class Consumer:
         return self.thread // 32 * 16 + self.thread % 32 // 4
 
 
-class Visit(InRegisters):
-    """64 query rows of a head."""
-
-    def __init__(self, head: Int32, tile: Int32):
-        self.head = head
-        self.tile = tile  # of the sequence
-
-
-class MHABackward:
+class MHABackward(BackwardLoads):
     def __init__(self, dtype: type[cutlass.Numeric], d: int):
-        self.dtype = dtype
-        self.d = d
-        self.chunks = d // CHUNK
-        self.k_chunks = d // K_COLUMNS
+        super().__init__(dtype, d)
         self.dq_columns = d // SIDES  # of a consumer
         self.dp_beside_scores = d == 128  # registers hold both, and then dQ beside dP
         self.dq_part = VISIT_Q // 4 * self.dq_columns  # values of dQ that a warp holds
@@ -320,146 +299,6 @@ class MHABackward:
                         cute.arch.mbarrier_init(empty + i, CONSUMERS // 32)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-
-    # ---------------------------------------------------------------------------------------------- producer
-
-    @cute.jit
-    def produce(
-        self,
-        sequences,
-        shared,
-        barriers,
-        tma_q: cute.CopyAtom,
-        q_tma: cute.Tensor,
-        tma_k: cute.CopyAtom,
-        k_tma: cute.Tensor,
-        tma_v: cute.CopyAtom,
-        v_tma: cute.Tensor,
-        tma_dout: cute.CopyAtom,
-        dout_tma: cute.Tensor,
-        row_values: cute.Tensor,
-        next_tile: cute.Tensor,
-    ):
-        """Bring the operands of one work tile after the other, each as soon as there is room for it.
-
-        The tile before frees Q and dO first, then V, and K last. Until then K and V come to the L2.
-        """
-        for descriptor in (tma_q, tma_k, tma_v, tma_dout):
-            cpasync.prefetch_descriptor(descriptor)
-        visits = Int32(0)
-        works = Int32(0)
-        work, window = find(sequences, Window(Int32(0), Int32(0)), cute.arch.block_idx()[0])
-        while work.tiles >= 0:
-            self.prefetch_keys(work, shared, tma_k, k_tma, tma_v, v_tma)
-            q_to, q_from = partition(self.dtype, tma_q, q_tma, shared.q, VISIT_Q, STAGES * self.chunks, work.q_row)
-            dout_to, dout_from = partition(
-                self.dtype, tma_dout, dout_tma, shared.dout, VISIT_Q, STAGES * V_CHUNKS, work.q_row
-            )
-            visit = Visit(work.kv_head * sequences.group, work.first)
-            for i in cutlass.range(work.tiles, unroll=1):
-                stage = visits % STAGES
-                parity = (visits // STAGES & 1) ^ 1
-                values = self.load_row_values(work, visit, row_values)
-                cute.arch.mbarrier_wait(barriers.q_empty + stage, parity)
-                expect(barriers.q_full + stage, VISIT_Q * self.d)
-                for c in range_constexpr(self.chunks):
-                    source, to = q_from[None, visit.tile, c, visit.head], q_to[None, stage * self.chunks + c]
-                    cute.copy(tma_q, source, to, tma_bar_ptr=barriers.q_full + stage)
-                self.store_row_values(values, shared, stage)
-                release(barriers.q_full + stage)
-                cute.arch.mbarrier_wait(barriers.dout_empty + stage, parity)
-                expect(barriers.dout_full + stage, VISIT_Q * D_V)
-                for c in range_constexpr(V_CHUNKS):
-                    source, to = dout_from[None, visit.tile, c, visit.head], dout_to[None, stage * V_CHUNKS + c]
-                    cute.copy(tma_dout, source, to, tma_bar_ptr=barriers.dout_full + stage)
-                if i == 0:
-                    self.load_v(work, works, shared, barriers, tma_v, v_tma)
-                    self.load_k(work, works, shared, barriers, tma_k, k_tma)
-                visits += 1
-                visit = self.next_visit(work, visit)
-            if work.tiles == 0:
-                self.load_v(work, works, shared, barriers, tma_v, v_tma)
-                self.load_k(work, works, shared, barriers, tma_k, k_tma)
-            works += 1
-            work, window = find(sequences, window, take_number(next_tile))
-        cute.arch.mbarrier_wait(barriers.k_empty, (works & 1) ^ 1)
-        self.hand_over(work, shared)
-        release(barriers.k_full)
-
-    @cute.jit
-    def hand_over(self, work, shared):
-        """Tell the consumers what their work is."""
-        with cute.arch.elect_one():
-            words = self.words(shared)
-            for i, value in enumerate(vars(work).values()):
-                words[i] = value
-
-    def words(self, shared) -> cute.Tensor:
-        """Where the consumers read their work, in the order of a KeyTile."""
-        return cute.make_tensor(shared.work.data_ptr(), cute.make_layout(WORDS))
-
-    @cute.jit
-    def prefetch_keys(
-        self, work, shared, tma_k: cute.CopyAtom, k_tma: cute.Tensor, tma_v: cute.CopyAtom, v_tma: cute.Tensor
-    ):
-        """Begin to bring K and V to the L2."""
-        _, k = partition(self.dtype, tma_k, k_tma, shared.k, TILE_KV, self.k_chunks, work.kv_row, K_COLUMNS)
-        _, v = partition(self.dtype, tma_v, v_tma, shared.v, TILE_KV, V_CHUNKS, work.kv_row)
-        for c in range_constexpr(self.k_chunks):
-            cute.prefetch(tma_k, k[None, 0, c, work.kv_head])
-        for c in range_constexpr(V_CHUNKS):
-            cute.prefetch(tma_v, v[None, 0, c, work.kv_head])
-
-    @cute.jit
-    def load_k(self, work, works: Int32, shared, barriers, tma_k: cute.CopyAtom, k_tma: cute.Tensor):
-        """Bring K, and with it what the work is."""
-        cute.arch.mbarrier_wait(barriers.k_empty, (works & 1) ^ 1)
-        self.hand_over(work, shared)
-        expect(barriers.k_full, TILE_KV * self.d)
-        to, source = partition(self.dtype, tma_k, k_tma, shared.k, TILE_KV, self.k_chunks, work.kv_row, K_COLUMNS)
-        for c in range_constexpr(self.k_chunks):
-            cute.copy(tma_k, source[None, 0, c, work.kv_head], to[None, c], tma_bar_ptr=barriers.k_full)
-
-    @cute.jit
-    def load_v(self, work, works: Int32, shared, barriers, tma_v: cute.CopyAtom, v_tma: cute.Tensor):
-        cute.arch.mbarrier_wait(barriers.v_empty, (works & 1) ^ 1)
-        expect(barriers.v_full, TILE_KV * D_V)
-        to, source = partition(self.dtype, tma_v, v_tma, shared.v, TILE_KV, V_CHUNKS, work.kv_row)
-        for c in range_constexpr(V_CHUNKS):
-            cute.copy(tma_v, source[None, 0, c, work.kv_head], to[None, c], tma_bar_ptr=barriers.v_full)
-
-    def next_visit(self, work: KeyTile, visit: Visit) -> Visit:
-        """The next rows of the head, or the first of the next head."""
-        tile = visit.tile + 1
-        last = tile * VISIT_Q >= work.seqlen_qo
-        return Visit(
-            cutlass.select_(last, visit.head + 1, visit.head),
-            cutlass.select_(last, work.first, tile),
-        )
-
-    @cute.jit
-    def load_row_values(self, work, visit, row_values: cute.Tensor):
-        """-lse and -delta of this lane's rows, two of each; a row that does not exist has P = exp2(0 - inf) = 0."""
-        values = cute.make_rmem_tensor(4, Float32)
-        for half in range_constexpr(2):
-            row = visit.tile * VISIT_Q + 32 * half + cute.arch.lane_idx()
-            values[2 * half], values[2 * half + 1] = Float32(-Float32.inf), Float32(0.0)
-            if row < work.seqlen_qo:
-                values[2 * half] = row_values[0, visit.head, work.q_row + row]
-                values[2 * half + 1] = row_values[1, visit.head, work.q_row + row]
-        return values
-
-    def store_row_values(self, values, shared, stage):
-        to = self.row_values(shared, stage)
-        for half in range(2):
-            for kind in range(2):
-                to[32 * half + cute.arch.lane_idx(), kind] = values[2 * half + kind]
-        cute.arch.sync_warp()
-
-    def row_values(self, shared, stage) -> cute.Tensor:
-        """[64 rows, -lse or -delta] of a stage."""
-        start = shared.row_values.data_ptr() + stage * (2 * VISIT_Q)
-        return cute.make_tensor(start.align(16), cute.make_layout((VISIT_Q, 2)))
 
     # ------------------------------------------------------------------------------------------------- claims
 
