@@ -31,6 +31,7 @@ from flash_mla.backends.hopper.mha_backward_loads import (
     V_CHUNKS,
     WORDS,
     BackwardLoads,
+    Loads,
     Visit,
 )
 from flash_mla.backends.hopper.mha_first_sums import claim, publish
@@ -268,10 +269,8 @@ class MHABackward(BackwardLoads):
                 # A query row is read, of Q and dO, and added to, in fp32.
                 in_l2 = L2_BYTES // ((self.d + D_V) * 2 + self.d * 4)
                 sequences = KeyTiles(cu_seqlens_qo, cu_seqlens_kv, dq_sums.shape[0], dk.shape[1], causal, in_l2)
-                self.produce(
-                    sequences, shared, barriers, tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, tma_dout, dout_tma,
-                    row_values, next_tile,
-                )  # fmt: skip
+                loads = Loads((tma_q, q_tma), (tma_k, k_tma), (tma_v, v_tma), (tma_dout, dout_tma))
+                self.produce(sequences, shared, barriers, loads, row_values, next_tile)
             elif (warp < CLAIM_WARP + SIDES) & (cute.arch.lane_idx() == 0):
                 if const_expr(not self.zeroed):
                     self.claim(shared, barriers, gradients, group, warp - CLAIM_WARP)
@@ -310,13 +309,14 @@ class MHABackward(BackwardLoads):
         """
         visits = Int32(0)
         works = Int32(0)
+        first_sums = self.first_sums(shared)
         work = self.claims_work(shared, barriers, works)
         while work.tiles >= 0:
             visit = Visit(work.kv_head * group, work.first)
             for _ in cutlass.range(work.tiles, unroll=1):
                 state = gradients.dq_states[visit.head, work.q_tile + visit.tile, None].iterator + side
                 first = claim(state)
-                self.tell_first(shared, side, first)
+                first_sums[side] = first
                 cute.arch.mbarrier_arrive(barriers.dq_claimed + side)
                 cute.arch.mbarrier_wait(barriers.dq_added + side, visits & 1)
                 if first != 0:
@@ -333,9 +333,6 @@ class MHABackward(BackwardLoads):
         work = KeyTile(*(words[i] for i in range(10)))
         cute.arch.mbarrier_arrive(barriers.k_empty)
         return work
-
-    def tell_first(self, shared, side: Int32, first: Int32):
-        self.first_sums(shared)[side] = first
 
     def first_sums(self, shared) -> cute.Tensor:
         """Whether a side's dQ is the first part of its sums."""

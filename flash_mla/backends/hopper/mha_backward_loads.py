@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, range_constexpr
@@ -26,6 +28,16 @@ K_COLUMNS = 32  # of a chunk of K: half of dQ's columns are a multiple of it
 WORDS = 16  # of a work tile as the producer hands it to the consumers
 
 
+@dataclass(frozen=True)
+class Loads:
+    """What TMA brings: (atom, tensor) of each."""
+
+    q: tuple
+    k: tuple
+    v: tuple
+    dout: tuple
+
+
 class Visit(InRegisters):
     """64 query rows of a head."""
 
@@ -44,37 +56,20 @@ class BackwardLoads:
         self.k_chunks = d // K_COLUMNS
 
     @cute.jit
-    def produce(
-        self,
-        sequences,
-        shared,
-        barriers,
-        tma_q: cute.CopyAtom,
-        q_tma: cute.Tensor,
-        tma_k: cute.CopyAtom,
-        k_tma: cute.Tensor,
-        tma_v: cute.CopyAtom,
-        v_tma: cute.Tensor,
-        tma_dout: cute.CopyAtom,
-        dout_tma: cute.Tensor,
-        row_values: cute.Tensor,
-        next_tile: cute.Tensor,
-    ):
+    def produce(self, sequences, shared, barriers, loads, row_values: cute.Tensor, next_tile: cute.Tensor):
         """Bring the operands of one work tile after the other, each as soon as there is room for it.
 
         The tile before frees Q and dO first, then V, and K last. Until then K and V come to the L2.
         """
-        for descriptor in (tma_q, tma_k, tma_v, tma_dout):
-            cpasync.prefetch_descriptor(descriptor)
+        for tma, _ in (loads.q, loads.k, loads.v, loads.dout):
+            cpasync.prefetch_descriptor(tma)
         visits = Int32(0)
         works = Int32(0)
         work, window = find(sequences, Window(Int32(0), Int32(0)), cute.arch.block_idx()[0])
         while work.tiles >= 0:
-            self.prefetch_keys(work, shared, tma_k, k_tma, tma_v, v_tma)
-            q_to, q_from = partition(self.dtype, tma_q, q_tma, shared.q, VISIT_Q, STAGES * self.chunks, work.q_row)
-            dout_to, dout_from = partition(
-                self.dtype, tma_dout, dout_tma, shared.dout, VISIT_Q, STAGES * V_CHUNKS, work.q_row
-            )
+            self.prefetch_keys(work, shared, loads)
+            q_to, q_from = partition(self.dtype, *loads.q, shared.q, VISIT_Q, STAGES * self.chunks, work.q_row)
+            dout_to, dout_from = partition(self.dtype, *loads.dout, shared.dout, VISIT_Q, STAGES * V_CHUNKS, work.q_row)
             visit = Visit(work.kv_head * sequences.group, work.first)
             for i in cutlass.range(work.tiles, unroll=1):
                 stage = visits % STAGES
@@ -84,22 +79,22 @@ class BackwardLoads:
                 expect(barriers.q_full + stage, VISIT_Q * self.d)
                 for c in range_constexpr(self.chunks):
                     source, to = q_from[None, visit.tile, c, visit.head], q_to[None, stage * self.chunks + c]
-                    cute.copy(tma_q, source, to, tma_bar_ptr=barriers.q_full + stage)
+                    cute.copy(loads.q[0], source, to, tma_bar_ptr=barriers.q_full + stage)
                 self.store_row_values(values, shared, stage)
                 release(barriers.q_full + stage)
                 cute.arch.mbarrier_wait(barriers.dout_empty + stage, parity)
                 expect(barriers.dout_full + stage, VISIT_Q * D_V)
                 for c in range_constexpr(V_CHUNKS):
                     source, to = dout_from[None, visit.tile, c, visit.head], dout_to[None, stage * V_CHUNKS + c]
-                    cute.copy(tma_dout, source, to, tma_bar_ptr=barriers.dout_full + stage)
+                    cute.copy(loads.dout[0], source, to, tma_bar_ptr=barriers.dout_full + stage)
                 if i == 0:
-                    self.load_v(work, works, shared, barriers, tma_v, v_tma)
-                    self.load_k(work, works, shared, barriers, tma_k, k_tma)
+                    self.load_v(work, works, shared, barriers, loads)
+                    self.load_k(work, works, shared, barriers, loads)
                 visits += 1
                 visit = self.next_visit(work, visit)
             if work.tiles == 0:
-                self.load_v(work, works, shared, barriers, tma_v, v_tma)
-                self.load_k(work, works, shared, barriers, tma_k, k_tma)
+                self.load_v(work, works, shared, barriers, loads)
+                self.load_k(work, works, shared, barriers, loads)
             works += 1
             work, window = find(sequences, window, take_number(next_tile))
         cute.arch.mbarrier_wait(barriers.k_empty, (works & 1) ^ 1)
@@ -119,34 +114,32 @@ class BackwardLoads:
         return cute.make_tensor(shared.work.data_ptr(), cute.make_layout(WORDS))
 
     @cute.jit
-    def prefetch_keys(
-        self, work, shared, tma_k: cute.CopyAtom, k_tma: cute.Tensor, tma_v: cute.CopyAtom, v_tma: cute.Tensor
-    ):
+    def prefetch_keys(self, work, shared, loads):
         """Begin to bring K and V to the L2."""
-        _, k = partition(self.dtype, tma_k, k_tma, shared.k, TILE_KV, self.k_chunks, work.kv_row, K_COLUMNS)
-        _, v = partition(self.dtype, tma_v, v_tma, shared.v, TILE_KV, V_CHUNKS, work.kv_row)
+        _, k = partition(self.dtype, *loads.k, shared.k, TILE_KV, self.k_chunks, work.kv_row, K_COLUMNS)
+        _, v = partition(self.dtype, *loads.v, shared.v, TILE_KV, V_CHUNKS, work.kv_row)
         for c in range_constexpr(self.k_chunks):
-            cute.prefetch(tma_k, k[None, 0, c, work.kv_head])
+            cute.prefetch(loads.k[0], k[None, 0, c, work.kv_head])
         for c in range_constexpr(V_CHUNKS):
-            cute.prefetch(tma_v, v[None, 0, c, work.kv_head])
+            cute.prefetch(loads.v[0], v[None, 0, c, work.kv_head])
 
     @cute.jit
-    def load_k(self, work, works: Int32, shared, barriers, tma_k: cute.CopyAtom, k_tma: cute.Tensor):
+    def load_k(self, work, works: Int32, shared, barriers, loads):
         """Bring K, and with it what the work is."""
         cute.arch.mbarrier_wait(barriers.k_empty, (works & 1) ^ 1)
         self.hand_over(work, shared)
         expect(barriers.k_full, TILE_KV * self.d)
-        to, source = partition(self.dtype, tma_k, k_tma, shared.k, TILE_KV, self.k_chunks, work.kv_row, K_COLUMNS)
+        to, source = partition(self.dtype, *loads.k, shared.k, TILE_KV, self.k_chunks, work.kv_row, K_COLUMNS)
         for c in range_constexpr(self.k_chunks):
-            cute.copy(tma_k, source[None, 0, c, work.kv_head], to[None, c], tma_bar_ptr=barriers.k_full)
+            cute.copy(loads.k[0], source[None, 0, c, work.kv_head], to[None, c], tma_bar_ptr=barriers.k_full)
 
     @cute.jit
-    def load_v(self, work, works: Int32, shared, barriers, tma_v: cute.CopyAtom, v_tma: cute.Tensor):
+    def load_v(self, work, works: Int32, shared, barriers, loads):
         cute.arch.mbarrier_wait(barriers.v_empty, (works & 1) ^ 1)
         expect(barriers.v_full, TILE_KV * D_V)
-        to, source = partition(self.dtype, tma_v, v_tma, shared.v, TILE_KV, V_CHUNKS, work.kv_row)
+        to, source = partition(self.dtype, *loads.v, shared.v, TILE_KV, V_CHUNKS, work.kv_row)
         for c in range_constexpr(V_CHUNKS):
-            cute.copy(tma_v, source[None, 0, c, work.kv_head], to[None, c], tma_bar_ptr=barriers.v_full)
+            cute.copy(loads.v[0], source[None, 0, c, work.kv_head], to[None, c], tma_bar_ptr=barriers.v_full)
 
     def next_visit(self, work: KeyTile, visit: Visit) -> Visit:
         """The next rows of the head, or the first of the next head."""

@@ -40,9 +40,9 @@ from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout
 CONSUMER_REGISTERS = 232
 PRODUCER_REGISTERS = 40
 PRODUCER_WARP = 8  # the producer warpgroup's first
-# Chunks of a piece's output that a side has written when it issues the next piece's scores over its own half of V's
-# columns, and those over the other half.
-WRITTEN = (0, 1)
+# Chunks of a piece's output that a side writes between issuing the next piece's scores over its own half of V's columns
+# and those over the other half; the rest follows.
+WRITTEN_AMID = 1
 TILE_BITS = TILE.bit_length() - 1
 STAGES = 2  # chunks of each side's output that shared memory has room for beside K and Q, without RoPE
 WARP_ROWS = 16  # rows of a block that a producer warp gathers, and of the output that a consumer warp writes
@@ -611,19 +611,16 @@ class SparsePrefill(Seesaw):
         c = replace(c, thread=anew(c.thread), side=uniform(anew(c.side)))
         is_whole = slot < 0
         inv = self.normalisation(args, c, piece)
-        before, amid = WRITTEN
         if const_expr(self.overlaps):
             first, *rest = self.qk_order
-            if is_whole:
-                self.write_chunks_by_tma(args, c, piece, inv, range(before))
             self.wait_q(c, following[0])
             self.issue_scores(c, (first,), following[1])
             if is_whole:
-                self.write_chunks_by_tma(args, c, piece, inv, range(before, amid))
+                self.write_chunks_by_tma(args, c, piece, inv, range(WRITTEN_AMID))
             self.issue_scores(c, tuple(rest), following[1])
         if is_whole:
             if const_expr(self.overlaps):
-                self.write_chunks_by_tma(args, c, piece, inv, range(amid, V_CHUNKS // 2))
+                self.write_chunks_by_tma(args, c, piece, inv, range(WRITTEN_AMID, V_CHUNKS // 2))
             else:
                 self.write_rows(args, c, piece, inv)
             # Both sides have them; the left one's scores are wanted first.
