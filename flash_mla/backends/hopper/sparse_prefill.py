@@ -610,11 +610,13 @@ class SparsePrefill(Seesaw):
         # What is computed from these is not to take registers while pairs run.
         c = replace(c, thread=anew(c.thread), side=uniform(anew(c.side)))
         is_whole = slot < 0
-        inv = self.normalisation(args, c, piece)
+        sinks = self.sinks(args, c, piece)
+        first, *rest = self.qk_order
         if const_expr(self.overlaps):
-            first, *rest = self.qk_order
             self.wait_q(c, following[0])
             self.issue_scores(c, (first,), following[1])
+        inv = self.normalisation(c, sinks)
+        if const_expr(self.overlaps):
             if is_whole:
                 self.write_chunks_by_tma(args, c, piece, inv, range(WRITTEN_AMID))
             self.issue_scores(c, tuple(rest), following[1])
@@ -631,16 +633,19 @@ class SparsePrefill(Seesaw):
         if const_expr(self.overlaps):
             warpgroup.wait_group(0)
 
-    def normalisation(self, args, c: Consumer, piece: Piece) -> cute.Tensor:
-        """What this thread's two rows of the output are multiplied by."""
-        running, inv = c.running, cute.make_rmem_tensor(2, Float32)
+    def sinks(self, args, c: Consumer, piece: Piece) -> list:
+        """Of this thread's two rows, in base 2."""
         # The last head there is stands for those that are not.
         last = args.q.shape[1] - 1
-        sinks = [args.sink[cutlass.min(args.head(piece, c.row + 8 * r), last)] for r in range(2)]
+        return [args.sink[cutlass.min(args.head(piece, c.row + 8 * r), last)] * LOG2_E for r in range(2)]
+
+    def normalisation(self, c: Consumer, sinks: list) -> cute.Tensor:
+        """What this thread's two rows of the output are multiplied by."""
+        running, inv = c.running, cute.make_rmem_tensor(2, Float32)
         for r in range(2):
             total = running.row_sum[r]
             # The sink takes part in the normalisation as one more token without a value would.
-            with_sink = total + cute.math.exp2(sinks[r] * LOG2_E - running.reference[r] * c.scale, fastmath=True)
+            with_sink = total + cute.math.exp2(sinks[r] - running.reference[r] * c.scale, fastmath=True)
             inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(with_sink), Float32(0.0))
         return inv
 
