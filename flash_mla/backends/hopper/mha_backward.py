@@ -23,7 +23,7 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLayoutAtomKind
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
+from flash_mla.backends.hopper.epilogue import chunk_of
 from flash_mla.backends.hopper.mha_backward_loads import (
     D_V,
     K_COLUMNS,
@@ -40,8 +40,10 @@ from flash_mla.backends.hopper.mha_gradient_rows import (
     add_registers,
     add_staged,
     stage,
+    store_registers,
     wait_for_staged,
 )
+from flash_mla.backends.hopper.mha_key_gradients import WARP_KEYS, KeyGradient, tma_of_warp, write_keys
 from flash_mla.backends.hopper.mha_schedule import (
     TILE_KV,
     VISIT_Q,
@@ -60,11 +62,11 @@ CLAIM_WARP = PRODUCER_WARP + 1  # of side 0; then that of side 1, and one that h
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
 Q_CHUNK_ELEMENTS = VISIT_Q * CHUNK
-V_CHUNK_ELEMENTS = TILE_KV * CHUNK
+UNIT = 8  # elements that a thread clears at once
+STAGED = 1024  # values of a warp's dQ, at most
 L2_BYTES = 24 << 20  # of what a group of heads reads and adds to: beyond L2, adding is at most half as fast
-# Named barriers: rows beyond a sequence are zero in shared memory; consumer 0 or 1 has stored its dS; the turns of
-# consumer 0 and 1 to issue their scores.
-CLEARED, DS_STORED, TURN = 1, 2, 4
+# Named barriers, of consumer 0 and 1: it has written to shared memory; it is its turn to issue its scores.
+WRITTEN, TURN = 1, 3
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class Gradients:
 
     dq_sums: cute.Tensor
     dq_states: cute.Tensor
-    dk: cute.Tensor
-    dv: cute.Tensor
+    dk: KeyGradient
+    dv: KeyGradient
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,10 @@ class MHABackward(BackwardLoads):
         self.dq_columns = d // SIDES  # of a consumer
         self.dp_beside_scores = d == 128  # registers hold both, and then dQ beside dP
         self.dq_part = VISIT_Q // 4 * self.dq_columns  # values of dQ that a warp holds
-        # Copies from shared memory add dQ while its warp goes on, if there is room to stage it; else the warp adds it.
-        self.staged = self.dq_part if self.dp_beside_scores else 0
-        # The first to add from registers stores instead (mha_first_sums); with copies that costs more than zeroing.
-        self.zeroed = self.staged > 0
+        # Copies from shared memory add so much of it while the warp goes on: there is no room for more.
+        self.staged = min(self.dq_part, STAGED)
+        # The first to add stores instead, from registers (mha_first_sums). Beside dP that costs more than zeroing.
+        self.zeroed = self.dp_beside_scores
 
     @cute.jit
     def __call__(
@@ -183,6 +185,8 @@ class MHABackward(BackwardLoads):
         tma_k, k_tma = tma(k, TILE_KV, K_COLUMNS)
         tma_v, v_tma = tma(v, TILE_KV)
         tma_dout, dout_tma = tma(dout, VISIT_Q)
+        tma_dk, dk_tma = tma_of_warp(dk)
+        tma_dv, dv_tma = tma_of_warp(dv)
 
         @cute.struct
         class Shared:
@@ -213,7 +217,8 @@ class MHABackward(BackwardLoads):
         rows.before(dout, out, lse, dlse, row_values, dq_sums, dq_states, next_tile, stream)
         self.kernel(
             tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, tma_dout, dout_tma, cu_seqlens_qo, cu_seqlens_kv,
-            row_values, dq_sums, dq_states, dk, dv, next_tile, scale, scale_log2, causal,
+            row_values, dq_sums, dq_states, dk, tma_dk, dk_tma, dv, tma_dv, dv_tma, next_tile, scale, scale_log2,
+            causal,
         ).launch(
             grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1
         )  # fmt: skip
@@ -236,7 +241,11 @@ class MHABackward(BackwardLoads):
         dq_sums: cute.Tensor,
         dq_states: cute.Tensor,
         dk: cute.Tensor,
+        tma_dk: cute.CopyAtom,
+        dk_tma: cute.Tensor,
         dv: cute.Tensor,
+        tma_dv: cute.CopyAtom,
+        dv_tma: cute.Tensor,
         next_tile: cute.Tensor,
         scale: Float32,
         scale_log2: Float32,
@@ -262,7 +271,7 @@ class MHABackward(BackwardLoads):
         self.init_barriers(barriers, warp)
 
         group = dq_sums.shape[0] // dk.shape[1]
-        gradients = Gradients(dq_sums, dq_states, dk, dv)
+        gradients = Gradients(dq_sums, dq_states, KeyGradient(dk, tma_dk, dk_tma), KeyGradient(dv, tma_dv, dv_tma))
         if warp >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == PRODUCER_WARP:
@@ -392,6 +401,8 @@ class MHABackward(BackwardLoads):
             if work.tiles > 0:
                 self.finish(c, work, visit, visits)
                 visits += 1
+            else:
+                wait_for_staged()  # the first visit waits, if there is one
             release(barriers.k_empty)
             self.write(c, work, visits)
             works += 1
@@ -546,6 +557,8 @@ class MHABackward(BackwardLoads):
             release(b.ds_empty + before)
             self.stage_dq(c)
         cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
+        if first:
+            wait_for_staged()
         store, ds, to = f.store
         cute.copy(store, ds, to[None, None, None, stage * SIDES + c.side])
         self.written()
@@ -554,7 +567,7 @@ class MHABackward(BackwardLoads):
             add_staged(self.sums(c, work, previous), self.room(c), self.staged)
         warpgroup.wait_group(0)
         release(b.dout_empty + stage)
-        cute.arch.barrier(barrier_id=DS_STORED + c.side, number_of_threads=WARPGROUP)
+        self.all_written(c)
         if not first and not early_dq:
             self.wait_ds(c, number - 1)
             warpgroup.fence()
@@ -574,12 +587,13 @@ class MHABackward(BackwardLoads):
         self.give_turn(c)
         release(b.dout_empty + stage)
         c.f.ds_scores.fill(0.0)
+        wait_for_staged()
         cute.arch.mbarrier_wait(b.ds_empty + stage, parity ^ 1)
         store, ds, to = c.f.store
         cute.copy(store, ds, to[None, None, None, stage * SIDES + c.side])
         self.written()
         release(b.ds_full + stage)
-        cute.arch.barrier(barrier_id=DS_STORED + c.side, number_of_threads=WARPGROUP)
+        self.all_written(c)
 
     def finish(self, c: Consumer, work: KeyTile, visit: Visit, number: Int32):
         """Add to dK and dQ what the last visit contributes."""
@@ -590,7 +604,7 @@ class MHABackward(BackwardLoads):
         warpgroup.wait_group(0)
         release(c.barriers.q_empty + number % STAGES)
         release(c.barriers.ds_empty + number % STAGES)
-        if self.staged:
+        if self.zeroed:
             self.stage_dq(c)
             self.written()
             add_staged(self.sums(c, work, visit), self.room(c), self.staged)
@@ -683,12 +697,20 @@ class MHABackward(BackwardLoads):
     def stage_dq(self, c: Consumer):
         """Leave dQ where it can be added from, once what was staged before has been read."""
         wait_for_staged()
-        stage(c.f.dq, self.room(c), c.thread % 32)
+        stage(c.f.dq, self.room(c), c.thread % 32, self.staged)
 
+    @cute.jit
     def add_dq(self, c: Consumer, work: KeyTile, visit: Visit, number: Int32):
-        """Add dQ of the visit `number` from registers."""
+        """Add dQ of the visit `number`, or store it if it is the first part of its sums."""
+        to, lane = self.sums(c, work, visit), c.thread % 32
         cute.arch.mbarrier_wait(c.barriers.dq_claimed + c.side, number & 1)
-        add_registers(self.sums(c, work, visit), c.f.dq, c.thread % 32, self.first_sums(c.shared)[c.side])
+        if uniform(self.first_sums(c.shared)[c.side]) != 0:
+            store_registers(to, c.f.dq, lane)
+        else:
+            self.stage_dq(c)
+            self.written()
+            add_staged(to, self.room(c), self.staged)
+            add_registers(to, c.f.dq, lane, self.staged)
         cute.arch.sync_warp()
         release(c.barriers.dq_added + c.side)
 
@@ -699,77 +721,76 @@ class MHABackward(BackwardLoads):
 
     @cute.jit
     def clear_keys(self, c, work):
-        """Zero K and V beyond the sequence: 0 * NaN must not reach dQ."""
+        """Zero K and V beyond the sequence: 0 * NaN must not reach dQ.
+
+        Either consumer does so, before it reads, of all that is there for both: they need not wait for each other.
+        """
         if work.keys < TILE_KV:
-            thread = c.side * WARPGROUP + anew(c.thread)
-            row, half = thread // 2, thread % 2
-            if row >= work.keys:
-                for i in range_constexpr(self.k_chunks // 2):
-                    chunk = half * (self.k_chunks // 2) + i
-                    self.zero(c.shared.k.data_ptr() + (chunk * TILE_KV + row) * K_COLUMNS, K_COLUMNS)
-                self.zero(c.shared.v.data_ptr() + half * V_CHUNK_ELEMENTS + row * CHUNK, CHUNK)
-            self.cleared()
+            self.clear(c, c.shared.k.data_ptr(), TILE_KV, K_COLUMNS, self.k_chunks, Int32(0), work.keys)
+            self.clear(c, c.shared.v.data_ptr(), TILE_KV, CHUNK, V_CHUNKS, Int32(0), work.keys)
+            self.written()
+            self.all_written(c)
 
     @cute.jit
     def clear_queries(self, c, work, visit, stage: Int32):
         """Zero Q and dO before the first query that sees a key and beyond the last one: neighbours may hold NaN."""
         first = visit.tile * VISIT_Q
-        if (first < work.blind) | (first + VISIT_Q > work.seqlen_qo):
-            thread = c.side * WARPGROUP + anew(c.thread)
-            row, quarter = thread // 4, thread % 4
-            if (first + row < work.blind) | (first + row >= work.seqlen_qo):
-                if quarter < self.chunks:
-                    q = c.shared.q.data_ptr() + (stage * self.chunks + quarter) * Q_CHUNK_ELEMENTS
-                    self.zero(q + row * CHUNK, CHUNK)
-                if quarter < V_CHUNKS:
-                    dout = c.shared.dout.data_ptr() + (stage * V_CHUNKS + quarter) * Q_CHUNK_ELEMENTS
-                    self.zero(dout + row * CHUNK, CHUNK)
-            self.cleared()
-
-    def zero(self, start, columns: int):
-        zeros = cute.make_rmem_tensor(columns, self.dtype)
-        zeros.fill(0.0)
-        cute.autovec_copy(zeros, cute.make_tensor(start.align(16), cute.make_layout(columns)))
-
-    def cleared(self):
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier(barrier_id=CLEARED, number_of_threads=CONSUMERS)
+        begin, end = work.blind - first, work.seqlen_qo - first
+        if (begin > 0) | (end < VISIT_Q):
+            q = c.shared.q.data_ptr() + stage * (self.chunks * Q_CHUNK_ELEMENTS)
+            dout = c.shared.dout.data_ptr() + stage * (V_CHUNKS * Q_CHUNK_ELEMENTS)
+            self.clear(c, q, VISIT_Q, CHUNK, self.chunks, begin, end)
+            self.clear(c, dout, VISIT_Q, CHUNK, V_CHUNKS, begin, end)
+            self.written()
+            self.all_written(c)
 
     @cute.jit
-    def write(self, c, work, visits: Int32):
-        """Write dK and dV of the keys that exist, staged where this warp's dS of the next visit will be."""
-        thread = anew(c.thread)
-        stage = visits % STAGES
-        cute.arch.mbarrier_wait(c.barriers.ds_empty + stage, (visits // STAGES & 1) ^ 1)
-        self.write_rows(c, work, thread, stage, c.f.dk, c.gradients.dk, self.chunks, c.scale)
-        self.write_rows(c, work, thread, stage, c.f.dv, c.gradients.dv, V_CHUNKS, Float32(1.0))
-
-    @cute.jit
-    def write_rows(
-        self, c, work, thread: Int32, stage: Int32, gradient: cute.Tensor, to: cute.Tensor, chunks: cutlass.Constexpr,
-        scale: Float32,
+    def clear(
+        self, c, start: cute.Pointer, rows: cutlass.Constexpr, columns: cutlass.Constexpr, chunks: cutlass.Constexpr,
+        begin: Int32, end: Int32,
     ):  # fmt: skip
-        lane, first_row = thread % 32, thread // 32 * 16
-        destinations = []
-        for i in range_constexpr(4):
-            row = c.side * ROWS + first_row + lane // 8 + 4 * i
-            exists = row < work.keys
-            token = work.kv_row + cutlass.select_(exists, row, Int32(0))
-            destinations.append((exists, to[token, work.kv_head, None].iterator))
+        """Zero, in chunks of rows x columns, the rows before `begin` and from `end` on, 16 bytes beside the next thread's."""
+        zeros = cute.make_rmem_tensor(UNIT, self.dtype)
+        zeros.fill(0.0)
+        threads = columns // UNIT  # of a row
+        thread = anew(c.thread)
+        for first in range_constexpr(0, rows, WARPGROUP // threads):
+            row = first + thread // threads
+            if (row < begin) | (row >= end):
+                for chunk in range_constexpr(chunks):
+                    to = start + (chunk * rows + row) * columns + thread % threads * UNIT
+                    cute.autovec_copy(zeros, cute.make_tensor(to.align(16), zeros.layout))
+
+    def all_written(self, c: Consumer):
+        """Wait until all warps of the consumer have written."""
+        cute.arch.barrier(barrier_id=WRITTEN + c.side, number_of_threads=WARPGROUP)
+
+    def write(self, c, work, visits: Int32):
+        """Write dK and dV of the keys that exist, staged where this warp's dS of the next two visits will be."""
+        for chunk in range(V_CHUNKS):
+            self.write_chunk(c, work, c.f.dv, c.gradients.dv, chunk, Float32(1.0), visits + chunk % STAGES)
+        for chunk in range(self.chunks):
+            self.write_chunk(c, work, c.f.dk, c.gradients.dk, chunk, c.scale, visits + chunk % STAGES)
+
+    @cute.jit
+    def write_chunk(
+        self, c, work, gradient: cute.Tensor, to: KeyGradient, chunk: cutlass.Constexpr, scale: Float32, visit: Int32
+    ):  # fmt: skip
+        """Write 64 columns of this warp's keys, staged where its dS of `visit` will be."""
+        thread, stage = anew(c.thread), visit % STAGES
+        cute.arch.mbarrier_wait(c.barriers.ds_empty + stage, (visit // STAGES & 1) ^ 1)
+        wait_for_staged(STAGES - 1)
         factors = cute.make_rmem_tensor(2, Float32)
         factors.fill(scale)
+        values = cute.make_rmem_tensor(c.f.ds_scores.layout, self.dtype)
+        chunk_of(gradient, chunk, factors, values)
         tile = stage * SIDES + c.side
         store = self.store()
         slice_ = store.get_slice(thread)
-        staged = slice_.partition_D(self.ds_by_keys(c.shared))[None, None, None, tile]
-        values = cute.make_rmem_tensor(c.f.ds_scores.layout, self.dtype)
-        for chunk in range_constexpr(chunks):
-            chunk_of(gradient, chunk, factors, values)
-            cute.copy(store, slice_.retile(values), staged)
-            cute.arch.sync_warp()
-            at = [(exists, pointer + chunk * CHUNK) for exists, pointer in destinations]
-            copy_rows_of_warp(c.shared.ds.data_ptr() + tile * (ROWS * VISIT_Q), first_row, at, lane)
-            cute.arch.sync_warp()
+        cute.copy(store, slice_.retile(values), slice_.partition_D(self.ds_by_keys(c.shared))[None, None, None, tile])
+        self.written()
+        first = c.side * ROWS + uniform(thread // 32) * WARP_KEYS
+        write_keys(c.shared.ds.data_ptr() + tile * (ROWS * VISIT_Q), to, work, first, chunk, thread % 32)
 
     def ds_by_keys(self, shared) -> cute.Tensor:
         """dS^T [64 keys, 64 queries, tile], a tile for each consumer at each stage."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr, range_constexpr
 
 from flash_mla.backends.hopper.mha_first_sums import UNTOUCHED
 from flash_mla.backends.hopper.mha_schedule import VISIT_Q, first_tile
@@ -19,6 +19,7 @@ from flash_mla.backends.hopper.softmax import LOG2_E
 D_V = 128
 LANES = 16  # of a row, before
 ROWS = 16  # of a CTA, before
+ROWS_AFTER = 32  # of a CTA, after
 COLUMNS = 16  # of a thread, after
 SIDES = 2  # halves of dQ's columns
 UNIT = 128  # fp32 values that a warp stores at once, 16 bytes a lane: 8 rows of 16 columns
@@ -105,7 +106,9 @@ class GradientRows:
     ):
         """dq = scale times the sums, 0 where nothing was added."""
         self.after_kernel(dq_sums, dq_states, cu_seqlens_qo, dq, scale).launch(
-            grid=(dq_sums.shape[1], dq.shape[1], 1), block=(VISIT_Q * (self.d // COLUMNS), 1, 1), stream=stream
+            grid=(dq_sums.shape[1] * (VISIT_Q // ROWS_AFTER), dq.shape[1], 1),
+            block=(ROWS_AFTER * (self.d // COLUMNS), 1, 1),
+            stream=stream,
         )
 
     @cute.kernel
@@ -118,30 +121,33 @@ class GradientRows:
         scale: Float32,
     ):
         thread, _, _ = cute.arch.thread_idx()
-        tile, head, _ = cute.arch.block_idx()
+        block, head, _ = cute.arch.block_idx()
+        tile = block // (VISIT_Q // ROWS_AFTER)
+        row = block % (VISIT_Q // ROWS_AFTER) * ROWS_AFTER + thread // (self.d // COLUMNS)
+        group = thread % (self.d // COLUMNS)
+        half = self.d // COLUMNS // SIDES  # column groups of a side
+        warp = group // half * (VISIT_Q // 16) + row // 16
+        unit = warp * (2 * half) + group % half * 2 + row // 8 % 2
+        # Whether there are such a row and such sums is found out while they are on their way.
+        sums = cute.make_rmem_tensor(COLUMNS, Float32)
+        source = dq_sums[head, tile, None].iterator + unit * UNIT + row % 8 * COLUMNS
+        cute.autovec_copy(cute.make_tensor(source.align(16), sums.layout), sums)
+        added = self.has_sums(dq_states, head, tile, group // half)
         sequence = sequence_of(cu_seqlens_qo, tile)
         begin, end = cu_seqlens_qo[sequence], cu_seqlens_qo[sequence + 1]
-        row, group = thread // (self.d // COLUMNS), thread % (self.d // COLUMNS)
         token = begin + (tile - first_tile(begin, sequence)) * VISIT_Q + row
         if token < end:
-            half = self.d // COLUMNS // SIDES  # column groups of a side
-            warp = group // half * (VISIT_Q // 16) + row // 16
-            unit = warp * (2 * half) + group % half * 2 + row // 8 % 2
-            sums = cute.make_rmem_tensor(COLUMNS, Float32)
             values = cute.make_rmem_tensor(COLUMNS, self.dtype)
-            source = dq_sums[head, tile, None].iterator + unit * UNIT + row % 8 * COLUMNS
-            sums.fill(0.0)
-            if self.has_sums(dq_states, head, tile, group // half):
-                cute.autovec_copy(cute.make_tensor(source.align(16), sums.layout), sums)
             for c in range_constexpr(4):
                 for i in range_constexpr(4):
-                    values[8 * (i // 2) + 2 * c + i % 2] = (sums[4 * c + i] * scale).to(self.dtype)
+                    value = Float32(cutlass.select_(added, sums[4 * c + i] * scale, Float32(0.0)))
+                    values[8 * (i // 2) + 2 * c + i % 2] = value.to(self.dtype)
             to = dq[token, head, None].iterator + group * COLUMNS
             cute.autovec_copy(values, cute.make_tensor(to.align(16), values.layout))
 
     def has_sums(self, dq_states: cute.Tensor, head: Int32, tile: Int32, side: Int32):
         """Whether anything was set or added."""
-        return self.zeroed or dq_states[head, tile, side] != UNTOUCHED
+        return Boolean(True) if self.zeroed else dq_states[head, tile, side] != UNTOUCHED
 
 
 @cute.jit
@@ -168,24 +174,25 @@ def units_of(dq: cute.Tensor) -> list[cute.Tensor]:
     return units
 
 
-def add_registers(to: cute.Pointer, dq: cute.Tensor, lane: Int32, first: Int32):
-    """Add this warp's part of dQ to its sums, or store it if it is the first."""
-    start = (to + lane * 4).toint()
+def store_registers(to: cute.Pointer, dq: cute.Tensor, lane: Int32):
+    """Let this warp's part of dQ be the first of its sums."""
     for i, values in enumerate(units_of(dq)):
+        cute.autovec_copy(values, cute.make_tensor((to + i * UNIT + lane * 4).align(16), values.layout))
+
+
+def add_registers(to: cute.Pointer, dq: cute.Tensor, lane: Int32, begin: int):
+    """Add this warp's part of dQ, from its value `begin` on, to its sums."""
+    start = (to + lane * 4).toint()
+    for i, values in list(enumerate(units_of(dq)))[begin // UNIT :]:
         cute.arch.inline_ptx(
-            """{
-.reg .pred first;
-setp.ne.s32 first, {$r5}, 0;
-@first st.global.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};
-@!first red.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};
-}""",
-            read_only_args=[start + Int64(i * UNIT * 4), *(values[e] for e in range(4)), first],
+            "red.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+            read_only_args=[start + Int64(i * UNIT * 4), *(values[e] for e in range(4))],
         )
 
 
-def stage(dq: cute.Tensor, room: cute.Pointer, lane: Int32):
-    """Put this warp's part of dQ into shared memory, from where `add_staged` adds it after a fence."""
-    for i, values in enumerate(units_of(dq)):
+def stage(dq: cute.Tensor, room: cute.Pointer, lane: Int32, count: int):
+    """Put the first `count` values of this warp's part of dQ where `add_staged` adds them from after a fence."""
+    for i, values in enumerate(units_of(dq)[: count // UNIT]):
         cute.autovec_copy(values, cute.make_tensor((room + i * UNIT + lane * 4).align(16), values.layout))
 
 
@@ -199,8 +206,8 @@ def add_staged(to: cute.Pointer, room: cute.Pointer, count: int):
         cute.arch.cp_async_bulk_commit_group()
 
 
-def wait_for_staged():
-    """Wait until all that this warp has staged has been read."""
+def wait_for_staged(latest: int = 0):
+    """Wait until all that this warp has staged has been read, but for the `latest` copies."""
     with cute.arch.elect_one():
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.cp_async_bulk_wait_group(latest, read=True)
     cute.arch.sync_warp()

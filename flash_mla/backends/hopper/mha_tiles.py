@@ -17,16 +17,22 @@ def chunks_layout(dtype: type[cutlass.Numeric], rows: int, chunks: int, columns:
     return cute.tile_to_shape(atom, (rows, columns, chunks), (0, 1, 2))
 
 
+def chunk_layout(dtype: type[cutlass.Numeric], rows: int, columns: int = CHUNK):
+    """Swizzled layout of one chunk of rows x `columns`."""
+    return cute.select(chunks_layout(dtype, rows, 1, columns), mode=[0, 1])
+
+
 def operand(pointer: cute.Pointer, layout) -> cute.Tensor:
     """The tensor of a swizzled layout that begins at `pointer`, which begins a swizzle atom."""
     return cute.make_tensor(cute.recast_ptr(pointer.align(1024), layout.inner), layout.outer)
 
 
-def tma(x: cute.Tensor, rows: int, columns: int = CHUNK):
-    """How to load chunks of rows x columns of x [tokens, heads, d], seen as [tokens, d, heads]."""
+def tma(x: cute.Tensor, rows: int, columns: int = CHUNK, *, stores: bool = False):
+    """How to load, or store, chunks of rows x columns of x [tokens, heads, d], seen as [tokens, d, heads]."""
+    op = cpasync.CopyBulkTensorTileS2GOp() if stores else cpasync.CopyBulkTensorTileG2SOp()
     tokens = cute.make_tensor(x.iterator, cute.select(x.layout, mode=[0, 2, 1]))
-    layout = cute.select(chunks_layout(x.element_type, rows, 1, columns), mode=[0, 1])
-    return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tokens, layout, (rows, columns))
+    layout = chunk_layout(x.element_type, rows, columns)
+    return cpasync.make_tiled_tma_atom(op, tokens, layout, (rows, columns))
 
 
 def partition(
