@@ -6,8 +6,8 @@ see its keys, of all heads that share them; dQ is added up in global memory in f
 
 A warp brings K and V, then Q and dO by TMA. Two consumer warpgroups, 64 keys each, hold S and dP transposed, which
 makes P^T and dS^T the left operands of dV and dK as they are. dS also goes to shared memory, where each warpgroup takes
-half of dQ's columns from all keys, one visit late, so that neither waits for the other. Where they add from registers,
-a thread for each half finds out ahead of time whether they are the first to (mha_first_sums).
+half of dQ's columns from all keys, one visit late, so that neither waits for the other. Where sums are not zeroed
+before, a thread for each half finds out ahead of time whether theirs is the first part (mha_first_sums).
 """
 
 from __future__ import annotations
@@ -749,7 +749,7 @@ class MHABackward(BackwardLoads):
         self, c, start: cute.Pointer, rows: cutlass.Constexpr, columns: cutlass.Constexpr, chunks: cutlass.Constexpr,
         begin: Int32, end: Int32,
     ):  # fmt: skip
-        """Zero, in chunks of rows x columns, the rows before `begin` and from `end` on, 16 bytes beside the next thread's."""
+        """Zero, in chunks of rows x columns, the rows before `begin` and from `end` on; a warp takes whole rows."""
         zeros = cute.make_rmem_tensor(UNIT, self.dtype)
         zeros.fill(0.0)
         threads = columns // UNIT  # of a row
