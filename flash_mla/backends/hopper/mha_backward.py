@@ -43,7 +43,7 @@ from flash_mla.backends.hopper.mha_gradient_rows import (
     store_registers,
     wait_for_staged,
 )
-from flash_mla.backends.hopper.mha_key_gradients import WARP_KEYS, KeyGradient, tma_of_warp, write_keys
+from flash_mla.backends.hopper.mha_key_gradients import WARP_KEYS, KeyGradient, write_keys
 from flash_mla.backends.hopper.mha_schedule import (
     TILE_KV,
     VISIT_Q,
@@ -181,12 +181,8 @@ class MHABackward(BackwardLoads):
         workers: Int32,
         stream,
     ):
-        tma_q, q_tma = tma(q, VISIT_Q)
-        tma_k, k_tma = tma(k, TILE_KV, K_COLUMNS)
-        tma_v, v_tma = tma(v, TILE_KV)
-        tma_dout, dout_tma = tma(dout, VISIT_Q)
-        tma_dk, dk_tma = tma_of_warp(dk)
-        tma_dv, dv_tma = tma_of_warp(dv)
+        loads = Loads(tma(q, VISIT_Q), tma(k, TILE_KV, K_COLUMNS), tma(v, TILE_KV), tma(dout, VISIT_Q))
+        gradients = Gradients(dq_sums, dq_states, KeyGradient.of(dk), KeyGradient.of(dv))
 
         @cute.struct
         class Shared:
@@ -216,36 +212,18 @@ class MHABackward(BackwardLoads):
         rows = GradientRows(self.dtype, self.d, self.zeroed)
         rows.before(dout, out, lse, dlse, row_values, dq_sums, dq_states, next_tile, stream)
         self.kernel(
-            tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, tma_dout, dout_tma, cu_seqlens_qo, cu_seqlens_kv,
-            row_values, dq_sums, dq_states, dk, tma_dk, dk_tma, dv, tma_dv, dv_tma, next_tile, scale, scale_log2,
-            causal,
-        ).launch(
-            grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1
-        )  # fmt: skip
+            loads, gradients, cu_seqlens_qo, cu_seqlens_kv, row_values, next_tile, scale, scale_log2, causal
+        ).launch(grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1)
         rows.after(dq_sums, dq_states, cu_seqlens_qo, dq, scale, stream)
 
     @cute.kernel
     def kernel(
         self,
-        tma_q: cute.CopyAtom,
-        q_tma: cute.Tensor,
-        tma_k: cute.CopyAtom,
-        k_tma: cute.Tensor,
-        tma_v: cute.CopyAtom,
-        v_tma: cute.Tensor,
-        tma_dout: cute.CopyAtom,
-        dout_tma: cute.Tensor,
+        loads: Loads,
+        gradients: Gradients,
         cu_seqlens_qo: cute.Tensor,
         cu_seqlens_kv: cute.Tensor,
         row_values: cute.Tensor,
-        dq_sums: cute.Tensor,
-        dq_states: cute.Tensor,
-        dk: cute.Tensor,
-        tma_dk: cute.CopyAtom,
-        dk_tma: cute.Tensor,
-        dv: cute.Tensor,
-        tma_dv: cute.CopyAtom,
-        dv_tma: cute.Tensor,
         next_tile: cute.Tensor,
         scale: Float32,
         scale_log2: Float32,
@@ -270,15 +248,14 @@ class MHABackward(BackwardLoads):
         )
         self.init_barriers(barriers, warp)
 
-        group = dq_sums.shape[0] // dk.shape[1]
-        gradients = Gradients(dq_sums, dq_states, KeyGradient(dk, tma_dk, dk_tma), KeyGradient(dv, tma_dv, dv_tma))
+        h_q, h_kv = gradients.dq_sums.shape[0], gradients.dk.rows.shape[1]
+        group = h_q // h_kv
         if warp >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == PRODUCER_WARP:
                 # A query row is read, of Q and dO, and added to, in fp32.
                 in_l2 = L2_BYTES // ((self.d + D_V) * 2 + self.d * 4)
-                sequences = KeyTiles(cu_seqlens_qo, cu_seqlens_kv, dq_sums.shape[0], dk.shape[1], causal, in_l2)
-                loads = Loads((tma_q, q_tma), (tma_k, k_tma), (tma_v, v_tma), (tma_dout, dout_tma))
+                sequences = KeyTiles(cu_seqlens_qo, cu_seqlens_kv, h_q, h_kv, causal, in_l2)
                 self.produce(sequences, shared, barriers, loads, row_values, next_tile)
             elif (warp < CLAIM_WARP + SIDES) & (cute.arch.lane_idx() == 0):
                 if const_expr(not self.zeroed):

@@ -25,10 +25,9 @@ class KeyGradient:
     tma: cute.CopyAtom
     by_tma: cute.Tensor  # [total_kv, columns, h_kv]
 
-
-def tma_of_warp(gradient: cute.Tensor) -> tuple:
-    """How a warp's 64 columns are stored: (atom, tensor)."""
-    return tma(gradient, WARP_KEYS, stores=True)
+    @staticmethod
+    def of(rows: cute.Tensor) -> KeyGradient:
+        return KeyGradient(rows, *tma(rows, WARP_KEYS, stores=True))
 
 
 @cute.jit
