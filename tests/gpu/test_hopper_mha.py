@@ -189,6 +189,14 @@ def test_gradients_of_random_shapes(seed):
 
 
 @pytest.mark.parametrize("d", [192, 128])
+def test_gradients_of_some_of_a_warps_keys(d):
+    """A warp writes dK and dV of 16 keys: some of them may be the next sequence's."""
+    lengths = [16 * i + more for i in range(1, 10) for more in (-1, 0, 1)]
+    torch.manual_seed(d)
+    check_gradients(make([n + 7 for n in lengths], lengths, h_q=4, h_kv=2, d=d, causal=True))
+
+
+@pytest.mark.parametrize("d", [192, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_more_tiles_than_workers(d, causal):
     """Each CTA takes several tiles; heads come in groups, the last of which is smaller."""
