@@ -101,7 +101,7 @@ class PlainSparseDecode(SparseDecode):
                             self.load_q(args, shared, barriers, tma_q, q_tma, opened, pieces)
                     if const_expr(late == 0):
                         self.note_attended(shared, attended, Int32(block), lane.warp)
-                    self.gather(lane, rows, block, self.chunks(half, late))
+                    self.gather(lane, rows, block, self.chunks_with(half, late))
                     cute.arch.cp_async_mbarrier_arrive_noinc(full)
                     cute.arch.sync_warp()
                     with cute.arch.elect_one():
@@ -113,7 +113,7 @@ class PlainSparseDecode(SparseDecode):
         # The CTA's shared memory must outlast the copies into it.
         wait_copies(0)
 
-    def chunks(self, half: int, late: int) -> tuple:
+    def chunks_with(self, half: int, late: int) -> tuple:
         """The chunks of half a block: RoPE comes with the late half."""
         first = half * HALF_CHUNKS
         return (*range(first, first + HALF_CHUNKS), *((V_CHUNKS,) if late and self.has_rope else ()))
@@ -129,7 +129,7 @@ class PlainSparseDecode(SparseDecode):
         """Start to copy this warp's rows of some chunks; those of tokens that are not attended to become zeros."""
         unit = Int64(lane.lane % LANES_PER_ROW * UNIT)
         for chunk in chunks:
-            number = block * self.k_chunks + chunk
+            number = block * self.chunks + chunk
             for i, row in enumerate(rows):
                 to = (lane.k[i % 2], number * CHUNK_BYTES + i * ROWS_PER_COPY * ROW_BYTES)
                 copy_async(to, row, (row + unit, chunk * ROW_BYTES), UNIT)

@@ -59,6 +59,8 @@ class QuantisedSparseDecode(SparseDecode):
         super().__init__(dtype, self.loader.d, cluster, self.loader.raw_bytes(), registers)
         if extra_format is not None:  # its raw bytes take no other places than the main one's
             self.extra_loader = getattr(dequant, extra_format)(dtype)
+        # Theirs would wait for their copies under way, too; but before they hand rows to the peer they need one anyway.
+        self.stores_unfenced = cluster == 1
         self.scales_apart = self.loader.scales_apart
         # Whether the chunk that rows hold in bf16 has to become fp16, in its place.
         self.converts_plain = self.loader.plain_chunk is not None and dtype is Float16
@@ -163,7 +165,7 @@ class QuantisedSparseDecode(SparseDecode):
             (next_block, next_late), octet = self.place(ahead)
             sources = tokens.unless(ahead >= 4 * self.octets, next_tokens)
             token = sources.of_lane(next_block * (2 * OCTET) + octet * OCTET + lane.row)
-            to = lane.k + block * (self.k_chunks * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
+            to = lane.k + block * (self.chunks * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
             wait_copies(pending)
             cute.arch.sync_warp()
             following = (next_block ^ next_late, next_late, token)
@@ -257,12 +259,12 @@ class QuantisedSparseDecode(SparseDecode):
                 store_words(at, 0, tuple(bf16_to_fp16(word) for word in load_words(at, 0, 4)))
 
     def plain_place(self, lane: Lane, block: Int32, i: int) -> Int32:
-        return lane.plain + block * (self.k_chunks * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
+        return lane.plain + block * (self.chunks * CHUNK_BYTES) + self.octet(lane.warp, i) * (OCTET * ROW_BYTES)
 
     @cute.jit
     def push(self, shared, lane: Lane, block: Int32, half: Int32, full: cute.Pointer, peer: Int32):
         """Copy what this warp has converted, eight rows of half a block, to the same place in the peer's memory."""
-        start = shared.k.data_ptr() + block * self.k_chunks * CHUNK_ELEMENTS
+        start = shared.k.data_ptr() + block * self.chunks * CHUNK_ELEMENTS
         source = Int32(start.toint()) + self.octet(lane.warp, 0) * (OCTET * ROW_BYTES)
         there = remote(source, peer) - source
         first = source + half * (HALF_CHUNKS * CHUNK_BYTES)

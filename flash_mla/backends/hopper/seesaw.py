@@ -4,7 +4,8 @@ Of each pair of 64-token KV blocks the left warpgroup scores block 0, the right 
 probabilities to the other through shared memory, and each accumulates one half of the output's 512 columns. A block
 lies in shared memory as chunks of 64 columns, K and V at once; the RoPE chunk, if there is one, is the last.
 
-A kernel derives from `Seesaw` and says how K arrives (`wait_chunks`) and what a softmax step is (`softmax`).
+A kernel derives from `Seesaw` and says how K arrives (`wait_chunks`), what a softmax step is (`softmax`), and where in
+shared memory P lies (`place_of_p`).
 
 A consumer's code is made for one side, or for a side that is only known when it runs. With all code there twice, a
 call's first microseconds went by waiting for instructions; with all of it shared, a pair takes 4 % longer. So pairs in
@@ -31,7 +32,8 @@ TILE = 2 * BLOCK  # tokens in a pair of blocks, one for each consumer warpgroup
 CHUNK_ELEMENTS = ROWS * CHUNK
 WARPGROUP = 128
 
-# Chunks of a K block that come and are freed together: V columns of the left and the right consumer, and RoPE.
+# Chunks of a K block that come and are freed together: V columns of the left and the right consumer, and RoPE, unless
+# that comes with the half of V of the side that does not score the block.
 LEFT, RIGHT, ROPE = 0, 1, 2
 GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7), (8,))
 # The same chunks, as a consumer sees them: its own half of V, the other's, and RoPE. Of the blocks, OWN is the one that
@@ -50,16 +52,17 @@ class Running:
 
     reference: cute.Tensor  # of the output accumulator and the sums, in unscaled scores
     row_sum: cute.Tensor  # this thread's and this side's part
-    top: cute.Tensor  # the largest score, this thread's and this side's part
+    top: cute.Tensor | None  # the largest score, this thread's and this side's part; None if nobody asks for it
 
     @staticmethod
-    def allocate() -> Running:
-        return Running(*(cute.make_rmem_tensor(2, Float32) for _ in range(3)))
+    def allocate(*, top: bool = True) -> Running:
+        return Running(*(cute.make_rmem_tensor(2, Float32) if kept else None for kept in (True, True, top)))
 
     def reset(self):
         self.reference.fill(NO_SCORE)
         self.row_sum.fill(0.0)
-        self.top.fill(-Float32.inf)
+        if self.top is not None:
+            self.top.fill(-Float32.inf)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Consumer:
     running: Running
     scale: Float32  # of scores, to base 2
     thread: Int32  # of the warpgroup
+    has_room: bool = False  # whether there are registers for addresses to stay in from one use to the next
 
     @property
     def row(self):
@@ -93,6 +97,11 @@ class Consumer:
         """The side, as where its operands lie is told from it for each use: few registers are left to remember that."""
         return self.side if isinstance(self.side, int) else anew(self.side)
 
+    @property
+    def thread_anew(self):
+        """The thread, as its addresses are told from it for each use if there is no room for them."""
+        return self.thread if self.has_room else anew(self.thread)
+
     def group(self, part: int):
         """Which group of a block's chunks a part of them is."""
         return part if part == ROPE else self.side ^ part
@@ -103,21 +112,33 @@ class Consumer:
 
 
 class Seesaw:
-    def __init__(self, dtype: type[cutlass.Numeric], d: int):
+    def __init__(self, dtype: type[cutlass.Numeric], d: int, *, rope_apart: bool = True):
+        """rope_apart: whether RoPE, if there is any, is a group of its own."""
         self.dtype = dtype
         self.d = d
         self.chunks = d // CHUNK
         self.has_rope = self.chunks > V_CHUNKS
-        self.groups = GROUPS[: 3 if self.has_rope else 2]
+        rope_apart &= self.has_rope
+        self.groups = GROUPS[: 3 if rope_apart else 2]
+        rope = PARTS[ROPE] if self.has_rope and not rope_apart else ()
+        self.parts = (PARTS[OWN], PARTS[OTHER] + rope, *PARTS[ROPE : len(self.groups)])
         # The order in which each consumer takes the parts of a block: its own half of V first, because that is freed
         # last.
-        self.qk_order = (OWN, *((ROPE,) if self.has_rope else ()), OTHER)
+        self.qk_order = (OWN, *((ROPE,) if rope_apart else ()), OTHER)
 
     # What a kernel adds.
 
     def wait_chunks(self, c: Consumer, part: int, parity):
         """Wait until a part of this side's block has arrived."""
         raise NotImplementedError
+
+    def place_of_p(self, c: Consumer, of: int) -> cute.Pointer:
+        """Where in shared memory this side's P (OWN) or the other's lies."""
+        return c.shared.p.data_ptr() + (c.side ^ of) * CHUNK_ELEMENTS
+
+    def places_of_sums(self, c: Consumer) -> tuple[cute.Tensor, cute.Tensor]:
+        """Where in shared memory this side's row sums lie when it is done with a piece of work, and the other's."""
+        return c.of_rows(c.shared.sums, OWN), c.of_rows(c.shared.sums, OTHER)
 
     def free_p(self, c: Consumer):
         """Wait until this side's P in shared memory may be written, if it is used for anything else."""
@@ -157,7 +178,7 @@ class Seesaw:
         v = pv.make_fragment_B(pv.partition_B(tile_at(c.shared.k.data_ptr(), half, v_layout(self.dtype))))
         source, p = OperandSource.RMEM, c.f.p
         if of == OTHER:
-            tile = tile_at(c.shared.p.data_ptr(), side ^ OTHER, k_major_layout(self.dtype))
+            tile = tile_at(self.place_of_p(replace(c, side=side), OTHER), 0, k_major_layout(self.dtype))
             source, p = OperandSource.SMEM, pv.make_fragment_A(pv.partition_A(tile))
         gemm(pv_op(self.dtype, source), c.f.o, p, v, overwrite=begins)
 
@@ -171,8 +192,9 @@ class Seesaw:
         all_q, all_k = self.q_and_k(c)
         for part in parts:
             self.wait_chunks(c, part, parity)
-            for i in PARTS[part]:
-                source, q = (OperandSource.RMEM, f.q_rope) if part == ROPE else (OperandSource.SMEM, all_q[i])
+            for i in self.parts[part]:
+                is_rope = i in PARTS[ROPE]
+                source, q = (OperandSource.RMEM, f.q_rope) if is_rope else (OperandSource.SMEM, all_q[i])
                 gemm(qk_op(self.dtype, source), f.s, q, all_k[i], overwrite=i == 0)
                 if const_expr(frees and i == 0):
                     # What a side takes first has been free for long, so the tensor cores need not run dry; issuing more
@@ -185,10 +207,14 @@ class Seesaw:
 
     def free(self, c: Consumer, block: int, part: int):
         """Tell the producers that a part of this side's (OWN) or the other's block has been read."""
-        if part == ROPE and not self.has_rope:
+        if part >= len(self.groups):
             return
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(c.barriers.k_empty + ((c.side ^ block) * len(self.groups) + c.group(part)))
+            self.signal(c, c.barriers.k_empty + ((c.side ^ block) * len(self.groups) + c.group(part)))
+
+    def signal(self, c: Consumer, empty: cute.Pointer):
+        """Arrive on a barrier of producers."""
+        cute.arch.mbarrier_arrive(empty)
 
     @cute.jit
     def free_q(self, c, group, is_read: bool | Boolean):
@@ -203,15 +229,15 @@ class Seesaw:
         It has read the previous ones: this side's scores are of K that came where that side's P V was done with V.
         """
         self.free_p(c)
-        self.stage(c, c.shared.p.data_ptr() + c.side * CHUNK_ELEMENTS)
-        c, maxima = replace(c, thread=anew(c.thread)), c.of_rows(c.shared.maxima, OWN)
+        self.stage(c, self.place_of_p(c, OWN))
+        c, maxima = replace(c, thread=c.thread_anew), c.of_rows(c.shared.maxima, OWN)
         maxima[c.row], maxima[c.row + 8] = n[0], n[1]
         cute.arch.barrier_arrive(barrier_id=P_READY + c.side, number_of_threads=2 * WARPGROUP)
 
     def stage(self, c: Consumer, to: cute.Pointer):
         """Write this side's 64 x 64 probabilities, or what else is in their registers, to a chunk of shared memory."""
         store, values = c.f.store
-        chunk = store.get_slice(anew(c.thread)).partition_D(tile_at(to, 0, k_major_layout(self.dtype)))
+        chunk = store.get_slice(c.thread_anew).partition_D(tile_at(to, 0, k_major_layout(self.dtype)))
         cute.copy(store, values, chunk)
 
     def take_over(self, c: Consumer, n: cute.Tensor, begins: bool | Boolean):
@@ -221,12 +247,21 @@ class Seesaw:
         """
         cute.arch.barrier(barrier_id=P_READY + (c.side ^ OTHER), number_of_threads=2 * WARPGROUP)
         cute.arch.fence_proxy("async.shared", space="cta")
-        c, maxima = replace(c, thread=anew(c.thread)), c.of_rows(c.shared.maxima, OTHER)
+        c, maxima = replace(c, thread=c.thread_anew), c.of_rows(c.shared.maxima, OTHER)
         n[0], n[1] = maxima[c.row], maxima[c.row + 8]
         self.move_reference(c, n, begins)
         warpgroup.fence()
         self.issue_pv(c, OTHER, begins)
         warpgroup.commit_group()
+
+    def accumulate(self, c: Consumer, n: cute.Tensor, sums: cute.Tensor, begins: bool | Boolean):
+        """Issue O += P V of this side's probabilities, which were taken against n, and add this thread's `sums`."""
+        row_sum = c.running.row_sum
+        self.move_reference(c, n, begins)
+        warpgroup.fence()
+        self.issue_pv(c, OWN, begins)
+        warpgroup.commit_group()
+        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
 
     def move_reference(self, c: Consumer, n: cute.Tensor, begins: bool | Boolean):
         """Take the reference n for O and the sums, of which there are none if the piece of work `begins`."""
@@ -245,7 +280,6 @@ class Seesaw:
         at: its `Position`.
         work: of `load_ahead`.
         """
-        row_sum = c.running.row_sum
         n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         n[0], n[1] = c.running.reference[0], c.running.reference[1]
         is_left = c.side == LEFT
@@ -262,11 +296,7 @@ class Seesaw:
         warpgroup.wait_group(0)
         if c.side == RIGHT:
             self.free(c, OTHER, OWN)
-        self.move_reference(c, n, leads)
-        warpgroup.fence()
-        self.issue_pv(c, OWN, leads)
-        warpgroup.commit_group()
-        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
+        self.accumulate(c, n, sums, leads)
         if at.closes:
             self.load_ahead(c, work)
             if c.side == RIGHT:
@@ -308,18 +338,24 @@ class Seesaw:
 
         What it leaves in shared memory is overwritten by the next piece of work behind barriers of that piece's pairs.
         """
-        c = replace(c, thread=anew(c.thread))
-        sums, other_sums = c.of_rows(c.shared.sums, OWN), c.of_rows(c.shared.sums, OTHER)
-        tops, other_tops = c.of_rows(c.shared.tops, OWN), c.of_rows(c.shared.tops, OTHER)
+        c = replace(c, thread=c.thread_anew)
+        sums, other_sums = self.places_of_sums(c)
         row_sum, top = c.running.row_sum, c.running.top
+        if const_expr(top is not None):
+            tops, other_tops = c.of_rows(c.shared.tops, OWN), c.of_rows(c.shared.tops, OTHER)
         for r in range_constexpr(2):
-            row_sum[r], top[r] = quad_sum(row_sum[r]), quad_max(top[r])
+            row_sum[r] = quad_sum(row_sum[r])
+            if const_expr(top is not None):
+                top[r] = quad_max(top[r])
             if c.thread % 4 == 0:
-                sums[c.row + 8 * r], tops[c.row + 8 * r] = row_sum[r], top[r]
+                sums[c.row + 8 * r] = row_sum[r]
+                if const_expr(top is not None):
+                    tops[c.row + 8 * r] = top[r]
         cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
         for r in range_constexpr(2):
             row_sum[r] = row_sum[r] + other_sums[c.row + 8 * r]
-            top[r] = cute.arch.fmax(top[r], other_tops[c.row + 8 * r])
+            if const_expr(top is not None):
+                top[r] = cute.arch.fmax(top[r], other_tops[c.row + 8 * r])
 
 
 def chunks_at(base: cute.Pointer, dtype: type[cutlass.Numeric], count: int) -> cute.Tensor:

@@ -1,9 +1,8 @@
 """Token-sparse MLA decode: persistent CTAs that walk a SplitPlan. Dense decode over gathered tokens is a case of it.
 
 A unit of the plan is a query token and up to 64 of its heads, or 128 for a cluster of two CTAs. Two consumer
-warpgroups keep the seesaw of dense_decode: of each pair of 64-token blocks the left one scores block 0, the right one
-block 1; each hands its probabilities to the other through shared memory, and each accumulates one half of the output's
-512 columns. Producers, which gather the named rows, are in quantised_sparse_decode and plain_sparse_decode.
+warpgroups keep the seesaw. Producers, which gather the named rows, are in quantised_sparse_decode and
+plain_sparse_decode.
 
 P takes the place of the RoPE chunk, which nobody needs once the scores are complete: of block 0 it is freed with the
 right half of V, of block 1 with the left one, and the producers fill it together with those. Without RoPE both blocks'
@@ -11,53 +10,49 @@ P take one place in turns: a warp, which reads and writes its own 16 rows of it,
 writes its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
 from cutlass import Float32, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.cute.nvgpu.warpgroup import OperandSource
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import merge_pieces, scaled_partial_results
-from flash_mla.backends.hopper.dequant import CHUNK_BYTES, HALF_CHUNKS
+from flash_mla.backends.hopper.dequant import CHUNK_BYTES
 from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.epilogue import write_16bit_row, write_scaled_row
-from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Fragments
+from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Registers
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains
-from flash_mla.backends.hopper.softmax import (
-    LN2,
-    LOG2_E,
-    NO_SCORE,
-    THRESHOLD,
-    exponentials,
-    quad_max,
-    quad_sum,
-    rescale,
-    row_max,
+from flash_mla.backends.hopper.seesaw import (
+    CHUNK_ELEMENTS,
+    LEFT,
+    OTHER,
+    OWN,
+    RIGHT,
+    WARPGROUP,
+    Consumer,
+    Running,
+    Seesaw,
+    mask_by_bits,
 )
+from flash_mla.backends.hopper.softmax import LN2, LOG2_E, THRESHOLD, exponentials, quad_max, row_max
 from flash_mla.backends.hopper.sparse_decode_walk import (
     Arguments,
     Source,
     TokenWalk,
     tiles_of,
 )
-from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, qk_op, tile_at
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout
 
-CHUNK_ELEMENTS = ROWS * CHUNK
-WARPGROUP = 128
 OCTET = 8  # rows whose tokens are looked up by lanes in a row
 ROW_BYTES = CHUNK * 2  # of a chunk
 PRODUCER_WARP = 8
 
 REGISTERS = (208, 88)  # of a consumer and of a producer thread: what ptxas fits without spilling
 
-LEFT, RIGHT = 0, 1
-
-# Named barriers of the two consumer warpgroups.
-P0_READY, P1_READY, SUMS_READY, LEFT_ONLY, RIGHT_ONLY = 1, 2, 3, 4, 5
+SCORED = 6  # named barrier of the left consumer warpgroup alone; the right one's is the next
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,13 @@ class Barriers:
     peer: Int32 | None  # rank of the cluster's other CTA
 
 
-class SparseDecode(TokenWalk):
-    """What kernels of 64 heads a CTA have in common, whatever their producers do."""
+class SparseDecode(TokenWalk, Seesaw):
+    """What kernels of 64 heads a CTA have in common, whatever their producers do.
+
+    stores_unfenced: whether producers leave it to the consumers to make their stores visible to wgmma.
+    """
+
+    stores_unfenced = True
 
     def __init__(
         self,
@@ -82,9 +82,7 @@ class SparseDecode(TokenWalk):
         raw_bytes: int = 0,  # of shared memory for rows as they lie in the cache
         registers: tuple[int, int] = REGISTERS,  # of a consumer and of a producer thread
     ):
-        self.dtype = dtype
-        self.has_rope = d > D_V
-        self.k_chunks = V_CHUNKS + self.has_rope  # of a block
+        super().__init__(dtype, d, rope_apart=False)
         self.cluster = cluster
         self.raw_bytes = raw_bytes
         self.registers = registers
@@ -132,7 +130,7 @@ class SparseDecode(TokenWalk):
             maxima: cute.struct.MemRange[Float32, 2 * ROWS]  # of each side; at the end of a piece, the other's sums
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
             k: cute.struct.Align[
-                cute.struct.MemRange[self.dtype, (self.p_chunk(1) + 1) * CHUNK_ELEMENTS], 1024
+                cute.struct.MemRange[self.dtype, (2 * self.chunks + 1 - self.has_rope) * CHUNK_ELEMENTS], 1024
             ]  # and P
             raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.raw_bytes], 128]
             indices: cute.struct.MemRange[Int32, WARPGROUP]  # of the next tile
@@ -140,51 +138,27 @@ class SparseDecode(TokenWalk):
         self.Shared = Shared
         unit_rows = row_tiles * ROWS
         passes = (q.shape[2] + unit_rows - 1) // unit_rows
-        divisors = map(Divisor.of, (page_size, extra_page_size, run, q.shape[1], passes))
+        page_sizes = Divisor.of(page_size), Divisor.of(extra_page_size)
         partials = scaled_partial_results(workspace, slots, unit_rows, D_V)
-        self.kernel(
-            tma_q, q_tma, q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits,
-            *partials, out, lse, scale_log2, *divisors, causal, batch_invariant,
-        ).launch(
+        args = Arguments(
+            q, Source(k_cache, page_sizes[0], self.token_bytes(k_cache, False), indices, lengths),
+            Source(extra_cache, page_sizes[1], self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
+            sink, work, splits, *partials, out, lse, scale_log2, Divisor.of(run), Divisor.of(q.shape[1]),
+            Divisor.of(passes), causal, batch_invariant,
+        )  # fmt: skip
+        self.kernel(args, tma_q, q_tma).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
             cluster=(self.cluster, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
-        )  # fmt: skip
+        )
         if slots != 0:
             merge_queries(self.dtype, *partials, work, splits, sink, out, lse, combine_by_unit, combine_warps, stream)
 
     @cute.kernel
-    def kernel(
-        self,
-        tma_q: cute.CopyAtom,
-        q_tma: cute.Tensor,
-        q: cute.Tensor,
-        k_cache: cute.Tensor,
-        indices: cute.Tensor,
-        lengths: cute.Tensor,
-        extra_cache: cute.Tensor,
-        extra_indices: cute.Tensor,
-        extra_lengths: cute.Tensor,
-        sink: cute.Tensor,
-        work: cute.Tensor,
-        splits: cute.Tensor,
-        partial_o: cute.Tensor,
-        partial_lse: cute.Tensor,
-        partial_scale: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        scale_log2: Float32,
-        page_size: Divisor,
-        extra_page_size: Divisor,
-        run: Divisor,
-        tokens: Divisor,
-        passes: Divisor,
-        causal: Int32,
-        batch_invariant: Int32,
-    ):
+    def kernel(self, args: Arguments, tma_q: cute.CopyAtom, q_tma: cute.Tensor):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = utils.SmemAllocator().allocate(self.Shared)
@@ -195,12 +169,6 @@ class SparseDecode(TokenWalk):
             shared.q_empty.data_ptr(),
             self.cluster_rank() ^ 1 if const_expr(self.cluster > 1) else None,
         )
-        args = Arguments(
-            q, Source(k_cache, page_size, self.token_bytes(k_cache, False), indices, lengths),
-            Source(extra_cache, extra_page_size, self.token_bytes(extra_cache, True), extra_indices, extra_lengths),
-            sink, work, splits, partial_o, partial_lse, partial_scale, out, lse, scale_log2, run, tokens, passes,
-            causal, batch_invariant,
-        )  # fmt: skip
         if warp == PRODUCER_WARP:
             cpasync.prefetch_descriptor(tma_q)
         if warp == PRODUCER_WARP + 1:
@@ -221,10 +189,6 @@ class SparseDecode(TokenWalk):
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
-
-    def p_chunk(self, block):
-        """Which chunk of K's shared memory P of a block takes."""
-        return block * self.k_chunks + V_CHUNKS if self.has_rope else 2 * V_CHUNKS
 
     def cluster_rank(self) -> Int32:
         return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
@@ -313,285 +277,183 @@ class SparseDecode(TokenWalk):
     def consume(self, side: Int32, args, shared, barriers, thread: Int32):
         """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns.
 
-        The sides have code of their own for pairs alone: what both run is sooner in the instruction caches.
+        The sides have code of their own for pairs in a loop alone.
         """
-        lane = thread % 32
-        row0 = thread // 32 * 16 + lane // 4  # of this thread's two rows, row0 and row0 + 8
-        f = self.fragments(side, shared, thread)
-        m = cute.make_rmem_tensor(2, Float32)
-        row_sum = cute.make_rmem_tensor(2, Float32)
-        scale = args.scale_log2
-
-        pairs = Int32(0)
-        pieces = Int32(0)
-        tiles, slot = Int32(0), Int32(0)
+        running = Running.allocate(top=False)
+        f = Registers.allocate(self.dtype)
+        c = Consumer(side, shared, barriers, f, running, args.scale_log2, thread, has_room=True)
+        parity, q_parity = Int32(0), Int32(0)  # of pairs and pieces
         piece, end = first_piece(args.work), end_of_work(args.work)
+        tiles, slot = Int32(0), Int32(0)
         if remains(piece, end):
-            tiles, slot = self.begin_piece(args, f, piece, row0, lane)
+            self.load_q_rope(args, c, piece)
+            tiles, slot = self.extent(args, piece)
         while remains(piece, end):
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
+            running.reset()
+            c.f.o.fill(0.0)  # a piece may be empty
+            if stop > piece.tile:
+                cute.arch.mbarrier_wait(barriers.q_full, q_parity)
+                q_parity ^= 1
+                if side == LEFT:
+                    parity = self.pairs(replace(c, side=LEFT), parity, piece.tile, stop)
+                else:
+                    parity = self.pairs(replace(c, side=RIGHT), parity, piece.tile, stop)
+                self.merge_sides(c)
+            rows = args.rows(piece)
+            sinks = self.sinks(args, c, rows)
             following = next_piece(piece, stop, tiles)
             next_tiles, next_slot = Int32(0), Int32(0)
-            f.o.fill(0.0)
-            m.fill(NO_SCORE)
-            row_sum.fill(0.0)
-            if stop > piece.tile:
-                cute.arch.mbarrier_wait(barriers.q_full, pieces & 1)
-                pieces += 1
-            if side == LEFT:
-                for tile in cutlass.range(piece.tile, stop, unroll=1):
-                    parity = (pairs + tile - piece.tile) & 1
-                    self.pair_left(shared, barriers, f, m, row_sum, scale, parity, tile + 1 == stop, thread)
-            else:
-                for tile in cutlass.range(piece.tile, stop, unroll=1):
-                    parity = (pairs + tile - piece.tile) & 1
-                    self.pair_right(shared, barriers, f, m, row_sum, scale, parity, tile + 1 == stop, thread)
-            pairs += cutlass.max(stop - piece.tile, 0)
             if remains(following, end):
-                next_tiles, next_slot = self.begin_piece(args, f, following, row0, lane)
-
-            self.write(side, args, shared, f, m, row_sum, slot, args.rows(piece), thread)
+                self.load_q_rope(args, c, following)
+                next_tiles, next_slot = self.extent(args, following)
+            self.write(args, c, rows, sinks, slot)
             piece, tiles, slot = following, next_tiles, next_slot
 
     @cute.jit
-    def begin_piece(self, args, f, piece: Piece, row0: Int32, lane: Int32):
-        """Start early what a piece needs from global memory: Q's RoPE chunk; (tiles, slot) are returned."""
-        if const_expr(self.has_rope):
+    def pairs(self, c, parity: Int32, tile: Int32, stop: Int32) -> Int32:
+        """All pairs of a piece; returns the parity behind them."""
+        while tile < stop:
+            tile += 1
+            self.paced_pair(c, parity, tile == stop)
+            parity ^= 1
+        return parity
+
+    @cute.jit
+    def paced_pair(self, c, parity, closes):
+        """One pair of K blocks, at the pace of producers; whether it `closes` its piece.
+
+        What takes time is to fill K, one half of a block after the other. So the right side takes P0 between the parts
+        of its scores: the half that is filled last has until then, and the producers get the right half of block 0 back
+        before it. If both sides' scores came before softmax, as in `pair`, they would wait for that (3 to 9 % slower).
+        """
+        n, sums = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+        n[0], n[1] = c.running.reference[0], c.running.reference[1]
+        warpgroup.fence()
+        self.issue_scores(c, (OWN,), parity)
+        if c.side == LEFT:
+            self.issue_scores(c, (OTHER,), parity)
+            warpgroup.wait_group(0)
+        else:
+            warpgroup.wait_group(0)
+            self.take_over(c, n, False)
+            self.issue_scores(c, (OTHER,), parity)
+            warpgroup.wait_group(1)
+            self.free(c, OTHER, OWN)
+            warpgroup.wait_group(0)
+        self.free_q(c, LEFT, closes)  # stands for all of it, which comes at once
+
+        self.softmax(c, n, sums, parity, False)
+        self.hand_over(c, n)
+        self.accumulate(c, n, sums, False)
+        warpgroup.wait_group(0)
+        self.free(c, OWN, OWN)
+
+        if c.side == LEFT:
+            self.take_over(c, n, False)
+            warpgroup.wait_group(0)
+            self.free(c, OTHER, OWN)
+
+    def load_q_rope(self, args, c: Consumer, piece: Piece):
+        """Start to load what a piece needs besides what the producers bring: Q's RoPE chunk."""
+        if self.has_rope:
             rows = args.rows(piece)
-            for r in range_constexpr(2):
-                # The last head there is stands for those that are not.
-                head = cutlass.min(rows.head_tile * ROWS + row0 + 8 * r, args.q.shape[2] - 1)
-                f.load_q_rope(r, args.q[rows.request, rows.token, head, None].iterator, lane)
+            for r, head in enumerate(self.heads(args, c, rows)):
+                c.f.load_q_rope(r, args.q[rows.request, rows.token, head, None].iterator, c.thread % 32)
+
+    def heads(self, args, c: Consumer, rows) -> list[Int32]:
+        """Of this thread's two rows; the last head there is stands for those that are not."""
+        return [cutlass.min(rows.head_tile * ROWS + c.row + 8 * r, args.q.shape[2] - 1) for r in range(2)]
+
+    def sinks(self, args, c: Consumer, rows) -> list[Float32]:
+        """Start to load those of this thread's two rows."""
+        return [args.sink[head] for head in self.heads(args, c, rows)]
+
+    def extent(self, args, piece: Piece) -> tuple[Int32, Int32]:
+        """(tiles of a piece's unit, slot of its result)."""
         length, extra_length = args.lengths(piece)
         return tiles_of(length) + tiles_of(extra_length), args.slot(piece)
 
-    def fragments(self, side: Int32, shared, thread) -> Fragments:
-        chunk, q, k = k_major_layout(self.dtype), shared.q.data_ptr(), shared.k.data_ptr()
-        p, other_p = (tile_at(k, self.p_chunk(block), chunk) for block in (side, 1 - side))
-        return Fragments.of(self.dtype, side, thread, q, k, self.k_chunks, p, other_p)
+    def wait_chunks(self, c: Consumer, part: int, parity):
+        cute.arch.mbarrier_wait(c.barriers.k_full + (2 * c.side + c.group(part)), parity)
+        if self.stores_unfenced:
+            cute.arch.fence_proxy("async.shared", space="cta")
 
-    def issue_qk(self, side: int, f, barriers: Barriers, part: int, parity):
-        """Issue a part of S = Q K^T: this side's half of the V columns, then the other half and RoPE."""
-        half = side ^ part
-        cute.arch.mbarrier_wait(barriers.k_full + (2 * side + half), parity)
-        # Their stores become visible to wgmma by a fence on this side: on theirs it would wait for copies under way.
-        cute.arch.fence_proxy("async.shared", space="cta")
-        for i in range(HALF_CHUNKS):
-            chunk = half * HALF_CHUNKS + i
-            gemm(qk_op(self.dtype, OperandSource.SMEM), f.s, f.q[chunk], f.k[chunk], overwrite=part == 0 and i == 0)
-        if part == 1 and self.has_rope:
-            gemm(qk_op(self.dtype, OperandSource.RMEM), f.s, f.q_rope, f.k[V_CHUNKS])
+    def place_of_p(self, c: Consumer, of: int) -> cute.Pointer:
+        chunk = (c.side ^ of) * self.chunks + V_CHUNKS if self.has_rope else 2 * V_CHUNKS
+        return c.shared.k.data_ptr() + chunk * CHUNK_ELEMENTS
 
-    def free(self, barriers: Barriers, block: int, half: int):
-        """Tell the producers, the peer's too, that half a block has been read."""
-        empty = barriers.k_empty + (2 * block + half)
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(empty)
-            if self.cluster > 1:
-                cute.arch.mbarrier_arrive(empty, barriers.peer)
+    def free_p(self, c: Consumer):
+        if self.has_rope:  # every warp of this side has multiplied that
+            cute.arch.barrier(barrier_id=SCORED + c.side, number_of_threads=WARPGROUP)
 
-    def pair_left(self, shared, barriers, f, m, row_sum, scale, parity, closes, thread):
-        """A pair of K blocks on the left side; `closes` its piece or not."""
-        n = cute.make_rmem_tensor(2, Float32)
-        sums = cute.make_rmem_tensor(2, Float32)
-        row = thread // 32 * 16 + thread % 32 // 4
-        maxima = shared.maxima.get_tensor(cute.make_layout((ROWS, 2)))
-        max0, max1 = maxima[None, LEFT], maxima[None, RIGHT]
-
-        warpgroup.fence()
-        self.issue_qk(LEFT, f, barriers, 0, parity)
-        self.issue_qk(LEFT, f, barriers, 1, parity)
-        warpgroup.commit_group()
-        warpgroup.wait_group(0)
-        self.free_q(barriers, closes)
-
-        n[0], n[1] = m[0], m[1]
-        self.hide_unattended(f.s, shared, LEFT, thread % 32)
-        softmax(f.s, f.p_scores, sums, n, scale)
-        if self.has_rope:  # P takes its place, once every warp of this side has multiplied it
-            cute.arch.barrier(barrier_id=LEFT_ONLY, number_of_threads=WARPGROUP)
-        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
-        max0[row], max0[row + 8] = n[0], n[1]
-        cute.arch.barrier_arrive(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
-        rescale(f.o, row_sum, m, n[0], n[1], scale)
-        warpgroup.fence()
-        f.issue_pv(f.p, 0)
-        warpgroup.commit_group()
-        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
-        warpgroup.wait_group(0)
-        self.free(barriers, 0, LEFT)
-
-        cute.arch.barrier(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
-        # For the other side's P; on that side a fence would hold up its own P V.
-        cute.arch.fence_proxy("async.shared", space="cta")
-        rescale(f.o, row_sum, m, max1[row], max1[row + 8], scale)
-        warpgroup.fence()
-        f.issue_pv(f.p_in, 1)
-        warpgroup.commit_group()
-        warpgroup.wait_group(0)
-        self.free(barriers, 1, LEFT)
-
-    def pair_right(self, shared, barriers, f, m, row_sum, scale, parity, closes, thread):
-        """A pair of K blocks on the right side.
-
-        The left side's probabilities come between the parts of the scores: the part of K that is converted last has
-        until then, and the producers get the right half of block 0 back before it.
-        """
-        n = cute.make_rmem_tensor(2, Float32)
-        sums = cute.make_rmem_tensor(2, Float32)
-        row = thread // 32 * 16 + thread % 32 // 4
-        maxima = shared.maxima.get_tensor(cute.make_layout((ROWS, 2)))
-        max0, max1 = maxima[None, LEFT], maxima[None, RIGHT]
-
-        warpgroup.fence()
-        self.issue_qk(RIGHT, f, barriers, 0, parity)
-        warpgroup.commit_group()
-        warpgroup.wait_group(0)
-        cute.arch.barrier(barrier_id=P0_READY, number_of_threads=2 * WARPGROUP)
-        cute.arch.fence_proxy("async.shared", space="cta")
-        n[0], n[1] = max0[row], max0[row + 8]
-        rescale(f.o, row_sum, m, n[0], n[1], scale)
-        warpgroup.fence()
-        f.issue_pv(f.p_in, 0)
-        warpgroup.commit_group()
-        self.issue_qk(RIGHT, f, barriers, 1, parity)
-        warpgroup.commit_group()
-        warpgroup.wait_group(1)
-        self.free(barriers, 0, RIGHT)
-        warpgroup.wait_group(0)
-        self.free_q(barriers, closes)
-
-        self.hide_unattended(f.s, shared, RIGHT, thread % 32)
-        softmax(f.s, f.p_scores, sums, n, scale)
-        if self.has_rope:
-            cute.arch.barrier(barrier_id=RIGHT_ONLY, number_of_threads=WARPGROUP)
-        cute.copy(f.p_out[0], f.p_out[1], f.p_out[2])
-        max1[row], max1[row + 8] = n[0], n[1]
-        cute.arch.barrier_arrive(barrier_id=P1_READY, number_of_threads=2 * WARPGROUP)
-        rescale(f.o, row_sum, m, n[0], n[1], scale)
-        warpgroup.fence()
-        f.issue_pv(f.p, 1)
-        warpgroup.commit_group()
-        row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
-        warpgroup.wait_group(0)
-        self.free(barriers, 1, RIGHT)
-
-    @cute.jit
-    def free_q(self, barriers: Barriers, closes):
-        """Tell the producers that this warp has read Q for the last time in a piece, if this pair `closes` it."""
-        if closes:
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive(barriers.q_empty)
-
-    @cute.jit
-    def hide_unattended(self, s: cute.Tensor, shared, block: cutlass.Constexpr, lane: Int32):
-        """Set the scores of a block's tokens that are not attended to, if there are any, to -inf."""
-        bits = cute.make_tensor(cute.recast_ptr(shared.attended.data_ptr() + block, dtype=Int32), cute.make_layout(2))
-        words = (bits[0], bits[1])
-        if words[0] & words[1] != -1:
-            for j in range_constexpr(8):
-                mine = words[j // 4] >> (8 * (j % 4) + 2 * (lane % 4))
-                for c in range_constexpr(2):
-                    for r in range_constexpr(2):
-                        e = 4 * j + 2 * r + c
-                        s[e] = cutlass.select_(mine & (1 << c) != 0, s[e], -Float32.inf)
-
-    @cute.jit
-    def write(
-        self,
-        side: Int32,
-        args,
-        shared,
-        f,
-        m: cute.Tensor,
-        row_sum: cute.Tensor,
-        slot: Int32,
-        rows,
-        thread: Int32,
-    ):
-        """Normalise and write a whole unit to the outputs, a piece of one to its slot of the workspace."""
-        lane = thread % 32
-        row0 = thread // 32 * 16 + lane // 4
+    def places_of_sums(self, c: Consumer) -> tuple[cute.Tensor, cute.Tensor]:
         # Nobody but the warp that reads a maximum of the other side writes its sum there.
-        sums = shared.maxima.get_tensor(cute.make_layout((ROWS, 2)))
-        heads = [cutlass.min(rows.head_tile * ROWS + row0 + 8 * r, args.q.shape[2] - 1) for r in range(2)]
-        sinks = [args.sink[head] * LOG2_E for head in heads]  # early, for their latency
-        row_sum[0], row_sum[1] = quad_sum(row_sum[0]), quad_sum(row_sum[1])
-        if lane % 4 == 0:
-            sums[row0, 1 - side], sums[row0 + 8, 1 - side] = row_sum[0], row_sum[1]
-        cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
-        inv = cute.make_rmem_tensor(2, Float32)
-        for r in range_constexpr(2):
-            total = row_sum[r] + sums[row0 + 8 * r, side]
-            inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
-            # lse in base 2; an empty row's is -inf here.
-            row_sum[r] = cute.math.log2(total) + m[r] * args.scale_log2
-        # The sums are read before the next piece may overwrite them.
-        cute.arch.barrier(barrier_id=SUMS_READY, number_of_threads=2 * WARPGROUP)
-        if slot < 0:
-            self.write_outputs(side, args, f, row_sum, inv, heads, sinks, rows, row0, lane)
-        else:
-            self.write_partials(side, args, f, row_sum, inv, slot, rows, row0, lane)
+        return c.of_rows(c.shared.maxima, OTHER), c.of_rows(c.shared.maxima, OWN)
+
+    def signal(self, c: Consumer, empty: cute.Pointer):
+        super().signal(c, empty)
+        if self.cluster > 1:  # the peer's producers, too, wait for both CTAs
+            cute.arch.mbarrier_arrive(empty, c.barriers.peer)
 
     @cute.jit
-    def write_outputs(
-        self,
-        side: Int32,
-        args,
-        f,
-        lse2: cute.Tensor,
-        inv: cute.Tensor,
-        heads: list,
-        sinks: list,
-        rows,
-        row0: Int32,
-        lane: Int32,
-    ):
+    def softmax(self, c, n, sums, parity, begins):
+        """The maximum comes first: scores and probabilities are never all alive, which saves registers."""
+        scores, scale = c.f.s, c.scale
+        attended = cute.recast_ptr(c.shared.attended.data_ptr() + c.side, dtype=Int32)
+        words = cute.make_tensor(attended, cute.make_layout(2))
+        bits = [words[0], words[1]]
+        if bits[0] & bits[1] != -1:
+            mask_by_bits(scores, bits, c.thread % 32)
+        tops = (row_max(scores, 0), row_max(scores, 1))
+        if cute.arch.vote_any_sync(cute.arch.fmax(tops[0] - n[0], tops[1] - n[1]) * scale > THRESHOLD):
+            for r in range_constexpr(2):
+                top = quad_max(tops[r])
+                n[r] = cutlass.select_((top - n[r]) * scale > THRESHOLD, top, n[r])
+        exponentials(scores, c.f.p_scores, sums, n, scale)
+
+    @cute.jit
+    def write(self, args, c, rows, sinks: list, slot: Int32):
+        """Normalise and write a whole unit to the outputs, a piece of one to its slot of the workspace."""
+        running, inv, lse2 = c.running, cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         for r in range_constexpr(2):
-            exists, head = row0 + 8 * r < rows.count, heads[r]
+            total = running.row_sum[r]
+            inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
+            # In base 2; an empty row's is -inf here.
+            lse2[r] = cute.math.log2(total) + running.reference[r] * c.scale
+        if slot < 0:
+            self.write_outputs(args, c, lse2, inv, rows, sinks)
+        else:
+            self.write_partials(args, c, lse2, inv, rows, slot)
+
+    @cute.jit
+    def write_outputs(self, args, c, lse2: cute.Tensor, inv: cute.Tensor, rows, sinks: list):
+        lane = c.thread % 32
+        heads = self.heads(args, c, rows)
+        for r in range_constexpr(2):
+            exists, head = c.row + 8 * r < rows.count, heads[r]
             seen = lse2[r] > -Float32.inf
             # exp(lse) / (exp(lse) + exp(sink))
-            kept = 1.0 / (1.0 + cute.math.exp2(sinks[r] - lse2[r], fastmath=True))
+            kept = 1.0 / (1.0 + cute.math.exp2(sinks[r] * LOG2_E - lse2[r], fastmath=True))
             factor = cutlass.select_(seen, inv[r] * kept, Float32(0.0))
-            if exists and lane % 4 == 0 and side == LEFT:
+            if exists and lane % 4 == 0 and c.side == LEFT:
                 args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2[r] * LN2, Float32.inf)
-            to = args.out[rows.request, rows.token, head, None].iterator + side * (D_V // 2)
-            write_16bit_row(f.o, r, factor, to, exists, lane)
+            to = args.out[rows.request, rows.token, head, None].iterator + c.side * (D_V // 2)
+            write_16bit_row(c.f.o, r, factor, to, exists, lane)
 
     @cute.jit
-    def write_partials(
-        self,
-        side: Int32,
-        args,
-        f,
-        lse2: cute.Tensor,
-        inv: cute.Tensor,
-        slot: Int32,
-        rows,
-        row0: Int32,
-        lane: Int32,
-    ):
+    def write_partials(self, args, c, lse2: cute.Tensor, inv: cute.Tensor, rows, slot: Int32):
+        lane = c.thread % 32
         for r in range_constexpr(2):
-            row = row0 + 8 * r
+            row = c.row + 8 * r
             exists = row < rows.count
             unit_row = cute.arch.block_idx()[0] * ROWS + row
-            if exists and lane % 4 == 0 and side == LEFT:
+            if exists and lane % 4 == 0 and c.side == LEFT:
                 args.partial_lse[slot, unit_row] = lse2[r]
-            to = args.partial_o[slot, unit_row, None].iterator + side * (D_V // 2)
-            scale = write_scaled_row(f.o, r, to, exists, lane)
+            to = args.partial_o[slot, unit_row, None].iterator + c.side * (D_V // 2)
+            scale = write_scaled_row(c.f.o, r, to, exists, lane)
             if exists and lane % 4 == 0:
-                args.partial_scale[slot, unit_row, side] = scale * inv[r]
-
-
-@cute.jit
-def softmax(scores: cute.Tensor, p: cute.Tensor, sums: cute.Tensor, reference: cute.Tensor, scale: Float32):
-    """`optimistic_softmax`, but the maximum comes first: scores and p are never all alive, which saves registers."""
-    tops = (row_max(scores, 0), row_max(scores, 1))
-    if cute.arch.vote_any_sync(cute.arch.fmax(tops[0] - reference[0], tops[1] - reference[1]) * scale > THRESHOLD):
-        for r in range_constexpr(2):
-            top = quad_max(tops[r])
-            reference[r] = cutlass.select_((top - reference[r]) * scale > THRESHOLD, top, reference[r])
-    exponentials(scores, p, sums, reference, scale)
+                args.partial_scale[slot, unit_row, c.side] = scale * inv[r]
 
 
 @cute.jit
