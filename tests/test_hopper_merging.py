@@ -2,7 +2,7 @@
 
 import pytest
 
-from flash_mla.backends.hopper.launch import _who_merges
+from flash_mla.backends.hopper.launch import who_merges
 
 
 @pytest.mark.parametrize(
@@ -21,10 +21,10 @@ from flash_mla.backends.hopper.launch import _who_merges
     ],
 )
 def test_several_warps_merge_few_rows_of_many_splits(units, workers, unit_rows, warps):
-    assert _who_merges(units, workers, unit_rows, batch_invariant=False) == (units <= workers, warps)
+    assert who_merges(units, workers, unit_rows, batch_invariant=False) == (units <= workers, warps)
 
 
 def test_the_order_of_summation_does_not_depend_on_the_batch():
     for unit_rows in (16, 64, 128):
-        merging = {_who_merges(units, 132, unit_rows, batch_invariant=True) for units in (1, 7, 132, 4000)}
+        merging = {who_merges(units, 132, unit_rows, batch_invariant=True) for units in (1, 7, 132, 4000)}
         assert len(merging) == 1

@@ -49,13 +49,20 @@ def test_splits_shorten_the_longest_share(num_sms):
 def test_few_tokens_use_the_whole_gpu():
     config = sparse_prefill_config(1, 128, 2048, H200)
     assert (config.whole_tokens, config.splits, config.workers) == (0, 16, 32)
-    config = sparse_prefill_config(8, 16, 2048, H200)
-    assert (config.whole_tokens, config.splits, config.workers) == (0, 16, 128)
+    config = sparse_prefill_config(32, 16, 2048, H200)
+    assert (config.whole_tokens, config.splits, config.workers) == (0, 4, 128)
 
 
-def test_merging_many_tokens_does_not_pay():
-    for s_q, h_q, topk in ((32, 64, 512), (64, 64, 512), (16, 128, 1024), (33, 128, 2048)):
-        assert sparse_prefill_config(s_q, h_q, topk, H200).splits == 1, (s_q, h_q, topk)
+def test_merging_many_short_pieces_does_not_pay():
+    for s_q, h_q, topk, splits in (
+        (32, 64, 512, 1), (64, 64, 512, 1), (64, 64, 256, 1),
+        (16, 128, 1024, 3), (33, 128, 2048, 2), (64, 64, 2048, 2),
+    ):  # fmt: skip
+        assert sparse_prefill_config(s_q, h_q, topk, H200).splits == splits, (s_q, h_q, topk)
+
+
+def test_combine_is_left_room():
+    assert sparse_prefill_config(8, 16, 2048, H200).workers == 64
 
 
 def test_a_full_gpu_is_not_split():

@@ -35,6 +35,14 @@ SCALED = "scaled"
 TRANSPOSED = "transposed"
 
 
+@dataclass(frozen=True)
+class Maxima:
+    """Row maxima that are merged, too."""
+
+    partial: cute.Tensor  # [slots, rows_per_unit] fp32
+    out: cute.Tensor  # [u0, u1, r0, r1] fp32
+
+
 class Combine:
     """Warps own slices of rows: a whole row (many rows) or `columns` of one (few rows, many splits)."""
 
@@ -66,15 +74,16 @@ class Combine:
         by_unit: Int32,  # 1: look at every unit; 0: at the unit in which each worker begins its second piece
         warps: Int32,  # that share a slice's splits: 1, 2, 4 or 8
         stream,
+        maxima: Maxima | None = None,
     ):
         slices_per_cta = WARPS // warps
-        rows_per_unit = partial_o.shape[1]
-        ctas = (rows_per_unit * self.slices + slices_per_cta - 1) // slices_per_cta
-        passes = (out.shape[2] * out.shape[3] + rows_per_unit - 1) // rows_per_unit
+        rows, rows_per_unit = out.shape[2] * out.shape[3], partial_o.shape[1]
+        ctas = (cutlass.min(rows, rows_per_unit) * self.slices + slices_per_cta - 1) // slices_per_cta
+        passes = (rows + rows_per_unit - 1) // rows_per_unit
         divisors = [Divisor.of(n) for n in (warps, passes, out.shape[1], out.shape[3])]
-        self.kernel(partial_o, partial_lse, partial_scale, work, splits, sink, out, lse, by_unit, *divisors).launch(
-            grid=(ctas, Int32(candidates), 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True
-        )
+        self.kernel(
+            partial_o, partial_lse, partial_scale, maxima, work, splits, sink, out, lse, by_unit, *divisors
+        ).launch(grid=(ctas, Int32(candidates), 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True)
 
     @cute.kernel
     def kernel(
@@ -82,6 +91,7 @@ class Combine:
         partial_o: cute.Tensor,
         partial_lse: cute.Tensor,
         partial_scale: cute.Tensor | None,
+        maxima: Maxima | None,
         work: cute.Tensor,
         splits: cute.Tensor,
         sink: cute.Tensor | None,
@@ -119,15 +129,16 @@ class Combine:
             if count > 0:
                 exists = (row < rows_per_unit) & (out_row < out.shape[2] * out.shape[3])
                 any_row = cutlass.select_(exists, row, Int32(0))
-                pieces = self.pieces(partial_o, partial_lse, partial_scale, first, count, any_row, slice)
+                pieces = self.pieces(partial_o, partial_lse, partial_scale, maxima, first, count, any_row, slice)
                 cute.arch.griddepcontrol_wait()
-                self.merge_slice(pieces, sink, out, lse, (pair, u1), (out_row, r1), exists, rank, warps.value)
+                self.merge_slice(pieces, sink, out, lse, maxima, (pair, u1), (out_row, r1), exists, rank, warps.value)
 
     def pieces(
         self,
         partial_o: cute.Tensor,
         partial_lse: cute.Tensor,
         partial_scale: cute.Tensor | None,
+        maxima,  # Maxima or None
         first: Int32,
         count: Int32,
         row: Int32,
@@ -138,10 +149,14 @@ class Combine:
         scale = None
         if const_expr(partial_scale is not None):
             scale = cute.domain_offset((first, row, slice), partial_scale).iterator.toint()
+        maximum = None
+        if const_expr(maxima is not None):
+            maximum = cute.domain_offset((first, row), maxima.partial).iterator.toint()
         return Pieces(
             start.iterator.toint(),
             cute.domain_offset((first, row), partial_lse).iterator.toint(),
             scale,
+            maximum,
             partial_o.shape[1],
             count,
             slice,
@@ -154,6 +169,7 @@ class Combine:
         sink: cute.Tensor | None,
         out: cute.Tensor,
         lse: cute.Tensor,
+        maxima,  # Maxima or None
         unit: tuple[Int32, Divisor],
         row: tuple[Int32, Divisor],
         exists,
@@ -174,7 +190,7 @@ class Combine:
         if const_expr(self.slices == 1):  # a warp takes a whole row
             rank, warps = Int32(0), Int32(1)
         self.load(pieces, rank, warps, o, scales, lses)
-        top, total = self.merged_lse(pieces, lane)
+        top, total, max_logit = self.merged_lse(pieces, lane)
         inv_total = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
         for begin in cutlass.range(rank, pieces.count, warps * self.in_flight, unroll=1):
             if begin != rank:
@@ -207,6 +223,8 @@ class Combine:
                 cute.autovec_copy(result, self.lane_view(out_row, pieces.slice, lane))
             if (lane == 0) & (pieces.slice == 0):
                 lse[to] = row_lse
+                if const_expr(maxima is not None):
+                    maxima.out[to] = max_logit
 
     @cute.jit
     def load(
@@ -232,8 +250,11 @@ class Combine:
 
     @cute.jit
     def merged_lse(self, pieces: "Pieces", lane: Int32):
-        """(m, s): the largest partial lse, and the sum of 2^(lse_i - m); s is 0 if no piece attended to anything."""
-        top, total = Float32(NO_LSE), Float32(0.0)
+        """(m, s, x): the largest partial lse, the sum of 2^(lse_i - m) and, if there are any, the largest maximum.
+
+        s is 0 if no piece attended to anything.
+        """
+        top, total, max_logit = Float32(NO_LSE), Float32(0.0), -Float32.inf
         lses = cute.make_rmem_tensor(LSES_IN_FLIGHT, Float32)
         for begin in cutlass.range(0, pieces.count, LSES_IN_FLIGHT * LANES, unroll=1):
             lses.fill(-Float32.inf)
@@ -241,6 +262,8 @@ class Combine:
                 i = begin + k * LANES + lane
                 if i < pieces.count:
                     lses[k] = pieces.lse_of(i)
+                    if const_expr(pieces.max is not None):
+                        max_logit = cute.arch.fmax(max_logit, pieces.max_of(i))
             above = top
             for k in range_constexpr(LSES_IN_FLIGHT):
                 above = cute.arch.fmax(above, lses[k])
@@ -249,7 +272,10 @@ class Combine:
                 total = total + cute.math.exp2(lses[k] - above, fastmath=True)
             top = above
         above = cute.arch.warp_reduction_max(top)
-        return above, cute.arch.warp_reduction_sum(total * cute.math.exp2(top - above, fastmath=True))
+        total = cute.arch.warp_reduction_sum(total * cute.math.exp2(top - above, fastmath=True))
+        if const_expr(pieces.max is not None):
+            max_logit = cute.arch.warp_reduction_max(max_logit)
+        return above, total, max_logit
 
     @cute.jit
     def lane_view(self, row: cute.Tensor, slice: Int32, lane: Int32) -> cute.Tensor:
@@ -305,12 +331,16 @@ class Pieces:
     o: Int64  # of this lane's first vector
     lse: Int64
     scale: Int64 | None  # of this slice
+    max: Int64 | None
     rows: Int32  # of a slot
     count: Int32
     slice: Int32
 
     def lse_of(self, i: Int32) -> Float32:
         return cute.make_tensor(pointer_at(Float32, self.lse, i * self.rows * 4, align=4), cute.make_layout(1))[0]
+
+    def max_of(self, i: Int32) -> Float32:
+        return cute.make_tensor(pointer_at(Float32, self.max, i * self.rows * 4, align=4), cute.make_layout(1))[0]
 
     def scale_of(self, i: Int32, part: int, parts: int) -> Float32:
         offset = (i * self.rows * parts + part) * 4
@@ -354,6 +384,7 @@ def merge_pieces(
     warps: Int32,
     stream,
     order: cutlass.Constexpr = PLAIN,
+    maxima: Maxima | None = None,
 ):
     """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done.
 
@@ -365,10 +396,10 @@ def merge_pieces(
     d_v = partial_o.shape[2]
     order = order if partial_scale is None else SCALED
     if warps == 1:
-        Combine(dtype, d_v, d_v, order)(*tensors, candidates, by_unit, warps, stream)
+        Combine(dtype, d_v, d_v, order)(*tensors, candidates, by_unit, warps, stream, maxima)
     else:
         columns = SCALED_COLUMNS if order == SCALED else d_v // 4
-        Combine(dtype, d_v, columns, order)(*tensors, candidates, by_unit, warps, stream)
+        Combine(dtype, d_v, columns, order)(*tensors, candidates, by_unit, warps, stream, maxima)
 
 
 def compile_variant(dtype: str, d_v: int) -> aot.Compiled:

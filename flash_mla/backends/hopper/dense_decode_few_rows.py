@@ -124,7 +124,7 @@ class FewRowsDecode:
         args = Arguments(
             q, block_table, seqlens, work, splits, partial_o, partial_lse, None, out, lse, Divisor.of(h_kv),
             Divisor.of(q.shape[2] // h_kv), None, Divisor.of(k_cache.shape[1] // BLOCK), scale_log2, causal,
-            batch_invariant,
+            batch_invariant, Int64(EVICT_FIRST),
         )  # fmt: skip
         self.kernel(args, tma_k, k_tma).launch(
             grid=(1, work.shape[0] - 1, 1),
@@ -236,7 +236,7 @@ class FewRowsDecode:
                                 source[None, row, chunk, kv_head, page],
                                 to[None, stage * self.chunks + chunk],
                                 tma_bar_ptr=full,
-                                cache_policy=Int64(EVICT_FIRST),
+                                cache_policy=args.cache_policy,
                             )
                     row, page, next_row, next_page = next_row, next_page, later_row, later_page
                     count += 1

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 
 from flash_mla.backends.hopper.divisor import Divisor
-from flash_mla.backends.hopper.schedule import Piece, slot_of, uniform
+from flash_mla.backends.hopper.fragments import BLOCK
+from flash_mla.backends.hopper.schedule import Piece, anew, slot_of, uniform
 from flash_mla.backends.hopper.wgmma import ROWS
 
 
@@ -32,6 +33,7 @@ class Arguments:
     scale_log2: Float32
     causal: Int32
     batch_invariant: Int32
+    cache_policy: Int64  # of K in L2
 
     def place(self, piece: Piece) -> tuple[Int32, Int32, Int32]:
         """(request, KV head, pass) of a piece's unit."""
@@ -52,6 +54,14 @@ class Arguments:
     def seqlen(self, piece: Piece) -> Int32:
         request, _, _ = self.place(piece)
         return uniform(self.seqlens[request])
+
+    def visible(self, piece: Piece, seqlen: Int32, row: Int32) -> Int32:
+        """A row of the CTA sees the tokens before this one.
+
+        Causality is aligned to the bottom right: query token j sees those before seqlen - s_q + j + 1.
+        """
+        hidden = self.q.shape[1] - 1 - self.rows(piece).query(row)[0]
+        return seqlen - cutlass.select_(self.causal != 0, hidden, Int32(0))
 
     def slot(self, piece: Piece) -> Int32:
         """Where the piece's partial result goes, or -1 if it is a whole unit."""
@@ -80,19 +90,23 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Pages:
-    """The pages of a request, cut into boxes."""
+    """The pages of a piece's request, cut into boxes."""
 
-    block_table: cute.Tensor
-    request: Int32
-    boxes: Int32
-    boxes_per_page: Divisor
-    boxes_per_tile: int
+    args: Arguments
+    piece: Piece
+    seqlen: Int32
+    box: int  # tokens
 
     def locate(self, tile: Int32) -> Boxes:
-        """Boxes beyond the request stand for its last one: no table entry beyond its pages is read."""
-        box = cutlass.min(tile * self.boxes_per_tile + cute.arch.lane_idx(), self.boxes - 1)
-        entry, row = self.boxes_per_page.divmod(box)
-        return Boxes(row, self.block_table[self.request, entry])
+        """The boxes of a tile of two blocks; those beyond the request stand for its last one.
+
+        So no table entry beyond its pages is read. Few registers are left to remember what depends on no tile.
+        """
+        request, _, _ = self.args.place(Piece(anew(self.piece.unit), self.piece.tile, self.piece.split))
+        last = (anew(self.seqlen) + (self.box - 1)) // self.box - 1
+        box = cutlass.min(tile * (2 * BLOCK // self.box) + cute.arch.lane_idx(), last)
+        entry, row = self.args.boxes_per_page.divmod(box)
+        return Boxes(row, self.args.block_table[request, entry])
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ __all__ = [
     "positive_scale",
     "rows_aligned",
     "template",
+    "who_merges",
     "with_aligned_rows",
 ]
 
@@ -99,13 +100,13 @@ def combine(
     num_workers, num_units = split_plan.work.shape[0] - 1, split_plan.splits.shape[0] - 1
     if sink is None:
         sink = constant(float("-inf"), torch.float32, out.device).expand(out.shape[1], out.shape[3])
-    by_unit, warps = _who_merges(num_units, num_workers, partial_o.shape[1], batch_invariant)
+    by_unit, warps = who_merges(num_units, num_workers, partial_o.shape[1], batch_invariant)
     kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}")
     tensors = (partial_o, partial_lse, None, split_plan.work, split_plan.splits, sink, out, lse)  # not scaled
     kernel(*tensors, int(by_unit), warps)
 
 
-def _who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[bool, int]:
+def who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[bool, int]:
     """(whether combine looks at units rather than workers to find splits, warps that share the splits of a row).
 
     One warp takes a whole row. From two on each takes some of its columns, in ever more CTAs: that pays for few
@@ -154,7 +155,7 @@ class DecodeCall(NamedTuple):
         if not unsplit:
             slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
         row_words = problem.d_v // 2 + 2 if scaled else problem.d_v
-        by_unit, warps = _who_merges(num_units, num_workers, unit_rows, problem.batch_invariant)
+        by_unit, warps = who_merges(num_units, num_workers, unit_rows, problem.batch_invariant)
         device = problem.device
         return DecodeCall(
             name=kernel,

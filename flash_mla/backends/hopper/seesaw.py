@@ -44,6 +44,7 @@ PARTS = GROUPS
 # Named barriers of the two consumer warpgroups.
 P_READY = 1  # of the left side; the right side's is the next
 SUMS_READY, P1_READ, SCORES_ISSUED = 3, 4, 5
+FIRST_FREE_BARRIER = 6
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,9 @@ class Seesaw:
         """
         raise NotImplementedError
 
+    def prepare_v(self, c: Consumer, of: int):
+        """Make V of this side's block (OWN) or the other's fit to be multiplied; no wgmma is in flight."""
+
     def load_ahead(self, c: Consumer, work: Any):
         """Start loads that the end of the piece of work waits for: Q has been read, and no fence comes before it."""
         raise NotImplementedError
@@ -250,6 +254,7 @@ class Seesaw:
         c, maxima = replace(c, thread=c.thread_anew), c.of_rows(c.shared.maxima, OTHER)
         n[0], n[1] = maxima[c.row], maxima[c.row + 8]
         self.move_reference(c, n, begins)
+        self.prepare_v(c, OTHER)
         warpgroup.fence()
         self.issue_pv(c, OTHER, begins)
         warpgroup.commit_group()
@@ -258,6 +263,7 @@ class Seesaw:
         """Issue O += P V of this side's probabilities, which were taken against n, and add this thread's `sums`."""
         row_sum = c.running.row_sum
         self.move_reference(c, n, begins)
+        self.prepare_v(c, OWN)
         warpgroup.fence()
         self.issue_pv(c, OWN, begins)
         warpgroup.commit_group()

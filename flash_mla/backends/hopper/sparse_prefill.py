@@ -15,11 +15,10 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint16, const_expr, range_co
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.combine import Combine
+from flash_mla.backends.hopper.combine import Maxima, merge_pieces
 from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_fp32_row
 from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Registers
-from flash_mla.backends.hopper.max_logits import MergeMaxLogits
 from flash_mla.backends.hopper.schedule import anew, uniform
 from flash_mla.backends.hopper.seesaw import (
     CHUNK_ELEMENTS,
@@ -169,6 +168,7 @@ class SparsePrefill(Seesaw):
         workers: Int32,
         whole_tokens: Int32,  # tokens before this one are not split
         splits: Int32,  # pieces of the others
+        combine_warps: Int32,  # that merge the splits of a row
         stream,
     ):
         chunk_layout = k_major_layout(self.dtype)
@@ -227,7 +227,7 @@ class SparsePrefill(Seesaw):
                 max_logits,
                 lse,
                 whole_tokens,
-                splits,
+                combine_warps,
                 stream,
             )
 
@@ -243,7 +243,7 @@ class SparsePrefill(Seesaw):
         max_logits: cute.Tensor,
         lse: cute.Tensor,
         whole_tokens: Int32,
-        splits: Int32,
+        combine_warps: Int32,
         stream,
     ):
         """Merge the pieces of split tokens; launched while the attention kernel still runs, starts when it is done."""
@@ -261,15 +261,13 @@ class SparsePrefill(Seesaw):
         )
         rows_max = cute.make_tensor(
             max_logits.iterator + Int64(whole_tokens) * max_s,
-            cute.make_layout((tokens, h_q), stride=(max_s, max_h)),
+            cute.make_layout((tokens, 1, 1, h_q), stride=(max_s, 0, 0, max_h)),
         )
         sinks = cute.make_tensor(sink.iterator, cute.make_layout((1, h_q), stride=(0, sink.stride[0])))
-        units = unit_slots.shape[0] - 1
         no_work = cute.make_tensor(unit_slots.iterator, cute.make_layout((1, 4)))  # every unit is looked at
-        MergeMaxLogits()(partial_max, rows_max, splits, stream)
-        Combine(self.dtype, D_V, columns=D_V // 4)(
-            partial_o, partial_lse, None, no_work, unit_slots, sinks, rows_out, rows_lse, units, Int32(1), Int32(2),
-            stream,
+        merge_pieces(
+            self.dtype, partial_o, partial_lse, None, no_work, unit_slots, sinks, rows_out, rows_lse, Int32(1),
+            combine_warps, stream, maxima=Maxima(partial_max, rows_max),
         )  # fmt: skip
 
     @cute.kernel
@@ -740,5 +738,5 @@ def compile_variant(dtype: str, d: int) -> aot.Compiled:
     unit_slots = aot.compact(Int32, (cute.sym_int(),))
     return aot.compile_kernel(
         SparsePrefill(element, d), q, kv, indices, lengths, sink, out, max_logits, lse, workspace, unit_slots,
-        Float32(1.0), *[Int32(0)] * 3,
+        Float32(1.0), *[Int32(0)] * 4,
     )  # fmt: skip

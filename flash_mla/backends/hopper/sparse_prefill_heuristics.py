@@ -10,11 +10,13 @@ __all__ = ["SparsePrefillConfig", "sparse_prefill_config"]
 ROWS = 64  # heads of a piece of work
 TILE = 128  # indices in a tile
 
-# In the time of a tile: what a piece costs beside its tiles, and what merging pieces costs: in all, and for each 64
-# heads of a token.
+# In the time of a tile: what a piece costs beside its tiles; what merging pieces costs, in all and for each of them,
+# and more where pieces occupy every SM, so that combine is not there when they end.
 PIECE_COST = 0.7
-MERGE_COST = 1.5
-MERGE_UNIT_COST = 0.15
+MERGE_COST = 1.0
+MERGE_SLOT_COST = 0.02
+LATE_MERGE_COST = 1.0
+MOST_SMS = 0.9  # that leave room for combine
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,12 @@ def sparse_prefill_config(s_q: int, h_q: int, topk: int, num_sms: int) -> Sparse
     rest = units - whole_tokens * head_tiles
 
     def cost(splits: int) -> float:
-        rounds = -(-rest * splits // num_sms)
-        merge = MERGE_COST + rest * MERGE_UNIT_COST if splits > 1 else 0.0
-        return rounds * (-(-tiles // splits) + PIECE_COST) + merge
+        slots = rest * splits
+        attention = -(-slots // num_sms) * (-(-tiles // splits) + PIECE_COST)
+        if splits == 1:
+            return attention
+        late = whole_tokens > 0 or slots >= MOST_SMS * num_sms
+        return attention + MERGE_COST + slots * MERGE_SLOT_COST + late * LATE_MERGE_COST
 
     splits = min(range(1, tiles + 1), key=cost)
     if rest == 0 or splits == 1:

@@ -20,6 +20,7 @@ from flash_mla.backends.hopper.launch import (
     positive_scale,
     rows_aligned,
     template,
+    who_merges,
     with_aligned_rows,
 )
 from flash_mla.backends.hopper.recorded_call import CONSTANT, WORKSPACE, attempt, record_call
@@ -48,6 +49,7 @@ class _Call(NamedTuple):
     max_logits: torch.Tensor
     workspace: torch.Tensor
     unit_slots: torch.Tensor  # [split_units + 1] int32
+    combine_warps: int  # that merge the splits of a row
     all_indices: torch.Tensor  # [s_q] int32: topk, for calls without topk_length
     no_sink: torch.Tensor  # [h_q] fp32: -inf, for calls without attn_sink
 
@@ -56,6 +58,9 @@ class _Call(NamedTuple):
 def _call(device: torch.device, dtype: torch.dtype, s_q: int, h_q: int, d_qk: int, d_v: int, topk: int) -> _Call:
     config = sparse_prefill_config(s_q, h_q, topk, num_sms(device))
     name = sparse_prefill_kernel(dtype, d_qk)
+    combine_warps = 1
+    if config.splits > 1:
+        _, combine_warps = who_merges(config.split_units, config.slots, min(ROWS, h_q), batch_invariant=False)
     return _Call(
         name=name,
         kernel=kernels.load(name),
@@ -64,6 +69,7 @@ def _call(device: torch.device, dtype: torch.dtype, s_q: int, h_q: int, d_qk: in
         max_logits=template((s_q, h_q), torch.float32, device),
         workspace=template((config.slots * ROWS * (d_v + 2),), torch.float32, device),
         unit_slots=torch.arange(config.split_units + 1, dtype=torch.int32, device=device) * config.splits,
+        combine_warps=combine_warps,
         all_indices=constant(topk, torch.int32, device).expand(s_q),
         no_sink=constant(-math.inf, torch.float32, device).expand(h_q),
     )
@@ -111,6 +117,7 @@ def _launch(
         config.workers,
         config.whole_tokens,
         config.splits,
+        call.combine_warps,
     )
 
 
@@ -124,6 +131,7 @@ def record_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -
     if copied or scale <= 0.0:
         return None
     call = _call_of(problem)
+    layout = (call.config.workers, call.config.whole_tokens, call.config.splits, call.combine_warps)
     out = torch.empty_like(call.out) if given_out is None else given_out
     max_logits, lse = torch.empty_like(call.max_logits), torch.empty_like(call.max_logits)
     given = (q, kv, indices, sink, lengths, out, max_logits, lse, 1.0)
@@ -139,7 +147,7 @@ def record_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -
         (WORKSPACE, torch.empty_like(call.workspace)),
         (CONSTANT, call.unit_slots),
         (8, 1.0),
-        *((CONSTANT, number) for number in (call.config.workers, call.config.whole_tokens, call.config.splits)),
+        *((CONSTANT, number) for number in layout),
     )
     replay = record_call(call.name, call.kernel, given, arguments)
     if replay is None:
