@@ -103,7 +103,7 @@ def combine(
     by_unit, warps = who_merges(num_units, num_workers, partial_o.shape[1], batch_invariant)
     kernel = kernels.load(f"combine_{SHORT_NAME[out.dtype]}")
     tensors = (partial_o, partial_lse, None, split_plan.work, split_plan.splits, sink, out, lse)  # not scaled
-    kernel(*tensors, int(by_unit), warps)
+    kernel(*tensors, int(by_unit), warps, None)  # and no maxima
 
 
 def who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[bool, int]:
