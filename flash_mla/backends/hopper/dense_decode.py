@@ -146,7 +146,6 @@ class DenseDecode(Seesaw):
             # Of each row, the left side's and the right side's.
             maxima: cute.struct.MemRange[Float32, 2 * ROWS]
             sums: cute.struct.MemRange[Float32, 2 * ROWS]
-            tops: cute.struct.MemRange[Float32, 2 * ROWS]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
             p: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * CHUNK_ELEMENTS], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * self.chunks * CHUNK_ELEMENTS], 1024]
@@ -381,7 +380,7 @@ class DenseDecode(Seesaw):
     def consume(self, side: Int32, args, shared, barriers, thread: Int32):
         """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns."""
         c = Consumer(
-            side, shared, barriers, Registers.allocate(self.dtype), Running.allocate(), args.scale_log2, thread
+            side, shared, barriers, Registers.allocate(self.dtype), Running.allocate(top=False), args.scale_log2, thread
         )
         parity, q_parity = Int32(0), Int32(0)  # of pairs and pieces
         piece, end = first_piece(args.work), end_of_work(args.work)
