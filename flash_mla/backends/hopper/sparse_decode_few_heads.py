@@ -192,17 +192,20 @@ class SparseDecodeFewHeads(TokenWalk):
 
         self.Storage = Storage
         partial_o, partial_lse = partial_results(workspace, slots, heads, D_V)
-        divisors = map(Divisor.of, (page_size, extra_page_size, run, q.shape[1], 1))
-        self.kernel(
-            q, k_cache, indices, lengths, extra_cache, extra_indices, extra_lengths, sink, work, splits, partial_o,
-            partial_lse, out, lse, scale_log2, *divisors, causal, batch_invariant,
-        ).launch(
+        token_bytes = self.loader.token_bytes
+        args = Arguments(
+            q, Source(k_cache, Divisor.of(page_size), token_bytes, indices, lengths),
+            Source(extra_cache, Divisor.of(extra_page_size), token_bytes, extra_indices, extra_lengths), sink, work,
+            splits, partial_o, partial_lse, None, out, lse, scale_log2, *map(Divisor.of, (run, q.shape[1], 1)), causal,
+            batch_invariant,
+        )  # fmt: skip
+        self.kernel(args).launch(
             grid=(1, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
-        )  # fmt: skip
+        )
         if slots != 0:
             merge_queries(
                 self.dtype, partial_o, partial_lse, None, work, splits, sink, out, lse, combine_by_unit, combine_warps,
@@ -210,40 +213,11 @@ class SparseDecodeFewHeads(TokenWalk):
             )  # fmt: skip
 
     @cute.kernel
-    def kernel(
-        self,
-        q: cute.Tensor,
-        k_cache: cute.Tensor,
-        indices: cute.Tensor,
-        lengths: cute.Tensor,
-        extra_cache: cute.Tensor,
-        extra_indices: cute.Tensor,
-        extra_lengths: cute.Tensor,
-        sink: cute.Tensor,
-        work: cute.Tensor,
-        splits: cute.Tensor,
-        partial_o: cute.Tensor,
-        partial_lse: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        scale_log2: Float32,
-        page_size: Divisor,
-        extra_page_size: Divisor,
-        run: Divisor,
-        tokens: Divisor,
-        passes: Divisor,
-        causal: Int32,
-        batch_invariant: Int32,
-    ):
+    def kernel(self, args: Arguments):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = utils.SmemAllocator().allocate(self.Storage)
         barriers = Barriers(shared.full.data_ptr(), shared.empty.data_ptr())
-        args = Arguments(
-            q, Source(k_cache, page_size, self.loader.token_bytes, indices, lengths),
-            Source(extra_cache, extra_page_size, self.loader.token_bytes, extra_indices, extra_lengths), sink, work,
-            splits, partial_o, partial_lse, None, out, lse, scale_log2, run, tokens, passes, causal, batch_invariant,
-        )  # fmt: skip
         if warp == PRODUCER_WARP:
             args.prefetch()
         if warp == 0:
