@@ -69,6 +69,10 @@ class Rows:
         offset = self.multipliers * self.multiplier_pitch + 32 * r
         return load_words(table + token * 4, offset, 1, Float32)
 
+    def factor(self, raw: Int32, table: Int32, token: Int32, r: int, i: int) -> Float32:
+        """The i-th of them."""
+        return self.factors(raw, table, token, r)[i]
+
     def k_words(self, raw: Int32, table: Int32, chunk: int, warp: Int32, g: Int32, t: Int32) -> list:
         """Of each of this thread's two rows, what its part of a chunk of K is made of: (words, multiplier)."""
         token = warp * WARP_TOKENS + g
@@ -164,6 +168,9 @@ class Fp8V32Rows(Rows):
 
     def factors(self, raw: Int32, table: Int32, token: Int32, r: int) -> tuple:
         return load_words(raw + token * self.pitch, Fp8V32.scale_offset + 8 * r * self.pitch, 4, Float32)
+
+    def factor(self, raw: Int32, table: Int32, token: Int32, r: int, i: int) -> Float32:
+        return load_words(raw + token * self.pitch, Fp8V32.scale_offset + 8 * r * self.pitch + 4 * i, 1, Float32)[0]
 
     def k_words(self, raw: Int32, table: Int32, chunk: int, warp: Int32, g: Int32, t: Int32) -> list:
         if chunk < 8:

@@ -66,6 +66,7 @@ PAIRS = UNIT // 2  # of 16 columns
 SHARED_BYTES = 227 * 1024
 SMALL_BYTES = 6 * 1024  # of it, for barriers and what there is of each head, and lost to alignment
 WARPGROUPS = 2  # of consumers
+HALVES = 2  # of a block's tokens: two warps gather each
 
 # In log2: a reference is set this far below the largest score, and moves if a score exceeds it by more than LIMIT.
 # P is at most 2^LIMIT, in fp16's range, and full of precision down to 2^-(14 + MARGIN) of the largest.
@@ -87,7 +88,7 @@ class Barriers:
     """
 
     full: cute.Pointer  # [side][turn]: a side's blocks take turns with as many as there are stages
-    empty: cute.Pointer  # [stage]
+    empty: cute.Pointer  # [stage][half of its tokens]
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Block:
     raw: Int32
     attended: Int32  # a bit a token
     table: Int32  # what `few_heads_rows` notes of its scales
-    empty: cute.Pointer  # barrier of the stage
+    empty: cute.Pointer  # barriers of the stage
 
 
 class SparseDecodeFewHeads(TokenWalk):
@@ -178,7 +179,7 @@ class SparseDecodeFewHeads(TokenWalk):
         @cute.struct
         class Storage:
             full: cute.struct.MemRange[Int64, WARPGROUPS * self.stages]
-            empty: cute.struct.MemRange[Int64, self.stages]
+            empty: cute.struct.MemRange[Int64, HALVES * self.stages]
             attended: cute.struct.MemRange[Int64, self.stages]  # of a block, a bit a token
             indices: cute.struct.MemRange[Int32, WARPGROUP]  # of the next tile
             q_scale: cute.struct.MemRange[Float32, heads]  # what turns scores to base 2
@@ -225,7 +226,7 @@ class SparseDecodeFewHeads(TokenWalk):
                 for i in range_constexpr(WARPGROUPS * self.stages):
                     # A warp arrives when it has noted who is attended to, a thread when it has copied scales.
                     cute.arch.mbarrier_init(barriers.full + i, 4 + (WARPGROUP if self.rows.scales_apart else 0))
-                for i in range_constexpr(self.stages):
+                for i in range_constexpr(HALVES * self.stages):
                     cute.arch.mbarrier_init(barriers.empty + i, 4)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -271,7 +272,7 @@ class SparseDecodeFewHeads(TokenWalk):
             attended = cute.arch.vote_ballot_sync(tokens.row != 0)
             for block in range_constexpr(2):
                 full = barriers.full + (block * self.stages + turn)
-                cute.arch.mbarrier_wait(barriers.empty + stage, parity)
+                cute.arch.mbarrier_wait(barriers.empty + (HALVES * stage + warp // 2), parity)
                 present = (attended >> (block * WARP_TOKENS)) & ((1 << WARP_TOKENS) - 1)
                 with cute.arch.elect_one():
                     cute.arch.inline_ptx(
@@ -357,52 +358,66 @@ class SparseDecodeFewHeads(TokenWalk):
         stage, turn, parity, table_half = Int32(side), Int32(0), Int32(0), Int32(0)
         piece, end = first_piece(args.work), end_of_work(args.work)
         while remains(piece, end):
+            slot, rows = args.slot(piece), args.rows(piece)
+            queries = self.load_queries(args, rows, 4 * side + c.warp, anew(c.lane))
             length, extra_length = args.lengths(piece)
             tiles = tiles_of(length) + tiles_of(extra_length)
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
-            for o in c.o:
-                o.fill(0.0)
-            sums.fill(0.0)
             if thread < self.heads:
                 references[thread, side] = Float32(NO_SCORE)
             if stop > piece.tile:
-                self.prepare_queries(args, shared, args.rows(piece), 4 * side + c.warp, anew(c.lane))
+                self.prepare_queries(args, shared, queries, rows.count, 4 * side + c.warp, anew(c.lane))
+            for o in c.o:
+                o.fill(0.0)
+            sums.fill(0.0)
+            if stop > piece.tile:
                 for _ in cutlass.range(piece.tile, stop, unroll=1):
                     cute.arch.mbarrier_wait(barriers.full + (side * self.stages + turn), parity)
                     block = Block(
                         raw + stage * self.stage_bytes,
                         attended + stage * 8 + c.warp * 2,
                         table + table_half * self.rows.table_bytes,
-                        barriers.empty + stage,
+                        barriers.empty + HALVES * stage,
                     )
                     self.attend(replace(c, lane=anew(c.lane)), shared, block, sums)
                     table_half ^= 1
                     stage, _ = self.advance(stage, parity, 2)
                     turn, parity = self.advance(turn, parity, 1)
-            slot, rows = args.slot(piece), args.rows(piece)
             self.write(replace(c, lane=anew(c.lane)), args, shared, sums, slot, rows)
             piece = next_piece(piece, stop, tiles)
 
+    def load_queries(self, args, rows, warp: Int32, lane: Int32) -> cute.Tensor:
+        """Start to load this lane's columns of heads warp, warp + 8, ...; of the last one for those that do not exist."""
+        passes = -(-self.rows.d // (32 * 2 * PAIRS))
+        queries = cute.make_rmem_tensor((2 * PAIRS, passes, self.heads // 8), self.dtype)
+        for i in range(self.heads // 8):
+            head = cutlass.min(warp + 8 * i, rows.count - 1)
+            start = args.q[rows.request, rows.token, head, None].iterator
+            for turn in range(passes):
+                unit = lane + 32 * turn
+                source = start + cutlass.select_(unit * (2 * PAIRS) < self.rows.d, unit, Int32(0)) * (2 * PAIRS)
+                cute.autovec_copy(
+                    cute.make_tensor(source.align(16), cute.make_layout(2 * PAIRS)), queries[None, turn, i]
+                )
+        return queries
+
     @cute.jit
-    def prepare_queries(self, args, shared, rows, warp: Int32, lane: Int32):
+    def prepare_queries(self, args, shared, queries: cute.Tensor, count: Int32, warp: Int32, lane: Int32):
         """Bring Q in the order in which threads take the columns of K, each head times a power of two to fit fp16."""
         q = Int32(shared.q.data_ptr().toint())
         q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
-        passes = -(-self.rows.d // (32 * 2 * PAIRS))
-        given = cute.make_rmem_tensor((2 * PAIRS, passes), self.dtype)
-        self.load_queries(args, rows, warp, lane, given)
+        _, passes, turns = queries.shape
+        words = cute.recast_tensor(queries, Uint32)
         # Code that is there once for all heads is sooner in the caches.
         for first in cutlass.range(0, self.heads, 8, unroll=1):
             head = first + warp
             values, top = [], Float32(0.0)
             for turn in range_constexpr(passes):
-                exists = (head < rows.count) & ((lane + 32 * turn) * (2 * PAIRS) < self.rows.d)
-                some = given[None, turn]
+                exists = (head < count) & ((lane + 32 * turn) * (2 * PAIRS) < self.rows.d)
+                some = queries[None, turn, 0]
                 values.append([cutlass.select_(exists, some[j].to(Float32), Float32(0.0)) for j in range(2 * PAIRS)])
                 for value in values[turn]:
                     top = cute.arch.fmax(top, cute.arch.fmax(value, -value))
-            if const_expr(self.heads > 8):
-                self.load_queries(args, rows, head + 8, lane, given)
             exponent = biased_exponent(cute.arch.warp_reduction_max(top)) - Q_EXPONENT
             exponent = cutlass.max(20, cutlass.min(exponent, 230))
             if lane == 0:
@@ -411,16 +426,13 @@ class SparseDecodeFewHeads(TokenWalk):
                 unit = lane + 32 * turn
                 if unit * (2 * PAIRS) < self.rows.d:
                     self.store_queries(q + head * ROW_BYTES, warp, unit, values[turn], power_of_two(254 - exponent))
+            # The next head moves up.
+            for i in range_constexpr(turns - 1):
+                for turn in range_constexpr(passes):
+                    for j in range_constexpr(PAIRS):
+                        words[j, turn, i] = words[j, turn, i + 1]
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
-
-    def load_queries(self, args, rows, head: Int32, lane: Int32, given: cute.Tensor):
-        """Start to load this lane's columns of a head; of the last one, if it does not exist."""
-        start = args.q[rows.request, rows.token, cutlass.min(head, rows.count - 1), None].iterator
-        for turn in range(given.shape[1]):
-            unit = lane + 32 * turn
-            source = start + cutlass.select_(unit * (2 * PAIRS) < self.rows.d, unit, Int32(0)) * (2 * PAIRS)
-            cute.autovec_copy(cute.make_tensor(source.align(16), cute.make_layout(2 * PAIRS)), given[None, turn])
 
     def store_queries(self, row: Int32, swizzle: Int32, unit: Int32, values: list, factor: Float32) -> None:
         """16 columns of Q to the row of their head, in fp16 or, of RoPE, in bf16."""
@@ -439,8 +451,8 @@ class SparseDecodeFewHeads(TokenWalk):
             # Every warp has also finished with the last block's P and table.
             cute.arch.barrier(barrier_id=ONE + c.side, number_of_threads=WARPGROUP)
         warp, g, t = c.place
+        s = self.scores(c, block)
         factors = [self.rows.factors(block.raw, block.table, warp * WARP_TOKENS + g, r) for r in range(2)]
-        s = self.scores(c, block, factors)
         bits = few_heads_rows.load_short(block.attended, 0)
         q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
         references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
@@ -477,7 +489,7 @@ class SparseDecodeFewHeads(TokenWalk):
             sums[n] = sums[n] + p[e]
         self.accumulate(c, block)
 
-    def scores(self, c: Consumer, block: Block, factors: list) -> cute.Tensor:
+    def scores(self, c: Consumer, block: Block) -> cute.Tensor:
         """Scores of this thread's two tokens, of all heads, without the heads' own scale."""
         s = cute.make_rmem_tensor_like(c.s[0])
         turns = len(c.s)  # with one accumulator, a part is added before the next one's first product
@@ -486,29 +498,39 @@ class SparseDecodeFewHeads(TokenWalk):
         words = self.rows.k_words(block.raw, block.table, order[0][1], *c.place)
         for i, (part, chunk) in enumerate(order):
             begins = i == 0 or order[i - 1][0] != part
-            if begins and part > 0 and turns == 1:
-                warpgroup.wait_group(0)
-                self.add_scores(s, c.s[0], factors, part - 1)
             following = None
             if i + 1 < len(order):
                 following = self.rows.k_words(block.raw, block.table, order[i + 1][1], *c.place)
             a = self.rows.k_operand(chunk, words)
             words = following
+            if begins and part > 0:
+                factors = self.factors_of(c, block, part - 1)
+            if begins and part > 0 and turns == 1:
+                warpgroup.wait_group(0)
+                self.add_scores(s, c.s[0], factors, part - 1)
             warpgroup.fence()
             self.issue(c.s[part % turns], a, c.q[chunk], overwrite=begins)
             warpgroup.commit_group()
             warpgroup.wait_group(1)
             if begins and part > 0 and turns > 1:
                 self.add_scores(s, c.s[(part - 1) % turns], factors, part - 1)
+        factors = self.factors_of(c, block, len(self.rows.parts) - 1)
         warpgroup.wait_group(0)
         self.add_scores(s, c.s[order[-1][0] % turns], factors, order[-1][0])
         return s
 
-    def add_scores(self, s: cute.Tensor, acc: cute.Tensor, factors: list, part: int):
-        """Add a part of the scores to s, or begin with it."""
+    def factors_of(self, c: Consumer, block: Block, part: int) -> list | None:
+        """What this thread's two tokens have as a factor of a part of the scores; None if there is none."""
         _, factor = self.rows.parts[part]
+        if factor is None:
+            return None
+        warp, g, _ = c.place
+        return [self.rows.factor(block.raw, block.table, warp * WARP_TOKENS + g, r, factor) for r in range(2)]
+
+    def add_scores(self, s: cute.Tensor, acc: cute.Tensor, factors: list | None, part: int):
+        """Add a part of the scores to s, or begin with it."""
         for i in range(self.heads // 2):
-            score = acc[i] if factor is None else acc[i] * factors[i // 2 % 2][factor]
+            score = acc[i] if factors is None else acc[i] * factors[i // 2 % 2]
             s[i] = score if part == 0 else s[i] + score
 
     def issue(self, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, first: int = 0, overwrite: bool = False):
@@ -571,8 +593,8 @@ class SparseDecodeFewHeads(TokenWalk):
 
     @cute.jit
     def accumulate(self, c, block):
-        """O^T += V^T P^T, and free the stage."""
-        steps = [(group, first) for group in range(GROUPS) for first in range(0, 4, 2)]
+        """O^T += V^T P^T, and free the stage, half of its tokens after half of the time."""
+        steps = [(group, first) for first in range(0, 4, 2) for group in range(GROUPS)]
         words = self.rows.v_words(block.raw, block.table, *steps[0], *c.place)
         for i in range_constexpr(len(steps)):
             group, first = steps[i]
@@ -582,10 +604,10 @@ class SparseDecodeFewHeads(TokenWalk):
                 following = self.rows.v_words(block.raw, block.table, *steps[i + 1], *c.place)
             a = self.rows.v_operands(group, words)
             words = following
-            if const_expr(last):
+            if const_expr(group == GROUPS - 1):
                 cute.arch.sync_warp()
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(block.empty)
+                    cute.arch.mbarrier_arrive(block.empty + first // 2)
             warpgroup.fence()
             for half in range_constexpr(2):
                 chunk = 2 * group + half
@@ -603,6 +625,9 @@ class SparseDecodeFewHeads(TokenWalk):
         columns = self.heads // 4
         all_sums = shared.sums.get_tensor(cute.make_layout((self.heads, 4, 2)))
         references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
+        sinks = cute.make_rmem_tensor(columns, Float32)  # early, for their latency
+        for n in range_constexpr(columns):
+            sinks[n] = args.sink[cutlass.min(n // 2 * 8 + 2 * t + n % 2, rows.count - 1)]
         for n in range_constexpr(columns):
             head = n // 2 * 8 + 2 * t + n % 2
             for lanes in range_constexpr(2, 5):
@@ -636,7 +661,7 @@ class SparseDecodeFewHeads(TokenWalk):
         for i in range_constexpr(2):
             self.trade(c, shared, i)
         if slot < 0:
-            self.write_outputs(c, args, factors, lse2, rows)
+            self.write_outputs(c, args, factors, lse2, sinks, rows)
         else:
             self.write_partials(c, args, factors, lse2, slot, rows)
 
@@ -663,14 +688,14 @@ class SparseDecodeFewHeads(TokenWalk):
         cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
 
     @cute.jit
-    def write_outputs(self, c, args, factors: cute.Tensor, lse2: cute.Tensor, rows):
+    def write_outputs(self, c, args, factors: cute.Tensor, lse2: cute.Tensor, sinks: cute.Tensor, rows):
         for n in range_constexpr(self.heads // 4):
             index = n // 2 * 8 + 2 * (c.lane % 4) + n % 2
             exists = index < rows.count
             head = cutlass.select_(exists, index, Int32(0))
             seen = lse2[n] > -Float32.inf
             # exp(lse) / (exp(lse) + exp(sink))
-            kept = 1.0 / (1.0 + cute.math.exp2(args.sink[head] * LOG2_E - lse2[n], fastmath=True))
+            kept = 1.0 / (1.0 + cute.math.exp2(sinks[n] * LOG2_E - lse2[n], fastmath=True))
             factor = cutlass.select_(seen, factors[n] * kept, Float32(0.0))
             if exists and c.lane < 4 and c.warp == 0 and c.side == LEFT:
                 args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2[n] * LN2, Float32.inf)
