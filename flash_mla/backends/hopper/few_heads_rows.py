@@ -21,6 +21,7 @@ from flash_mla.backends.hopper.dequant import PACKED, Fp8V4, Fp8V32, Fp8V41, loa
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS
 
 UNIT = 16  # bytes of a copy
+UNIT_COLUMNS = 16  # that a thread takes of a chunk
 TOKENS = ROWS  # of a block
 WARP_TOKENS = TOKENS // 4
 GROUP = 2 * CHUNK  # columns: eight units of codes, of which each of four threads takes two
@@ -42,7 +43,6 @@ class Rows:
     token_bytes: int  # of a row in the cache
     pitch: int  # bytes from a row to the next in shared memory
     scales_apart = False  # whether 8 bytes of scales are to be put behind a row
-    rope_unit: int  # the first 16 columns that are bf16, in units of 16 columns
     parts: tuple[Part, ...]
     versions: tuple[tuple[type[cutlass.Numeric], int | None], ...] = ((Float16, 0),)
     multipliers = 0  # of a token
@@ -53,13 +53,13 @@ class Rows:
         """Of a block's multipliers, and of its tokens' factors behind them."""
         return self.multipliers * self.multiplier_pitch + TOKENS * 4 if self.multipliers else 0
 
-    def place(self, unit: Int32) -> tuple[Int32, Int32]:
-        """(chunk, t): which chunk of K 16 columns are part of, and which of four threads takes them.
+    def unit(self, chunk: int, t: Int32) -> Int32:
+        """Which 16 columns thread t of four takes of a chunk.
 
         Columns 4 i + 2 h + {0, 1} of them are values 8 h + 2 t + {0, 1} of the chunk's k-step i; of bf16 columns, those
         of k-step i are 4 i + 2 h + {0, 1} likewise.
         """
-        return unit // 8 * 2 + unit % 2, unit % 8 // 2
+        return chunk // 2 * 8 + chunk % 2 + 2 * t
 
     def write_table(self, raw: Int32, table: Int32, thread: Int32) -> None:
         """This thread's share of a block's table, in a warpgroup."""
@@ -157,14 +157,11 @@ class Fp8V32Rows(Rows):
 
     d = Fp8V32.d
     token_bytes = pitch = Fp8V32.token_bytes
-    rope_unit = 32
     parts = (((8,), None), *(((2 * i, 2 * i + 1), i) for i in range(4)))
     versions = tuple((Float16, i) for i in range(4))
 
-    def place(self, unit: Int32) -> tuple[Int32, Int32]:
-        chunk, t = super().place(unit)
-        rope = unit >= self.rope_unit
-        return cutlass.select_(rope, Int32(8), chunk), cutlass.select_(rope, unit - self.rope_unit, t)
+    def unit(self, chunk: int, t: Int32) -> Int32:
+        return super().unit(chunk, t) if chunk < 8 else 4 * chunk + t
 
     def factors(self, raw: Int32, table: Int32, token: Int32, r: int) -> tuple:
         return load_words(raw + token * self.pitch, Fp8V32.scale_offset + 8 * r * self.pitch, 4, Float32)
@@ -217,7 +214,6 @@ class Fp8V41Rows(PowersOfTwoRows):
 
     d = Fp8V41.d
     token_bytes = pitch = Fp8V41.token_bytes
-    rope_unit = 32  # none
     parts = ((tuple(range(8)), 0),)
     multipliers = 16
     scale_offset = Fp8V41.scale_offset
@@ -238,16 +234,13 @@ class Fp8V4Rows(PowersOfTwoRows):
     token_bytes = Fp8V4.token_bytes
     pitch = token_bytes + UNIT
     scales_apart = True
-    rope_unit = 28
     parts = (((7,), None), (tuple(range(7)), 0))
     versions = ((Float16, 0), (BFloat16, None))
     multipliers = 8  # the last is of no use
     scale_offset = token_bytes
 
-    def place(self, unit: Int32) -> tuple[Int32, Int32]:
-        chunk, t = super().place(unit)
-        apart = unit >= 24  # two chunks of different kinds
-        return cutlass.select_(apart, unit // 4, chunk), cutlass.select_(apart, unit % 4, t)
+    def unit(self, chunk: int, t: Int32) -> Int32:
+        return super().unit(chunk, t) if chunk < 6 else 4 * chunk + t  # two chunks of different kinds
 
     def load_scales(self, row: Int32) -> list:
         return super().load_scales(row)[:7]

@@ -31,6 +31,7 @@ from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.few_heads_rows import (
     GROUP,
     UNIT,
+    UNIT_COLUMNS,
     WARP_TOKENS,
     biased_exponent,
     pack,
@@ -62,7 +63,6 @@ GROUPS = D_V // GROUP
 CHUNKS = D_V // CHUNK  # of V
 UNIT_ROWS = 8  # of a swizzle atom
 ROW_BYTES = CHUNK * 2  # of a chunk of Q or P
-PAIRS = UNIT // 2  # of 16 columns
 SHARED_BYTES = 227 * 1024
 SMALL_BYTES = 6 * 1024  # of it, for barriers and what there is of each head, and lost to alignment
 WARPGROUPS = 2  # of consumers
@@ -315,9 +315,6 @@ class SparseDecodeFewHeads(TokenWalk):
         p = Int32(shared.p.data_ptr().toint()) + side * self.p_bytes
         # A lane gives stmatrix the address of a row: of a head, eight tokens.
         half, head = lane // 8 % 2, lane % 8 + (lane // 16 * 8 if self.heads > 8 else 0)
-        q_dtypes = {
-            chunk: BFloat16 if factor is None else Float16 for part, factor in self.rows.parts for chunk in part
-        }
         slices = {dtype: cute.make_tiled_mma(self.op(dtype)).get_slice(thread) for dtype in (Float16, BFloat16)}
 
         def operand(base, chunk, dtype):
@@ -336,7 +333,7 @@ class SparseDecodeFewHeads(TokenWalk):
             lane=lane,
             p_out=p + head * ROW_BYTES + ((2 * warp + half) ^ (head % UNIT_ROWS)) * UNIT,
             p_trade=p + thread * UNIT,
-            q=[operand(shared.q, chunk, q_dtypes[chunk]) for chunk in range(self.q_chunks)],
+            q=[operand(shared.q, chunk, self.q_dtype(chunk)) for chunk in range(self.q_chunks)],
             p=[operand(shared.p, side * GROUPS + i, dtype) for i, (dtype, _) in enumerate(self.rows.versions)],
             s=[accumulator() for _ in range(2 if self.heads < 32 and len(self.rows.parts) > 1 else 1)],
             o=[accumulator() for _ in range(CHUNKS)],
@@ -387,61 +384,53 @@ class SparseDecodeFewHeads(TokenWalk):
             piece = next_piece(piece, stop, tiles)
 
     def load_queries(self, args, rows, warp: Int32, lane: Int32) -> cute.Tensor:
-        """Start to load this lane's columns of heads warp, warp + 8, ...; of the last one for those that do not exist."""
-        passes = -(-self.rows.d // (32 * 2 * PAIRS))
-        queries = cute.make_rmem_tensor((2 * PAIRS, passes, self.heads // 8), self.dtype)
+        """Start to load heads warp, warp + 8, ... of Q, a pair of columns of each chunk to a lane.
+
+        The last head stands for those that do not exist.
+        """
+        queries = cute.make_rmem_tensor((2, self.q_chunks, self.heads // 8), self.dtype)
         for i in range(self.heads // 8):
             head = cutlass.min(warp + 8 * i, rows.count - 1)
-            start = args.q[rows.request, rows.token, head, None].iterator
-            for turn in range(passes):
-                unit = lane + 32 * turn
-                source = start + cutlass.select_(unit * (2 * PAIRS) < self.rows.d, unit, Int32(0)) * (2 * PAIRS)
-                cute.autovec_copy(
-                    cute.make_tensor(source.align(16), cute.make_layout(2 * PAIRS)), queries[None, turn, i]
-                )
+            start = args.q[rows.request, rows.token, head, None].iterator + lane // 4 * 2
+            for chunk in range(self.q_chunks):
+                pair = (start + self.rows.unit(chunk, lane % 4) * UNIT_COLUMNS).align(4)
+                cute.autovec_copy(cute.make_tensor(pair, cute.make_layout(2)), queries[None, chunk, i])
         return queries
 
     @cute.jit
     def prepare_queries(self, args, shared, queries: cute.Tensor, count: Int32, warp: Int32, lane: Int32):
         """Bring Q in the order in which threads take the columns of K, each head times a power of two to fit fp16."""
-        q = Int32(shared.q.data_ptr().toint())
         q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
-        _, passes, turns = queries.shape
+        # Lanes of a store have different banks.
+        to = Int32(shared.q.data_ptr().toint()) + warp * ROW_BYTES + (lane // 4 ^ warp) * UNIT + lane % 4 * 4
         words = cute.recast_tensor(queries, Uint32)
         # Code that is there once for all heads is sooner in the caches.
         for first in cutlass.range(0, self.heads, 8, unroll=1):
             head = first + warp
             values, top = [], Float32(0.0)
-            for turn in range_constexpr(passes):
-                exists = (head < count) & ((lane + 32 * turn) * (2 * PAIRS) < self.rows.d)
-                some = queries[None, turn, 0]
-                values.append([cutlass.select_(exists, some[j].to(Float32), Float32(0.0)) for j in range(2 * PAIRS)])
-                for value in values[turn]:
+            for chunk in range_constexpr(self.q_chunks):
+                pair = [cutlass.select_(head < count, queries[j, chunk, 0].to(Float32), Float32(0.0)) for j in range(2)]
+                values.append(pair)
+                for value in pair:
                     top = cute.arch.fmax(top, cute.arch.fmax(value, -value))
-            exponent = biased_exponent(cute.arch.warp_reduction_max(top)) - Q_EXPONENT
+            exponent = cute.arch.warp_redux_sync(biased_exponent(top), "max") - Q_EXPONENT
             exponent = cutlass.max(20, cutlass.min(exponent, 230))
             if lane == 0:
                 q_scale[head] = power_of_two(exponent) * args.scale_log2
-            for turn in range_constexpr(passes):
-                unit = lane + 32 * turn
-                if unit * (2 * PAIRS) < self.rows.d:
-                    self.store_queries(q + head * ROW_BYTES, warp, unit, values[turn], power_of_two(254 - exponent))
+            factor = power_of_two(254 - exponent)
+            for chunk in range_constexpr(self.q_chunks):
+                pair = pack(self.q_dtype(chunk), values[chunk][0] * factor, values[chunk][1] * factor)
+                store_word(to + first * ROW_BYTES, chunk * self.q_bytes, pair)
             # The next head moves up.
-            for i in range_constexpr(turns - 1):
-                for turn in range_constexpr(passes):
-                    for j in range_constexpr(PAIRS):
-                        words[j, turn, i] = words[j, turn, i + 1]
+            for i in range_constexpr(self.heads // 8 - 1):
+                for chunk in range_constexpr(self.q_chunks):
+                    words[0, chunk, i] = words[0, chunk, i + 1]
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
 
-    def store_queries(self, row: Int32, swizzle: Int32, unit: Int32, values: list, factor: Float32) -> None:
-        """16 columns of Q to the row of their head, in fp16 or, of RoPE, in bf16."""
-        chunk, t = self.rows.place(unit)
-        to = row + chunk * self.q_bytes + t * 4
-        for j in range(PAIRS):
-            pair = values[2 * j] * factor, values[2 * j + 1] * factor
-            word = cutlass.select_(unit >= self.rows.rope_unit, pack(BFloat16, *pair), pack(Float16, *pair))
-            store_word(to + (j ^ swizzle) * UNIT, word)
+    def q_dtype(self, chunk: int) -> type[cutlass.Numeric]:
+        """What a chunk of Q is multiplied as: bf16 where K has no factor."""
+        return BFloat16 if any(chunk in part and factor is None for part, factor in self.rows.parts) else Float16
 
     @cute.jit
     def attend(self, c, shared, block, sums: cute.Tensor):
@@ -695,7 +684,7 @@ class SparseDecodeFewHeads(TokenWalk):
             head = cutlass.select_(exists, index, Int32(0))
             seen = lse2[n] > -Float32.inf
             # exp(lse) / (exp(lse) + exp(sink))
-            kept = 1.0 / (1.0 + cute.math.exp2(sinks[n] * LOG2_E - lse2[n], fastmath=True))
+            kept = cute.arch.rcp_approx(1.0 + cute.math.exp2(sinks[n] * LOG2_E - lse2[n], fastmath=True))
             factor = cutlass.select_(seen, factors[n] * kept, Float32(0.0))
             if exists and c.lane < 4 and c.warp == 0 and c.side == LEFT:
                 args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2[n] * LN2, Float32.inf)
@@ -734,9 +723,9 @@ class SparseDecodeFewHeads(TokenWalk):
         return cutlass.select_(c.side == LEFT, left, right)
 
 
-def store_word(address: Int32, word: Uint32) -> None:
+def store_word(address: Int32, offset: int, word: Uint32) -> None:
     """32 bits to shared memory."""
-    cute.arch.inline_ptx("st.shared.u32 [{$r0}], {$r1};", read_only_args=[address, word])
+    cute.arch.inline_ptx(f"st.shared.u32 [{{$r0}}+{offset}], {{$r1}};", read_only_args=[address, word])
 
 
 def store_transposed(address: Int32, offset: int, words: list) -> None:
