@@ -186,6 +186,8 @@ class SparseDecodeFewHeads(TokenWalk):
             tops: cute.struct.MemRange[Float32, 8 * heads]  # of each consumer warp
             sums: cute.struct.MemRange[Float32, 8 * heads]
             references: cute.struct.MemRange[Float32, 2 * heads]  # of each side
+            factors: cute.struct.MemRange[Float32, 2 * heads]  # of each side's output
+            sinks: cute.struct.MemRange[Float32, heads]
             q: cute.struct.Align[cute.struct.MemRange[Uint8, self.q_chunks * self.q_bytes], 1024]
             p: cute.struct.Align[cute.struct.MemRange[Uint8, WARPGROUPS * self.p_bytes], 1024]
             table: cute.struct.Align[cute.struct.MemRange[Uint8, self.table_bytes + UNIT], UNIT]
@@ -350,7 +352,9 @@ class SparseDecodeFewHeads(TokenWalk):
         c = self.consumer(side, shared, thread)
         sums = cute.make_rmem_tensor(self.heads // 4, Float32)  # of heads 8 j + 2 (lane % 4) + {0, 1}
         references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
-        raw, attended, table = (Int32(room.data_ptr().toint()) for room in (shared.raw, shared.attended, shared.table))
+        raw, attended, table, sinks = (
+            Int32(room.data_ptr().toint()) for room in (shared.raw, shared.attended, shared.table, shared.sinks)
+        )
         table += side * 2 * self.rows.table_bytes
         stage, turn, parity, table_half = Int32(side), Int32(0), Int32(0), Int32(0)
         piece, end = first_piece(args.work), end_of_work(args.work)
@@ -362,6 +366,10 @@ class SparseDecodeFewHeads(TokenWalk):
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             if thread < self.heads:
                 references[thread, side] = Float32(NO_SCORE)
+                if side == LEFT:
+                    sink = (args.sink.iterator + cutlass.min(thread, rows.count - 1) * args.sink.stride[0]).toint()
+                    copy_async((sinks + thread * 4, 0), sink, (sink, 0), 4)
+            cute.arch.cp_async_commit_group()
             if stop > piece.tile:
                 self.prepare_queries(args, shared, queries, rows.count, 4 * side + c.warp, anew(c.lane))
             for o in c.o:
@@ -611,31 +619,19 @@ class SparseDecodeFewHeads(TokenWalk):
         Each side ends up with two of the four groups of columns.
         """
         t = c.lane % 4
-        columns = self.heads // 4
         all_sums = shared.sums.get_tensor(cute.make_layout((self.heads, 4, 2)))
-        references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
-        sinks = cute.make_rmem_tensor(columns, Float32)  # early, for their latency
-        for n in range_constexpr(columns):
-            sinks[n] = args.sink[cutlass.min(n // 2 * 8 + 2 * t + n % 2, rows.count - 1)]
-        for n in range_constexpr(columns):
-            head = n // 2 * 8 + 2 * t + n % 2
+        factors = shared.factors.get_tensor(cute.make_layout((self.heads, 2)))
+        for n in range_constexpr(self.heads // 4):
             for lanes in range_constexpr(2, 5):
                 sums[n] = sums[n] + cute.arch.shuffle_sync_bfly(sums[n], 1 << lanes)
             if c.lane < 4:
-                all_sums[head, c.warp, c.side] = sums[n]
+                all_sums[n // 2 * 8 + 2 * t + n % 2, c.warp, c.side] = sums[n]
         cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
-        factors = cute.make_rmem_tensor(columns, Float32)  # of the output
-        lse2 = cute.make_rmem_tensor(columns, Float32)
-        for n in range_constexpr(columns):
-            head = n // 2 * 8 + 2 * t + n % 2
-            top = cute.arch.fmax(references[head, 0], references[head, 1])
-            total = Float32(0.0)
-            for side in range_constexpr(2):
-                part = (all_sums[head, 0, side] + all_sums[head, 1, side]) + (
-                    all_sums[head, 2, side] + all_sums[head, 3, side]
-                )
-                total += part * cute.math.exp2(references[head, side] - top, fastmath=True)
-            own = cute.math.exp2(references[head, c.side] - top, fastmath=True)
+        if (c.side == LEFT) & (c.warp == 0) & (c.lane < self.heads):
+            self.merge_sums(args, shared, slot, rows, c.lane)
+        cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
+        for n in range_constexpr(self.heads // 4):
+            factor = factors[n // 2 * 8 + 2 * t + n % 2, c.side]
             # What this side gives away comes first.
             for chunk in range_constexpr(CHUNKS // 2):
                 left, right = c.o[chunk], c.o[chunk + CHUNKS // 2]
@@ -643,16 +639,45 @@ class SparseDecodeFewHeads(TokenWalk):
                     e = n // 2 * 4 + 2 * r + n % 2
                     given = cutlass.select_(c.side == LEFT, right[e], left[e])
                     kept = cutlass.select_(c.side == LEFT, left[e], right[e])
-                    left[e], right[e] = given * own, kept * own
-            # lse in base 2; an empty row's is -inf here.
-            lse2[n] = top + cute.math.log2(total, fastmath=True)
-            factors[n] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
-        for i in range_constexpr(2):
-            self.trade(c, shared, i)
+                    left[e], right[e] = given * factor, kept * factor
+        self.trade(c, shared, 0)
+        cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
+        self.trade(c, shared, 1)
         if slot < 0:
-            self.write_outputs(c, args, factors, lse2, sinks, rows)
+            self.write_rows(c, args.out[rows.request, rows.token, None, None], rows.count)
         else:
-            self.write_partials(c, args, factors, lse2, slot, rows)
+            self.write_rows(c, args.partial_o[slot, None, None], rows.count)
+
+    @cute.jit
+    def merge_sums(self, args, shared, slot: Int32, rows, head: Int32):
+        """Of a head: write lse, and note what each side's output is to be multiplied by."""
+        all_sums = shared.sums.get_tensor(cute.make_layout((self.heads, 4, 2)))
+        references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
+        factors = shared.factors.get_tensor(cute.make_layout((self.heads, 2)))
+        sinks = shared.sinks.get_tensor(cute.make_layout(self.heads))
+        top = cute.arch.fmax(references[head, 0], references[head, 1])
+        weights = [cute.math.exp2(references[head, side] - top, fastmath=True) for side in range(2)]
+        total = Float32(0.0)
+        for side in range_constexpr(2):
+            part = (all_sums[head, 0, side] + all_sums[head, 1, side]) + (
+                all_sums[head, 2, side] + all_sums[head, 3, side]
+            )
+            total += part * weights[side]
+        # lse in base 2; an empty row's is -inf here.
+        lse2 = top + cute.math.log2(total, fastmath=True)
+        seen, exists = total > 0.0, head < rows.count
+        factor = cutlass.select_(seen, cute.arch.rcp_approx(total), Float32(0.0))
+        if slot < 0:
+            wait_copies(0)
+            # exp(lse) / (exp(lse) + exp(sink))
+            kept = cute.arch.rcp_approx(1.0 + cute.math.exp2(sinks[head] * LOG2_E - lse2, fastmath=True))
+            factor = cutlass.select_(seen, factor * kept, Float32(0.0))
+            if exists:
+                args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2 * LN2, Float32.inf)
+        elif exists:
+            args.partial_lse[slot, head] = lse2
+        for side in range_constexpr(2):
+            factors[head, side] = weights[side] * factor
 
     @cute.jit
     def trade(self, c, shared, i: cutlass.Constexpr):
@@ -674,48 +699,29 @@ class SparseDecodeFewHeads(TokenWalk):
             theirs = load_words(other, j * 4 * WARPGROUP, 4, Float32)
             for k in range_constexpr(4):
                 o[first + k] = o[first + k] + theirs[k]
-        cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
 
     @cute.jit
-    def write_outputs(self, c, args, factors: cute.Tensor, lse2: cute.Tensor, sinks: cute.Tensor, rows):
-        for n in range_constexpr(self.heads // 4):
-            index = n // 2 * 8 + 2 * (c.lane % 4) + n % 2
-            exists = index < rows.count
-            head = cutlass.select_(exists, index, Int32(0))
-            seen = lse2[n] > -Float32.inf
-            # exp(lse) / (exp(lse) + exp(sink))
-            kept = cute.arch.rcp_approx(1.0 + cute.math.exp2(sinks[n] * LOG2_E - lse2[n], fastmath=True))
-            factor = cutlass.select_(seen, factors[n] * kept, Float32(0.0))
-            if exists and c.lane < 4 and c.warp == 0 and c.side == LEFT:
-                args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2[n] * LN2, Float32.inf)
-            self.write_columns(c, n, factor, args.out[rows.request, rows.token, head, None].iterator, exists)
-
-    @cute.jit
-    def write_partials(self, c, args, factors: cute.Tensor, lse2: cute.Tensor, slot: Int32, rows):
+    def write_rows(self, c, to: cute.Tensor, count: Int32):
+        """This thread's columns, two of each chunk of this side's two groups, of the heads that exist."""
+        width = to.element_type.width // 8
         for n in range_constexpr(self.heads // 4):
             head = n // 2 * 8 + 2 * (c.lane % 4) + n % 2
-            exists = head < rows.count
-            if exists and c.lane < 4 and c.warp == 0 and c.side == LEFT:
-                args.partial_lse[slot, head] = lse2[n]
-            self.write_columns(c, n, factors[n], args.partial_o[slot, head, None].iterator, exists)
-
-    @cute.jit
-    def write_columns(self, c, n: cutlass.Constexpr, factor: Float32, to: cute.Pointer, exists):
-        """This thread's columns of a head: two of each chunk of this side's two groups."""
-        width = to.dtype.width // 8
-        for i in range_constexpr(2):
-            values = cute.make_rmem_tensor(4, to.dtype)
-            for k in range_constexpr(4):
-                o = c.o[CHUNKS // 2 + 2 * i + k // 2]
-                values[k] = (o[n // 2 * 4 + k % 2 * 2 + n % 2] * factor).to(to.dtype)
-            starts = [to + self.kept_column(c, 2 * i + half) for half in range(2)]
-            if exists:
-                if const_expr(self.rows.neighbours(i) and self.rows.neighbours(GROUPS // 2 + i)):
-                    cute.autovec_copy(values, cute.make_tensor(starts[0].align(4 * width), cute.make_layout(4)))
-                else:
-                    for half in range_constexpr(2):
-                        pair = cute.make_tensor(values.iterator + 2 * half, cute.make_layout(2))
-                        cute.autovec_copy(pair, cute.make_tensor(starts[half].align(2 * width), cute.make_layout(2)))
+            if head < count:
+                row = to[head, None].iterator
+                for i in range_constexpr(2):
+                    values = cute.make_rmem_tensor(4, to.element_type)
+                    for k in range_constexpr(4):
+                        o = c.o[CHUNKS // 2 + 2 * i + k // 2]
+                        values[k] = o[n // 2 * 4 + k % 2 * 2 + n % 2].to(to.element_type)
+                    starts = [row + self.kept_column(c, 2 * i + half) for half in range(2)]
+                    if const_expr(self.rows.neighbours(i) and self.rows.neighbours(GROUPS // 2 + i)):
+                        cute.autovec_copy(values, cute.make_tensor(starts[0].align(4 * width), cute.make_layout(4)))
+                    else:
+                        for half in range_constexpr(2):
+                            pair = cute.make_tensor(values.iterator + 2 * half, cute.make_layout(2))
+                            cute.autovec_copy(
+                                pair, cute.make_tensor(starts[half].align(2 * width), cute.make_layout(2))
+                            )
 
     def kept_column(self, c, chunk: int) -> Int32:
         """The column of V that is this thread's in one of the chunks that its side keeps."""
