@@ -53,13 +53,13 @@ class Rows:
         """Of a block's multipliers, and of its tokens' factors behind them."""
         return self.multipliers * self.multiplier_pitch + TOKENS * 4 if self.multipliers else 0
 
-    def unit(self, chunk: int, t: Int32) -> Int32:
-        """Which 16 columns thread t of four takes of a chunk.
+    def units(self, chunk: int) -> tuple[int, int]:
+        """(first, step): thread t of four takes the 16 columns from 16 (first + t step) on of a chunk.
 
         Columns 4 i + 2 h + {0, 1} of them are values 8 h + 2 t + {0, 1} of the chunk's k-step i; of bf16 columns, those
         of k-step i are 4 i + 2 h + {0, 1} likewise.
         """
-        return chunk // 2 * 8 + chunk % 2 + 2 * t
+        return chunk // 2 * 8 + chunk % 2, 2
 
     def write_table(self, raw: Int32, table: Int32, thread: Int32) -> None:
         """This thread's share of a block's table, in a warpgroup."""
@@ -160,8 +160,8 @@ class Fp8V32Rows(Rows):
     parts = (((8,), None), *(((2 * i, 2 * i + 1), i) for i in range(4)))
     versions = tuple((Float16, i) for i in range(4))
 
-    def unit(self, chunk: int, t: Int32) -> Int32:
-        return super().unit(chunk, t) if chunk < 8 else 4 * chunk + t
+    def units(self, chunk: int) -> tuple[int, int]:
+        return super().units(chunk) if chunk < 8 else (4 * chunk, 1)
 
     def factors(self, raw: Int32, table: Int32, token: Int32, r: int) -> tuple:
         return load_words(raw + token * self.pitch, Fp8V32.scale_offset + 8 * r * self.pitch, 4, Float32)
@@ -239,8 +239,8 @@ class Fp8V4Rows(PowersOfTwoRows):
     multipliers = 8  # the last is of no use
     scale_offset = token_bytes
 
-    def unit(self, chunk: int, t: Int32) -> Int32:
-        return super().unit(chunk, t) if chunk < 6 else 4 * chunk + t  # two chunks of different kinds
+    def units(self, chunk: int) -> tuple[int, int]:
+        return super().units(chunk) if chunk < 6 else (4 * chunk, 1)  # two chunks of different kinds
 
     def load_scales(self, row: Int32) -> list:
         return super().load_scales(row)[:7]

@@ -359,8 +359,9 @@ class SparseDecodeFewHeads(TokenWalk):
         stage, turn, parity, table_half = Int32(side), Int32(0), Int32(0), Int32(0)
         piece, end = first_piece(args.work), end_of_work(args.work)
         while remains(piece, end):
-            slot, rows = args.slot(piece), args.rows(piece)
+            rows = args.rows(piece)
             queries = self.load_queries(args, rows, 4 * side + c.warp, anew(c.lane))
+            slot = args.slot(piece)
             length, extra_length = args.lengths(piece)
             tiles = tiles_of(length) + tiles_of(extra_length)
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
@@ -370,24 +371,22 @@ class SparseDecodeFewHeads(TokenWalk):
                     sink = (args.sink.iterator + cutlass.min(thread, rows.count - 1) * args.sink.stride[0]).toint()
                     copy_async((sinks + thread * 4, 0), sink, (sink, 0), 4)
             cute.arch.cp_async_commit_group()
-            if stop > piece.tile:
-                self.prepare_queries(args, shared, queries, rows.count, 4 * side + c.warp, anew(c.lane))
+            self.prepare_queries(args, shared, queries, rows.count, 4 * side + c.warp, anew(c.lane))
             for o in c.o:
                 o.fill(0.0)
             sums.fill(0.0)
-            if stop > piece.tile:
-                for _ in cutlass.range(piece.tile, stop, unroll=1):
-                    cute.arch.mbarrier_wait(barriers.full + (side * self.stages + turn), parity)
-                    block = Block(
-                        raw + stage * self.stage_bytes,
-                        attended + stage * 8 + c.warp * 2,
-                        table + table_half * self.rows.table_bytes,
-                        barriers.empty + HALVES * stage,
-                    )
-                    self.attend(replace(c, lane=anew(c.lane)), shared, block, sums)
-                    table_half ^= 1
-                    stage, _ = self.advance(stage, parity, 2)
-                    turn, parity = self.advance(turn, parity, 1)
+            for _ in cutlass.range(piece.tile, stop, unroll=1):
+                cute.arch.mbarrier_wait(barriers.full + (side * self.stages + turn), parity)
+                block = Block(
+                    raw + stage * self.stage_bytes,
+                    attended + stage * 8 + c.warp * 2,
+                    table + table_half * self.rows.table_bytes,
+                    barriers.empty + HALVES * stage,
+                )
+                self.attend(replace(c, lane=anew(c.lane)), shared, block, sums)
+                table_half ^= 1
+                stage, _ = self.advance(stage, parity, 2)
+                turn, parity = self.advance(turn, parity, 1)
             self.write(replace(c, lane=anew(c.lane)), args, shared, sums, slot, rows)
             piece = next_piece(piece, stop, tiles)
 
@@ -396,13 +395,15 @@ class SparseDecodeFewHeads(TokenWalk):
 
         The last head stands for those that do not exist.
         """
-        queries = cute.make_rmem_tensor((2, self.q_chunks, self.heads // 8), self.dtype)
+        queries = cute.make_rmem_tensor((self.q_chunks, self.heads // 8), Uint32)
+        size = self.dtype.width // 8
         for i in range(self.heads // 8):
             head = cutlass.min(warp + 8 * i, rows.count - 1)
-            start = args.q[rows.request, rows.token, head, None].iterator + lane // 4 * 2
+            first = args.q[rows.request, rows.token, head, None].iterator.toint() + Int64(lane // 4 * 4)
+            starts = {step: first + Int64(lane % 4 * (step * UNIT_COLUMNS * size)) for step in (1, 2)}
             for chunk in range(self.q_chunks):
-                pair = (start + self.rows.unit(chunk, lane % 4) * UNIT_COLUMNS).align(4)
-                cute.autovec_copy(cute.make_tensor(pair, cute.make_layout(2)), queries[None, chunk, i])
+                unit, step = self.rows.units(chunk)
+                queries[chunk, i] = load_global(starts[step], unit * UNIT_COLUMNS * size)
         return queries
 
     @cute.jit
@@ -411,16 +412,17 @@ class SparseDecodeFewHeads(TokenWalk):
         q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
         # Lanes of a store have different banks.
         to = Int32(shared.q.data_ptr().toint()) + warp * ROW_BYTES + (lane // 4 ^ warp) * UNIT + lane % 4 * 4
-        words = cute.recast_tensor(queries, Uint32)
+        pairs = cute.recast_tensor(queries, self.dtype)
         # Code that is there once for all heads is sooner in the caches.
         for first in cutlass.range(0, self.heads, 8, unroll=1):
             head = first + warp
-            values, top = [], Float32(0.0)
+            values, tops = [], []
             for chunk in range_constexpr(self.q_chunks):
-                pair = [cutlass.select_(head < count, queries[j, chunk, 0].to(Float32), Float32(0.0)) for j in range(2)]
+                pair = [pairs[2 * chunk + j, 0].to(Float32) for j in range(2)]
+                pair = [cutlass.select_(head < count, value, Float32(0.0)) for value in pair]
                 values.append(pair)
-                for value in pair:
-                    top = cute.arch.fmax(top, cute.arch.fmax(value, -value))
+                tops.append(cute.arch.fmax(*(cute.arch.fmax(value, -value) for value in pair)))
+            top = largest_of(tops)
             exponent = cute.arch.warp_redux_sync(biased_exponent(top), "max") - Q_EXPONENT
             exponent = cutlass.max(20, cutlass.min(exponent, 230))
             if lane == 0:
@@ -432,7 +434,7 @@ class SparseDecodeFewHeads(TokenWalk):
             # The next head moves up.
             for i in range_constexpr(self.heads // 8 - 1):
                 for chunk in range_constexpr(self.q_chunks):
-                    words[0, chunk, i] = words[0, chunk, i + 1]
+                    queries[chunk, i] = queries[chunk, i + 1]
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
 
@@ -727,6 +729,21 @@ class SparseDecodeFewHeads(TokenWalk):
         """The column of V that is this thread's in one of the chunks that its side keeps."""
         left, right = (self.rows.column(first + chunk, c.warp, c.lane // 4) for first in (0, CHUNKS // 2))
         return cutlass.select_(c.side == LEFT, left, right)
+
+
+def largest_of(values: list) -> Float32:
+    """Of at least one, in a tree."""
+    if len(values) == 1:
+        return values[0]
+    middle = len(values) // 2
+    return cute.arch.fmax(largest_of(values[:middle]), largest_of(values[middle:]))
+
+
+def load_global(address: Int64, offset: int) -> Uint32:
+    """32 bits of global memory; the load is issued where it is written."""
+    return cute.arch.inline_ptx(
+        f"ld.global.u32 {{$w0}}, [{{$r0}}+{offset}];", write_only_types=[Uint32], read_only_args=[address]
+    )
 
 
 def store_word(address: Int32, offset: int, word: Uint32) -> None:
