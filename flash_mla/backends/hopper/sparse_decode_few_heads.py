@@ -352,12 +352,15 @@ class SparseDecodeFewHeads(TokenWalk):
         c = self.consumer(side, shared, thread)
         sums = cute.make_rmem_tensor(self.heads // 4, Float32)  # of heads 8 j + 2 (lane % 4) + {0, 1}
         references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
-        raw, attended, table, sinks = (
-            Int32(room.data_ptr().toint()) for room in (shared.raw, shared.attended, shared.table, shared.sinks)
-        )
+        raw, attended, table = (Int32(room.data_ptr().toint()) for room in (shared.raw, shared.attended, shared.table))
         table += side * 2 * self.rows.table_bytes
         stage, turn, parity, table_half = Int32(side), Int32(0), Int32(0), Int32(0)
         piece, end = first_piece(args.work), end_of_work(args.work)
+        if (side == LEFT) & (thread < self.heads):  # who will merge the sums of a head
+            head = cutlass.min(thread, args.q.shape[2] - 1)
+            sink = (args.sink.iterator + head * args.sink.stride[0]).toint()
+            copy_async((Int32(shared.sinks.data_ptr().toint()) + thread * 4, 0), sink, (sink, 0), 4)
+        cute.arch.cp_async_commit_group()
         while remains(piece, end):
             rows = args.rows(piece)
             queries = self.load_queries(args, rows, 4 * side + c.warp, anew(c.lane))
@@ -367,10 +370,6 @@ class SparseDecodeFewHeads(TokenWalk):
             stop = piece_stop(piece, end, tiles, args.batch_invariant)
             if thread < self.heads:
                 references[thread, side] = Float32(NO_SCORE)
-                if side == LEFT:
-                    sink = (args.sink.iterator + cutlass.min(thread, rows.count - 1) * args.sink.stride[0]).toint()
-                    copy_async((sinks + thread * 4, 0), sink, (sink, 0), 4)
-            cute.arch.cp_async_commit_group()
             self.prepare_queries(args, shared, queries, rows.count, 4 * side + c.warp, anew(c.lane))
             for o in c.o:
                 o.fill(0.0)
@@ -669,8 +668,8 @@ class SparseDecodeFewHeads(TokenWalk):
         lse2 = top + cute.math.log2(total, fastmath=True)
         seen, exists = total > 0.0, head < rows.count
         factor = cutlass.select_(seen, cute.arch.rcp_approx(total), Float32(0.0))
+        wait_copies(0)  # for the sink
         if slot < 0:
-            wait_copies(0)
             # exp(lse) / (exp(lse) + exp(sink))
             kept = cute.arch.rcp_approx(1.0 + cute.math.exp2(sinks[head] * LOG2_E - lse2, fastmath=True))
             factor = cutlass.select_(seen, factor * kept, Float32(0.0))
@@ -740,7 +739,7 @@ def largest_of(values: list) -> Float32:
 
 
 def load_global(address: Int64, offset: int) -> Uint32:
-    """32 bits of global memory; the load is issued where it is written."""
+    """32 bits of global memory."""
     return cute.arch.inline_ptx(
         f"ld.global.u32 {{$w0}}, [{{$r0}}+{offset}];", write_only_types=[Uint32], read_only_args=[address]
     )
