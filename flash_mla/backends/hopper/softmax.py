@@ -23,9 +23,10 @@ def row_max(scores: cute.Tensor, r: int) -> Float32:
 
 
 def largest(values: list) -> Float32:
-    """Of as many values as a power of two."""
+    """Of at least one value, in a tree."""
     while len(values) > 1:
-        values = [cute.arch.fmax(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+        left_over = values[-1:] if len(values) % 2 else []
+        values = [cute.arch.fmax(values[i], values[i + 1]) for i in range(0, len(values) - 1, 2)] + left_over
     return values[0]
 
 

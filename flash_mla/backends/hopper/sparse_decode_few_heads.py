@@ -46,7 +46,7 @@ from flash_mla.backends.hopper.schedule import (
     remains,
     uniform,
 )
-from flash_mla.backends.hopper.softmax import LN2, LOG2_E, NO_SCORE
+from flash_mla.backends.hopper.softmax import LN2, LOG2_E, NO_SCORE, largest
 from flash_mla.backends.hopper.sparse_decode import (
     BLOCK,
     D_V,
@@ -421,7 +421,7 @@ class SparseDecodeFewHeads(TokenWalk):
                 pair = [cutlass.select_(head < count, value, Float32(0.0)) for value in pair]
                 values.append(pair)
                 tops.append(cute.arch.fmax(*(cute.arch.fmax(value, -value) for value in pair)))
-            top = largest_of(tops)
+            top = largest(tops)
             exponent = cute.arch.warp_redux_sync(biased_exponent(top), "max") - Q_EXPONENT
             exponent = cutlass.max(20, cutlass.min(exponent, 230))
             if lane == 0:
@@ -728,14 +728,6 @@ class SparseDecodeFewHeads(TokenWalk):
         """The column of V that is this thread's in one of the chunks that its side keeps."""
         left, right = (self.rows.column(first + chunk, c.warp, c.lane // 4) for first in (0, CHUNKS // 2))
         return cutlass.select_(c.side == LEFT, left, right)
-
-
-def largest_of(values: list) -> Float32:
-    """Of at least one, in a tree."""
-    if len(values) == 1:
-        return values[0]
-    middle = len(values) // 2
-    return cute.arch.fmax(largest_of(values[:middle]), largest_of(values[middle:]))
 
 
 def load_global(address: Int64, offset: int) -> Uint32:
