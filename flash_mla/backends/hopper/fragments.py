@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Int32
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
-from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, pv_op, qk_op
 
 BLOCK = 64  # tokens
 D_V = 512
@@ -58,53 +58,3 @@ class Registers:
         source = cute.make_tensor(start.align(4), cute.make_layout((2, 2, 4), stride=(1, 8, 16)))
         to = cute.make_tensor(self.q_rope.iterator + 2 * r, cute.make_layout((2, 2, 4), stride=(1, 4, 8)))
         cute.autovec_copy(source, to)
-
-
-@dataclass(frozen=True)
-class Fragments(Registers):
-    """All operands and accumulators of a consumer warpgroup."""
-
-    q: list  # descriptors of Q's eight V chunks
-    k: list  # descriptors of the chunks of this side's K buffer
-    v: list  # descriptors of this side's half of V in both buffers
-    p_in: cute.Tensor  # descriptor of the other side's probabilities
-    p_out: tuple  # how to store this side's probabilities: (tiled copy, registers, shared memory)
-
-    @staticmethod
-    def of(
-        dtype: type[cutlass.Numeric],
-        side: int | Int32,
-        thread: Int32,
-        q: cute.Pointer,
-        k: cute.Pointer,
-        chunks: int,
-        p: cute.Tensor,
-        other_p: cute.Tensor,
-    ) -> Fragments:
-        """Of a thread, given where shared memory holds Q, both buffers of `chunks` of K, and each side's P."""
-        chunk, v = k_major_layout(dtype), v_layout(dtype)
-        qk_slice = cute.make_tiled_mma(qk_op(dtype, OperandSource.SMEM)).get_slice(thread)
-        pv_slice = cute.make_tiled_mma(pv_op(dtype, OperandSource.SMEM)).get_slice(thread)
-        registers = Registers.allocate(dtype)
-        return Fragments(
-            **vars(registers),
-            q=[qk_slice.make_fragment_A(qk_slice.partition_A(tile_at(q, c, chunk))) for c in range(V_CHUNKS)],
-            k=[
-                qk_slice.make_fragment_B(qk_slice.partition_B(tile_at(k, side * chunks + c, chunk)))
-                for c in range(chunks)
-            ],
-            v=[
-                pv_slice.make_fragment_B(pv_slice.partition_B(tile_at(k, buffer * chunks + V_CHUNKS // 2 * side, v)))
-                for buffer in range(2)
-            ],
-            p_in=pv_slice.make_fragment_A(pv_slice.partition_A(other_p)),
-            p_out=(*registers.store, registers.store[0].get_slice(thread).partition_D(p)),
-        )
-
-    def issue_pv(self, a, buffer: int, begins: bool | Boolean = False):
-        """Issue O += P V for this side's half of a buffer; P in registers or as the other side left it.
-
-        begins: whether O = P V instead.
-        """
-        source = OperandSource.RMEM if a is self.p else OperandSource.SMEM
-        gemm(pv_op(self.p.element_type, source), self.o, a, self.v[buffer], overwrite=begins)
