@@ -35,7 +35,6 @@ from flash_mla.backends.hopper.seesaw import (
     FIRST_FREE_BARRIER,
     LEFT,
     RIGHT,
-    ROPE,
     TILE,
     WARPGROUP,
     Consumer,
@@ -101,8 +100,7 @@ class PairConsumer(Consumer):
 
 class DenseDecode(Seesaw):
     def __init__(self, dtype: type[cutlass.Numeric], d: int, cluster: int, box: int):
-        super().__init__(dtype, d)
-        self.cluster = cluster
+        super().__init__(dtype, d, cluster=cluster)
         self.box = box  # tokens that one TMA load brings
         self.boxes = BLOCK // box  # in a block
         # CTAs of a cluster load a half each of a box that is a whole block; of smaller boxes they load every other.
@@ -199,8 +197,7 @@ class DenseDecode(Seesaw):
             side = cute.arch.make_warp_uniform(warp // 4)
             self.consume(side, args, shared, barriers, thread - side * WARPGROUP)
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
+            self.meet()
 
     @cute.jit
     def init_barriers(self, barriers: Barriers, warp: Int32):
@@ -213,11 +210,7 @@ class DenseDecode(Seesaw):
                 for i in range_constexpr(2):
                     cute.arch.mbarrier_init(barriers.q_empty + i, 8)
         cute.arch.mbarrier_init_fence()
-        if const_expr(self.cluster > 1):
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
+        self.meet()
 
     # ---------------------------------------------------------------------------------------------- producers
 
@@ -266,11 +259,6 @@ class DenseDecode(Seesaw):
                         cute.arch.mbarrier_arrive(barriers.k_full + number)
                 pairs += 1
             piece = next_piece(piece, stop, tiles_of(anew(seqlen)))
-
-    def load_order(self):
-        """(buffer, group) in the order in which the consumers free and then need them."""
-        rope = ((0, ROPE), (1, ROPE)) if self.has_rope else ()
-        return (*rope, (0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))
 
     @cute.jit
     def prefetch(self, tma_k: cute.CopyAtom, source: cute.Tensor, k_cache: cute.Tensor, boxes, kv_head: Int32):
@@ -446,15 +434,6 @@ class DenseDecode(Seesaw):
                 c.f.load_q_rope(r, args.q[rows.request, token, head, None].iterator, thread % 32)
         ahead[0], ahead[1] = args.seqlen(piece), args.slot(piece)
 
-    def wait_chunks(self, c: Consumer, part: int, parity):
-        cute.arch.mbarrier_wait(c.barriers.k_full + (c.side * len(self.groups) + c.group(part)), parity)
-
-    def signal(self, c: Consumer, empty: cute.Pointer):
-        """The peer's producers, too, bring K that this CTA reads."""
-        cute.arch.mbarrier_arrive(empty)
-        if self.cluster > 1:
-            cute.arch.mbarrier_arrive(empty, c.barriers.peer)
-
     @cute.jit
     def softmax(self, c, n, sums, parity, begins):
         if const_expr(c.part is not None):
@@ -489,19 +468,14 @@ class DenseDecode(Seesaw):
         """Normalise and write a whole unit to the outputs, a piece of one to its slot of the workspace."""
         # What is computed from these is not to take registers while pairs run.
         c = replace(c, thread=anew(c.thread), side=uniform(anew(c.side)))
-        lse2, inv = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-        for r in range_constexpr(2):
-            total = c.running.row_sum[r]
-            inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
-            # In base 2; an empty row's is -inf here.
-            lse2[r] = cute.math.log2(total) + c.running.reference[r] * c.scale
+        inv, lse2 = self.inverse_and_lse(c)
         if slot < 0:
-            self.write_outputs(args, c, piece, lse2, inv)
+            self.write_outputs(args, c, piece, inv, lse2)
         else:
-            self.write_partials(args, c, piece, lse2, inv, slot)
+            self.write_partials(args, c, piece, inv, lse2, slot)
 
     @cute.jit
-    def write_outputs(self, args, c, piece: Piece, lse2: cute.Tensor, inv: cute.Tensor):
+    def write_outputs(self, args, c, piece: Piece, inv: cute.Tensor, lse2: cute.Tensor):
         lane, first_row, rows = c.thread % 32, c.thread // 32 * 16, args.rows(piece)
         if c.side == LEFT:
             for r in range_constexpr(2):
@@ -528,7 +502,7 @@ class DenseDecode(Seesaw):
             cute.arch.sync_warp()
 
     @cute.jit
-    def write_partials(self, args, c, piece: Piece, lse2: cute.Tensor, inv: cute.Tensor, slot: Int32):
+    def write_partials(self, args, c, piece: Piece, inv: cute.Tensor, lse2: cute.Tensor, slot: Int32):
         lane, rows = c.thread % 32, args.rows(piece)
         tile_row = cute.arch.block_idx()[0] * ROWS
         for r in range_constexpr(2):
@@ -548,9 +522,6 @@ class DenseDecode(Seesaw):
         """A TMA box in shared memory: rows of one chunk, swizzled by address like the chunk as a whole."""
         rows = cute.make_layout((self.box, CHUNK), stride=(CHUNK, 1))
         return cute.make_composed_layout(k_major_layout(self.dtype).inner, 0, rows)
-
-    def cluster_rank(self) -> Int32:
-        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
 
 
 def tiles_of(seqlen: Int32) -> Int32:

@@ -4,8 +4,8 @@ Of each pair of 64-token KV blocks the left warpgroup scores block 0, the right 
 probabilities to the other through shared memory, and each accumulates one half of the output's 512 columns. A block
 lies in shared memory as chunks of 64 columns, K and V at once; the RoPE chunk, if there is one, is the last.
 
-A kernel derives from `Seesaw` and says how K arrives (`wait_chunks`), what a softmax step is (`softmax`), and where in
-shared memory P lies (`place_of_p`).
+A kernel derives from `Seesaw`, brings K and Q, and says what a softmax step is (`softmax`) and, if it is not a place of
+its own, where in shared memory P lies (`place_of_p`).
 
 A consumer's code is made for one side, or for a side that is only known when it runs. With all code there twice, a
 call's first microseconds went by waiting for instructions; with all of it shared, a pair takes 4 % longer. So pairs in
@@ -113,8 +113,9 @@ class Consumer:
 
 
 class Seesaw:
-    def __init__(self, dtype: type[cutlass.Numeric], d: int, *, rope_apart: bool = True):
-        """rope_apart: whether RoPE, if there is any, is a group of its own."""
+    def __init__(self, dtype: type[cutlass.Numeric], d: int, *, cluster: int = 1, rope_apart: bool = True):
+        """cluster: CTAs that bring K for each other; rope_apart: whether RoPE, if any, is a group of its own."""
+        self.cluster = cluster
         self.dtype = dtype
         self.d = d
         self.chunks = d // CHUNK
@@ -128,10 +129,6 @@ class Seesaw:
         self.qk_order = (OWN, *((ROPE,) if rope_apart else ()), OTHER)
 
     # What a kernel adds.
-
-    def wait_chunks(self, c: Consumer, part: int, parity):
-        """Wait until a part of this side's block has arrived."""
-        raise NotImplementedError
 
     def place_of_p(self, c: Consumer, of: int) -> cute.Pointer:
         """Where in shared memory this side's P (OWN) or the other's lies."""
@@ -159,6 +156,15 @@ class Seesaw:
         raise NotImplementedError
 
     # What it gets.
+
+    def load_order(self) -> tuple:
+        """(buffer, group of chunks) in the order in which consumers free and then need them."""
+        rope = ((0, ROPE), (1, ROPE)) if self.has_rope else ()
+        return (*rope, (0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))
+
+    def wait_chunks(self, c: Consumer, part: int, parity):
+        """Wait until a part of this side's block has arrived."""
+        cute.arch.mbarrier_wait(c.barriers.k_full + (c.side * len(self.groups) + c.group(part)), parity)
 
     def q_and_k(self, c: Consumer) -> tuple[list, list]:
         """Descriptors of the chunks of Q's V columns, and of this side's block, as `PARTS` numbers them."""
@@ -217,8 +223,21 @@ class Seesaw:
             self.signal(c, c.barriers.k_empty + ((c.side ^ block) * len(self.groups) + c.group(part)))
 
     def signal(self, c: Consumer, empty: cute.Pointer):
-        """Arrive on a barrier of producers."""
+        """Arrive on a barrier of producers, those of the cluster's other CTA, too."""
         cute.arch.mbarrier_arrive(empty)
+        if self.cluster > 1:
+            cute.arch.mbarrier_arrive(empty, c.barriers.peer)
+
+    def cluster_rank(self) -> Int32:
+        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+
+    def meet(self):
+        """Wait for all threads of the cluster."""
+        if self.cluster > 1:
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
     @cute.jit
     def free_q(self, c, group, is_read: bool | Boolean):
@@ -362,6 +381,18 @@ class Seesaw:
             row_sum[r] = row_sum[r] + other_sums[c.row + 8 * r]
             if const_expr(top is not None):
                 top[r] = cute.arch.fmax(top[r], other_tops[c.row + 8 * r])
+
+    def inverse_and_lse(self, c: Consumer) -> tuple[cute.Tensor, cute.Tensor]:
+        """(what this thread's two rows of O are multiplied by, their lse in base 2), once sums are merged.
+
+        The lse of an empty row is -inf here.
+        """
+        inv, lse2 = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+        for r in range(2):
+            total = c.running.row_sum[r]
+            inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
+            lse2[r] = cute.math.log2(total) + c.running.reference[r] * c.scale
+        return inv, lse2
 
 
 def chunks_at(base: cute.Pointer, dtype: type[cutlass.Numeric], count: int) -> cute.Tensor:

@@ -82,8 +82,7 @@ class SparseDecode(TokenWalk, Seesaw):
         raw_bytes: int = 0,  # of shared memory for rows as they lie in the cache
         registers: tuple[int, int] = REGISTERS,  # of a consumer and of a producer thread
     ):
-        super().__init__(dtype, d, rope_apart=False)
-        self.cluster = cluster
+        super().__init__(dtype, d, cluster=cluster, rope_apart=False)
         self.raw_bytes = raw_bytes
         self.registers = registers
 
@@ -187,11 +186,7 @@ class SparseDecode(TokenWalk, Seesaw):
             side = cute.arch.make_warp_uniform(warp // 4)
             self.consume(side, args, shared, barriers, thread - side * WARPGROUP)
         if const_expr(self.cluster > 1):  # the peer may still signal our barriers
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
-
-    def cluster_rank(self) -> Int32:
-        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+            self.meet()
 
     @cute.jit
     def init_barriers(self, barriers: Barriers, warp: Int32):
@@ -203,11 +198,7 @@ class SparseDecode(TokenWalk, Seesaw):
                 cute.arch.mbarrier_init(barriers.q_full, 1)
                 cute.arch.mbarrier_init(barriers.q_empty, 8)
         cute.arch.mbarrier_init_fence()
-        if const_expr(self.cluster > 1):
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
+        self.meet()
 
     # ---------------------------------------------------------------------------------------------- producers
 
@@ -375,7 +366,7 @@ class SparseDecode(TokenWalk, Seesaw):
         return tiles_of(length) + tiles_of(extra_length), args.slot(piece)
 
     def wait_chunks(self, c: Consumer, part: int, parity):
-        cute.arch.mbarrier_wait(c.barriers.k_full + (2 * c.side + c.group(part)), parity)
+        super().wait_chunks(c, part, parity)
         if self.stores_unfenced:
             cute.arch.fence_proxy("async.shared", space="cta")
 
@@ -390,11 +381,6 @@ class SparseDecode(TokenWalk, Seesaw):
     def places_of_sums(self, c: Consumer) -> tuple[cute.Tensor, cute.Tensor]:
         # Nobody but the warp that reads a maximum of the other side writes its sum there.
         return c.of_rows(c.shared.maxima, OTHER), c.of_rows(c.shared.maxima, OWN)
-
-    def signal(self, c: Consumer, empty: cute.Pointer):
-        super().signal(c, empty)
-        if self.cluster > 1:  # the peer's producers, too, wait for both CTAs
-            cute.arch.mbarrier_arrive(empty, c.barriers.peer)
 
     @cute.jit
     def softmax(self, c, n, sums, parity, begins):
@@ -415,19 +401,14 @@ class SparseDecode(TokenWalk, Seesaw):
     @cute.jit
     def write(self, args, c, rows, sinks: list, slot: Int32):
         """Normalise and write a whole unit to the outputs, a piece of one to its slot of the workspace."""
-        running, inv, lse2 = c.running, cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-        for r in range_constexpr(2):
-            total = running.row_sum[r]
-            inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
-            # In base 2; an empty row's is -inf here.
-            lse2[r] = cute.math.log2(total) + running.reference[r] * c.scale
+        inv, lse2 = self.inverse_and_lse(c)
         if slot < 0:
-            self.write_outputs(args, c, lse2, inv, rows, sinks)
+            self.write_outputs(args, c, inv, lse2, rows, sinks)
         else:
-            self.write_partials(args, c, lse2, inv, rows, slot)
+            self.write_partials(args, c, inv, lse2, rows, slot)
 
     @cute.jit
-    def write_outputs(self, args, c, lse2: cute.Tensor, inv: cute.Tensor, rows, sinks: list):
+    def write_outputs(self, args, c, inv: cute.Tensor, lse2: cute.Tensor, rows, sinks: list):
         lane = c.thread % 32
         heads = self.heads(args, c, rows)
         for r in range_constexpr(2):
@@ -442,7 +423,7 @@ class SparseDecode(TokenWalk, Seesaw):
             write_16bit_row(c.f.o, r, factor, to, exists, lane)
 
     @cute.jit
-    def write_partials(self, args, c, lse2: cute.Tensor, inv: cute.Tensor, rows, slot: Int32):
+    def write_partials(self, args, c, inv: cute.Tensor, lse2: cute.Tensor, rows, slot: Int32):
         lane = c.thread % 32
         for r in range_constexpr(2):
             row = c.row + 8 * r

@@ -24,7 +24,6 @@ from flash_mla.backends.hopper.seesaw import (
     CHUNK_ELEMENTS,
     LEFT,
     RIGHT,
-    ROPE,
     TILE,
     WARPGROUP,
     Consumer,
@@ -396,11 +395,6 @@ class SparsePrefill(Seesaw):
             q_parity ^= 1
             piece = following
 
-    def load_order(self):
-        """(buffer, group) in the order in which the consumers free and then need them."""
-        rope = ((0, ROPE), (1, ROPE)) if self.has_rope else ()
-        return (*rope, (0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))
-
     @cute.jit
     def load_index(self, args, token: Int32, tile: Int32, length: Int32, warp: Int32, lane: Int32):
         """This lane's index, -1 if it does not count: lanes 0 ... 15 hold block 0's, the others block 1's."""
@@ -440,6 +434,8 @@ class SparsePrefill(Seesaw):
             for i, (start, size) in enumerate(rows):
                 to = base + units[i % 2] + (number * CHUNK_ELEMENTS + 4 * i * CHUNK) * 2
                 copy_or_zeros(to, start + Int64(chunk * CHUNK * 2), size)
+        # It arrives when the bytes lie in shared memory, so that, as in CUTLASS's main loop over cp.async and wgmma, no
+        # proxy fence follows.
         cute.arch.cp_async_mbarrier_arrive_noinc(barriers.k_full + (buffer * len(self.groups) + group))
 
     def q_chunks(self, shared, tma_q, q_tma) -> tuple:
@@ -559,11 +555,6 @@ class SparsePrefill(Seesaw):
         self.load_q_rope(args, c, args.piece(number, following[0]))
         if self.overlaps:
             following[1] = args.length(number + cute.arch.grid_dim()[0])
-
-    def wait_chunks(self, c: Consumer, part: int, parity):
-        # A copy arrives on the barrier when its bytes lie in shared memory, so that, as in CUTLASS's main loop over
-        # cp.async and wgmma, no proxy fence follows.
-        cute.arch.mbarrier_wait(c.barriers.k_full + (c.side * len(self.groups) + c.group(part)), parity)
 
     def softmax(self, c: Consumer, n, sums, parity, begins):
         cute.arch.mbarrier_wait(c.barriers.valid_full + c.side, parity)
