@@ -86,8 +86,7 @@ def test_small_boxes_are_loaded_by_the_kernel_of_whole_tiles(rows):
         (1, 128, 1, 64, False),  # a cluster shares K
         (2, 32, 1, 64, False),  # rows of two query tokens are packed
         (1, 16, 1, 16, True),
-        (1, 128, 1, 16, True),
-        (2, 128, 1, 24, True),
+        (1, 128, 1, 16, False),
         (2, 16, 1, 16, False),
         (1, 2, 2, 16, False),
         (1, 16, 1, 1, True),

@@ -103,9 +103,11 @@ def gathers(s_q: int, h_q: int, h_kv: int, page_size: int) -> bool:
     they pack no rows of several query tokens or KV heads.
     """
     rows = s_q * h_q
-    if h_kv > 1 or s_q * -(-h_q // ROWS) > -(-rows // ROWS):
-        return False
-    return box_of_pages(page_size) != BLOCK or FEW_ROWS[-1] < rows <= ROWS
+    packs = h_kv > 1 or s_q * -(-h_q // ROWS) > -(-rows // ROWS)
+    box = box_of_pages(page_size)
+    if packs or box is None:
+        return not packs
+    return rows <= ROWS and not (box == BLOCK and rows <= FEW_ROWS[-1])
 
 
 def _workers(units: int, num_workers: int, least_busy: float) -> dict[str, int]:
