@@ -17,6 +17,7 @@ from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import merge_pieces, scaled_partial_results
 from flash_mla.backends.hopper.copies import EVICT_FIRST, EVICT_NORMAL, copy_async, prefetch
 from flash_mla.backends.hopper.dense_decode_geometry import Arguments, Pages, by_unit
+from flash_mla.backends.hopper.dense_decode_loads import KLoads
 from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_scaled_row
 from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Registers
@@ -43,7 +44,7 @@ from flash_mla.backends.hopper.seesaw import (
     Seesaw,
 )
 from flash_mla.backends.hopper.softmax import LN2, mask, optimistic_softmax
-from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout
+from flash_mla.backends.hopper.wgmma import CHUNK, ROWS
 
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
@@ -100,12 +101,8 @@ class PairConsumer(Consumer):
 
 class DenseDecode(Seesaw):
     def __init__(self, dtype: type[cutlass.Numeric], d: int, cluster: int, box: int):
-        super().__init__(dtype, d, cluster=cluster)
-        self.box = box  # tokens that one TMA load brings
-        self.boxes = BLOCK // box  # in a block
-        # CTAs of a cluster load a half each of a box that is a whole block; of smaller boxes they load every other.
-        self.shares_of_box = cluster if box == BLOCK else 1
-        self.shares_of_block = cluster // self.shares_of_box
+        super().__init__(dtype, d, cluster=cluster, by_octets=box < BLOCK)
+        self.k_loads = KLoads(dtype, self.groups, cluster, box)
 
     @cute.jit
     def __call__(
@@ -128,12 +125,7 @@ class DenseDecode(Seesaw):
         combine_warps: Int32,
         stream,
     ):
-        box_layout = self.box_layout()
-        paged = cute.make_tensor(k_cache.iterator, cute.select(k_cache.layout, mode=[1, 3, 2, 0]))
-        load_op = cpasync.CopyBulkTensorTileG2SMulticastOp() if self.cluster > 1 else cpasync.CopyBulkTensorTileG2SOp()
-        tma_k, k_tma = cpasync.make_tiled_tma_atom(
-            load_op, paged, box_layout, (self.box, CHUNK), num_multicast=self.shares_of_box
-        )
+        atoms = self.k_loads.atoms(k_cache)
 
         @cute.struct
         class Shared:
@@ -157,10 +149,10 @@ class DenseDecode(Seesaw):
         cache_policy = Int64(cutlass.select_(row_tiles == self.cluster, Int64(EVICT_FIRST), Int64(EVICT_NORMAL)))
         args = Arguments(
             q, block_table, seqlens, work, splits, *partials, out, lse, Divisor.of(h_kv), Divisor.of(group),
-            Divisor.of((q.shape[1] * group + unit_rows - 1) // unit_rows), Divisor.of(k_cache.shape[1] // self.box),
-            scale_log2, causal, batch_invariant, cache_policy,
+            Divisor.of((q.shape[1] * group + unit_rows - 1) // unit_rows),
+            Divisor.of(k_cache.shape[1] // self.k_loads.box), scale_log2, causal, batch_invariant, cache_policy,
         )  # fmt: skip
-        self.kernel(args, tma_k, k_tma, k_cache).launch(
+        self.kernel(args, atoms).launch(
             grid=(row_tiles, work.shape[0] - 1, 1),
             block=(3 * WARPGROUP, 1, 1),
             cluster=(self.cluster, 1, 1),
@@ -172,7 +164,7 @@ class DenseDecode(Seesaw):
         )
 
     @cute.kernel
-    def kernel(self, args: Arguments, tma_k: cute.CopyAtom, k_tma: cute.Tensor, k_cache: cute.Tensor):
+    def kernel(self, args: Arguments, atoms: list):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = utils.SmemAllocator().allocate(self.Shared)
@@ -189,7 +181,7 @@ class DenseDecode(Seesaw):
         if warp >= K_WARP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == K_WARP:
-                self.load_k(args, shared, barriers, tma_k, k_tma, k_cache)
+                self.load_k(args, shared, barriers, atoms)
             else:
                 self.load_q(args, shared, barriers, thread - (K_WARP + 1) * 32)
         else:
@@ -215,20 +207,11 @@ class DenseDecode(Seesaw):
     # ---------------------------------------------------------------------------------------------- producers
 
     @cute.jit
-    def load_k(self, args, shared, barriers, tma_k: cute.CopyAtom, k_tma: cute.Tensor, k_cache: cute.Tensor):
-        """Bring K blocks, a pair at a time; each chunk as soon as its group of the buffer is free."""
-        cpasync.prefetch_descriptor(tma_k)
-        smem_layout = cute.make_layout(
-            (self.box, CHUNK, self.boxes, 2 * self.chunks), stride=(CHUNK, 1, self.box * CHUNK, CHUNK_ELEMENTS)
-        )
-        smem = shared.k.get_tensor(smem_layout, swizzle=self.box_layout().inner)
-        to, source = cpasync.tma_partition(
-            tma_k,
-            self.cluster_rank() if const_expr(self.shares_of_box > 1) else 0,
-            cute.make_layout(self.shares_of_box),
-            cute.group_modes(smem, 0, 2),
-            cute.group_modes(cute.local_tile(k_tma, (self.box, CHUNK), (None, None, None, None)), 0, 2),
-        )
+    def load_k(self, args, shared, barriers, atoms: list):
+        """Bring K blocks, a pair at a time; each group of a buffer's chunks as soon as it is free."""
+        for tma, _ in atoms:
+            cpasync.prefetch_descriptor(tma)
+        loads = self.k_loads.of_groups(shared.k.data_ptr(), atoms, self.cluster_rank())
         pairs = Int32(0)
         piece = first_piece(args.work)
         # Few registers are left here, so where the work ends is read anew.
@@ -237,19 +220,19 @@ class DenseDecode(Seesaw):
             seqlen = args.seqlen(piece)
             stop = piece_stop(piece, end_of_work(args.work), tiles_of(seqlen), args.batch_invariant)
             if stop > piece.tile:
-                pages = Pages(args, piece, seqlen, self.box)
-                # Two pairs ahead, so that no load of a table entry delays a load of K.
-                now, then = pages.locate(piece.tile), pages.locate(piece.tile + 1)
+                pages = Pages(args, piece, seqlen, self.k_loads.box)
+                boxes = pages.locate(piece.tile)
                 for tile in cutlass.range(piece.tile, stop, unroll=1):
-                    later = pages.locate(tile + 2)
+                    following = pages.locate(tile + 1)  # a pair ahead, so that no table entry delays a load of K
                     if const_expr(self.cluster > 1):
                         if (pairs >= PREFETCH_FROM) & (tile + 1 < stop):
-                            self.prefetch(tma_k, source, k_cache, then, kv_head)
+                            self.k_loads.prefetch(loads, boxes, kv_head)
                     for buffer, group in self.load_order():
-                        empty = barriers.k_empty + (buffer * len(self.groups) + group)
-                        cute.arch.mbarrier_wait(empty, (pairs & 1) ^ 1)
-                        self.load_group(args, tma_k, source, to, barriers, now, kv_head, buffer, group)
-                    now, then = then, later
+                        number = buffer * len(self.groups) + group
+                        cute.arch.mbarrier_wait(barriers.k_empty + number, (pairs & 1) ^ 1)
+                        full = barriers.k_full + number
+                        self.k_loads.load(loads[group], boxes, kv_head, buffer, full, args.cache_policy)
+                    boxes = following
                     pairs += 1
             else:  # an empty request, of which no role but this one and masks need know: a pair of which no row counts
                 for buffer, group in self.load_order():
@@ -259,55 +242,6 @@ class DenseDecode(Seesaw):
                         cute.arch.mbarrier_arrive(barriers.k_full + number)
                 pairs += 1
             piece = next_piece(piece, stop, tiles_of(anew(seqlen)))
-
-    @cute.jit
-    def prefetch(self, tma_k: cute.CopyAtom, source: cute.Tensor, k_cache: cute.Tensor, boxes, kv_head: Int32):
-        """Bring a pair of blocks into L2, shared among the CTAs of this worker."""
-        cta, row_tiles = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        if const_expr(self.box == BLOCK):
-            for box in cutlass.range(2, unroll=2):
-                row, page = boxes.get(box)
-                for chunk in cutlass.range(cta // self.cluster, self.chunks, row_tiles // self.cluster, unroll=1):
-                    cute.prefetch(tma_k, source[None, row, chunk, kv_head, page])
-        else:  # loading small boxes takes all of TMA's time: a lane asks for a token's lines instead
-            for i in range_constexpr(TILE // 32):
-                token = 32 * i + cute.arch.lane_idx()
-                row, page = boxes.get(token // self.box)
-                start = k_cache[page, row * self.box + token % self.box, kv_head, None].iterator.toint()
-                for line in cutlass.range(cta, self.d * 2 // 128, row_tiles, unroll=1):
-                    prefetch(start + Int64(line * 128))
-
-    @cute.jit
-    def load_group(
-        self,
-        args,
-        tma_k: cute.CopyAtom,
-        source: cute.Tensor,
-        to: cute.Tensor,
-        barriers,
-        boxes,
-        kv_head: Int32,
-        buffer: cutlass.Constexpr,
-        group: cutlass.Constexpr,
-    ):
-        """Bring this CTA's share of a group of chunks of a block, for both CTAs of a cluster."""
-        first, full = buffer * self.chunks, barriers.k_full + (buffer * len(self.groups) + group)
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full, len(self.groups[group]) * CHUNK_ELEMENTS * 2)
-        multicast = {"mcast_mask": cutlass.Int16(3)} if self.cluster > 1 else {}
-        turn = self.cluster_rank() if const_expr(self.shares_of_block > 1) else Int32(0)
-        for i in cutlass.range(self.boxes // self.shares_of_block, unroll=1):
-            box = turn + i * self.shares_of_block
-            row, page = boxes.get(buffer * self.boxes + box)
-            for chunk in self.groups[group]:
-                cute.copy(
-                    tma_k,
-                    source[None, row, chunk, kv_head, page],
-                    to[None, box, first + chunk],
-                    tma_bar_ptr=full,
-                    cache_policy=args.cache_policy,
-                    **multicast,
-                )
 
     @cute.jit
     def load_q(self, args, shared, barriers, thread: Int32):
@@ -454,11 +388,11 @@ class DenseDecode(Seesaw):
             if used < BLOCK:
                 row = thread // 2
                 if row >= used:
-                    chunk = buffer * self.chunks + V_CHUNKS // 2 * c.side
-                    start = c.shared.k.data_ptr() + chunk * CHUNK_ELEMENTS + row * CHUNK + thread % 2 * (CHUNK // 2)
+                    half = c.shared.k.data_ptr() + (buffer * self.chunks + V_CHUNKS // 2 * c.side) * CHUNK_ELEMENTS
+                    start = half + self.k_loads.v_row(row) + thread % 2 * (CHUNK // 2)
                     zeros = cute.make_rmem_tensor((CHUNK // 2, V_CHUNKS // 2), self.dtype)
                     zeros.fill(0.0)
-                    layout = cute.make_layout((CHUNK // 2, V_CHUNKS // 2), stride=(1, CHUNK_ELEMENTS))
+                    layout = cute.make_layout((CHUNK // 2, V_CHUNKS // 2), stride=(1, self.k_loads.v_chunk))
                     cute.autovec_copy(zeros, cute.make_tensor(start.align(16), layout))
                 cute.arch.fence_proxy("async.shared", space="cta")
                 cute.arch.barrier(barrier_id=CLEARED + c.side, number_of_threads=WARPGROUP)
@@ -515,13 +449,6 @@ class DenseDecode(Seesaw):
             scale = write_scaled_row(c.f.o, r, to, exists, lane)
             if exists and lane % 4 == 0:
                 args.partial_scale[slot, tile_row + row, c.side] = scale * inv[r]
-
-    # ---------------------------------------------------------------------------------------------- geometry
-
-    def box_layout(self):
-        """A TMA box in shared memory: rows of one chunk, swizzled by address like the chunk as a whole."""
-        rows = cute.make_layout((self.box, CHUNK), stride=(CHUNK, 1))
-        return cute.make_composed_layout(k_major_layout(self.dtype).inner, 0, rows)
 
 
 def tiles_of(seqlen: Int32) -> Int32:

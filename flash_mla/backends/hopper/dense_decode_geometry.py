@@ -69,7 +69,7 @@ class Arguments:
 
 
 class Boxes:
-    """Where the TMA boxes of a tile lie: row of boxes within the page, and page. Lives in registers, across loops.
+    """Where the TMA boxes of two tiles lie: row of boxes within the page, and page. Lives in registers, across loops.
 
     Lane l of the warp knows box l.
     """
@@ -98,7 +98,7 @@ class Pages:
     box: int  # tokens
 
     def locate(self, tile: Int32) -> Boxes:
-        """The boxes of a tile of two blocks; those beyond the request stand for its last one.
+        """The boxes of a tile of two blocks and of the next; those beyond the request stand for its last one.
 
         So no table entry beyond its pages is read. Few registers are left to remember what depends on no tile.
         """

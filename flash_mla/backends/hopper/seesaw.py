@@ -26,7 +26,17 @@ from cutlass.cute.nvgpu.warpgroup import OperandSource
 from flash_mla.backends.hopper.fragments import BLOCK, V_CHUNKS, Registers
 from flash_mla.backends.hopper.schedule import anew
 from flash_mla.backends.hopper.softmax import NO_SCORE, quad_max, quad_sum, rescale
-from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, gemm, k_major_layout, pv_op, qk_op, tile_at, v_layout
+from flash_mla.backends.hopper.wgmma import (
+    CHUNK,
+    ROWS,
+    gemm,
+    half_layout,
+    k_major_layout,
+    pv_op,
+    qk_op,
+    tile_at,
+    v_layout,
+)
 
 TILE = 2 * BLOCK  # tokens in a pair of blocks, one for each consumer warpgroup
 CHUNK_ELEMENTS = ROWS * CHUNK
@@ -113,9 +123,17 @@ class Consumer:
 
 
 class Seesaw:
-    def __init__(self, dtype: type[cutlass.Numeric], d: int, *, cluster: int = 1, rope_apart: bool = True):
-        """cluster: CTAs that bring K for each other; rope_apart: whether RoPE, if any, is a group of its own."""
+    def __init__(
+        self,
+        dtype: type[cutlass.Numeric],
+        d: int,
+        *,
+        cluster: int = 1,  # CTAs that bring K for each other
+        rope_apart: bool = True,  # whether RoPE, if any, is a group of its own
+        by_octets: bool = False,  # whether each half of V lies by 8 tokens, instead of by chunks
+    ):
         self.cluster = cluster
+        self.by_octets = by_octets
         self.dtype = dtype
         self.d = d
         self.chunks = d // CHUNK
@@ -171,11 +189,17 @@ class Seesaw:
         side = c.side_anew
         qk = cute.make_tiled_mma(qk_op(self.dtype, OperandSource.SMEM)).get_slice(0)
         q = qk.make_fragment_A(qk.partition_A(chunks_at(c.shared.q.data_ptr(), self.dtype, V_CHUNKS)))
-        k = qk.make_fragment_B(qk.partition_B(chunks_at(c.shared.k.data_ptr(), self.dtype, 2 * self.chunks)))
         chunks = [V_CHUNKS // 2 * (side ^ part) + i for part in (OWN, OTHER) for i in range(V_CHUNKS // 2)]
-        rope = [V_CHUNKS] if self.has_rope else []
-        of_block = [side * self.chunks + i for i in chunks + rope]
-        return [q[None, None, None, i] for i in chunks], [k[None, None, None, i] for i in of_block]
+        k = []
+        for part in (OWN, OTHER):
+            first = side * self.chunks + V_CHUNKS // 2 * (side ^ part)
+            tile = tile_at(c.shared.k.data_ptr(), first, half_layout(self.dtype, self.by_octets))
+            half = qk.make_fragment_B(qk.partition_B(tile))
+            k += [half[None, None, None, i] for i in range(V_CHUNKS // 2)]
+        if self.has_rope:
+            tile = tile_at(c.shared.k.data_ptr(), side * self.chunks + V_CHUNKS, k_major_layout(self.dtype))
+            k.append(qk.make_fragment_B(qk.partition_B(tile)))
+        return [q[None, None, None, i] for i in chunks], k
 
     def issue_pv(self, c: Consumer, of: int, begins: bool | Boolean):
         """Issue O += P V for this side's half of V of its block (OWN) or the other's; P is of the same side.
@@ -184,8 +208,9 @@ class Seesaw:
         """
         side = c.side_anew
         pv = cute.make_tiled_mma(pv_op(self.dtype, OperandSource.SMEM)).get_slice(0)
-        half = (side ^ of) * self.chunks + V_CHUNKS // 2 * side
-        v = pv.make_fragment_B(pv.partition_B(tile_at(c.shared.k.data_ptr(), half, v_layout(self.dtype))))
+        first = (side ^ of) * self.chunks + V_CHUNKS // 2 * side
+        half = tile_at(c.shared.k.data_ptr(), first, v_layout(self.dtype, self.by_octets))
+        v = pv.make_fragment_B(pv.partition_B(half))
         source, p = OperandSource.RMEM, c.f.p
         if of == OTHER:
             tile = tile_at(self.place_of_p(replace(c, side=side), OTHER), 0, k_major_layout(self.dtype))

@@ -44,10 +44,19 @@ def k_major_layout(dtype: type[cutlass.Numeric], columns: int = CHUNK, rows: int
     return cute.tile_to_shape(atom, (rows, columns), (0, 1))
 
 
-def v_layout(dtype: type[cutlass.Numeric]):
-    """The bytes of four consecutive K chunks seen as V[256 columns, 64 tokens]."""
+def half_layout(dtype: type[cutlass.Numeric], by_octets: bool = False):
+    """Four chunks of K: [64 tokens, 64 columns, chunk].
+
+    They lie behind each other, or (by_octets) their first 8 tokens do, then the next.
+    """
+    atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+    return cute.tile_to_shape(atom, (ROWS, CHUNK, 4), (2, 0, 1) if by_octets else (0, 1, 2))
+
+
+def v_layout(dtype: type[cutlass.Numeric], by_octets: bool = False):
+    """The bytes of those four chunks seen as V[256 columns, 64 tokens]."""
     atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.MN_SW128, dtype)
-    return cute.tile_to_shape(atom, (4 * CHUNK, ROWS), (1, 0))
+    return cute.tile_to_shape(atom, (4 * CHUNK, ROWS), (0, 1) if by_octets else (1, 0))
 
 
 def tile_at(base: cute.Pointer, chunk: cutlass.Int32 | int, layout) -> cute.Tensor:
