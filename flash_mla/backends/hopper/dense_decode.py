@@ -19,7 +19,7 @@ from flash_mla.backends.hopper.copies import EVICT_FIRST, EVICT_NORMAL, copy_asy
 from flash_mla.backends.hopper.dense_decode_geometry import Arguments, Pages, by_unit
 from flash_mla.backends.hopper.dense_decode_loads import KLoads
 from flash_mla.backends.hopper.divisor import Divisor
-from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_scaled_row
+from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
 from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Registers
 from flash_mla.backends.hopper.schedule import (
     Piece,
@@ -406,7 +406,7 @@ class DenseDecode(Seesaw):
         if slot < 0:
             self.write_outputs(args, c, piece, inv, lse2)
         else:
-            self.write_partials(args, c, piece, inv, lse2, slot)
+            self.write_partials(args, c, args.rows(piece).count, inv, lse2, slot)
 
     @cute.jit
     def write_outputs(self, args, c, piece: Piece, inv: cute.Tensor, lse2: cute.Tensor):
@@ -434,21 +434,6 @@ class DenseDecode(Seesaw):
             at = [(exists, to + chunk * CHUNK) for exists, to in destinations]
             copy_rows_of_warp(staging, first_row, at, lane)
             cute.arch.sync_warp()
-
-    @cute.jit
-    def write_partials(self, args, c, piece: Piece, inv: cute.Tensor, lse2: cute.Tensor, slot: Int32):
-        lane, rows = c.thread % 32, args.rows(piece)
-        tile_row = cute.arch.block_idx()[0] * ROWS
-        for r in range_constexpr(2):
-            row = c.row + 8 * r
-            exists = row < rows.count
-            if c.side == LEFT:
-                if exists and lane % 4 == 0:
-                    args.partial_lse[slot, tile_row + row] = lse2[r]
-            to = args.partial_o[slot, tile_row + row, None].iterator + c.side * (D_V // 2)
-            scale = write_scaled_row(c.f.o, r, to, exists, lane)
-            if exists and lane % 4 == 0:
-                args.partial_scale[slot, tile_row + row, c.side] = scale * inv[r]
 
 
 def tiles_of(seqlen: Int32) -> Int32:

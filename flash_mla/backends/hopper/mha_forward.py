@@ -125,6 +125,15 @@ class Rows(InRegisters):
         self.seen = seen  # keys that the first row sees, may be < 0; each next row sees one more if causal
 
 
+@dataclass(frozen=True)
+class Loads:
+    """What TMA brings: (atom, tensor) of each."""
+
+    q: tuple
+    k: tuple
+    v: tuple
+
+
 class MHAForward:
     def __init__(self, dtype: type[cutlass.Numeric], d: int):
         self.dtype = dtype
@@ -147,9 +156,7 @@ class MHAForward:
         workers: Int32,
         stream,
     ):
-        tma_q, q_tma = tma(q, ROWS)
-        tma_k, k_tma = tma(k, TILE_KV)
-        tma_v, v_tma = tma(v, TILE_KV)
+        loads = Loads(tma(q, ROWS), tma(k, TILE_KV), tma(v, TILE_KV))
 
         @cute.struct
         class Shared:
@@ -168,8 +175,7 @@ class MHAForward:
         self.Shared = Shared
         self.begin(next_tile).launch(grid=(1, 1, 1), block=(32, 1, 1), stream=stream)
         self.kernel(
-            tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, cu_seqlens_qo, cu_seqlens_kv, out, lse, next_tile, k.shape[1],
-            scale_log2, causal,
+            loads, cu_seqlens_qo, cu_seqlens_kv, out, lse, next_tile, k.shape[1], scale_log2, causal
         ).launch(
             grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
         )  # fmt: skip
@@ -184,12 +190,7 @@ class MHAForward:
     @cute.kernel
     def kernel(
         self,
-        tma_q: cute.CopyAtom,
-        q_tma: cute.Tensor,
-        tma_k: cute.CopyAtom,
-        k_tma: cute.Tensor,
-        tma_v: cute.CopyAtom,
-        v_tma: cute.Tensor,
+        loads: Loads,
         cu_seqlens_qo: cute.Tensor,
         cu_seqlens_kv: cute.Tensor,
         out: cute.Tensor,
@@ -217,7 +218,7 @@ class MHAForward:
             if warp == PRODUCER_WARP:
                 kv_in_l2 = L2_BYTES // ((self.d + D_V) * 2)
                 sequences = QueryTiles(cu_seqlens_qo, cu_seqlens_kv, out.shape[1], h_kv, causal, kv_in_l2)
-                self.produce(sequences, shared, barriers, tma_q, q_tma, tma_k, k_tma, tma_v, v_tma, next_tile)
+                self.produce(sequences, shared, barriers, loads, next_tile)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             self.consume(shared, barriers, out, lse, scale_log2, causal, warp // 4, thread % WARPGROUP)
@@ -239,29 +240,17 @@ class MHAForward:
     # ---------------------------------------------------------------------------------------------- producer
 
     @cute.jit
-    def produce(
-        self,
-        sequences,
-        shared,
-        barriers,
-        tma_q: cute.CopyAtom,
-        q_tma: cute.Tensor,
-        tma_k: cute.CopyAtom,
-        k_tma: cute.Tensor,
-        tma_v: cute.CopyAtom,
-        v_tma: cute.Tensor,
-        next_tile: cute.Tensor,
-    ):
+    def produce(self, sequences, shared, barriers, loads, next_tile: cute.Tensor):
         """Bring K, Q and V of one tile after the other, in the order in which the consumers need them."""
-        for descriptor in (tma_q, tma_k, tma_v):
-            cpasync.prefetch_descriptor(descriptor)
+        for tma_atom, _ in (loads.q, loads.k, loads.v):
+            cpasync.prefetch_descriptor(tma_atom)
         loaded = Int32(0)  # tiles of keys
         works = Int32(0)
         work, window = find(sequences, Window(Int32(0), Int32(0)), cute.arch.block_idx()[0])
         while work.tiles >= 0:
             kv_head = work.head // sequences.group
-            k_to, k_from = partition(self.dtype, tma_k, k_tma, shared.k, TILE_KV, STAGES * self.chunks, work.kv_row)
-            v_to, v_from = partition(self.dtype, tma_v, v_tma, shared.v, TILE_KV, STAGES * V_CHUNKS, work.kv_row)
+            k_to, k_from = partition(self.dtype, *loads.k, shared.k, TILE_KV, STAGES * self.chunks, work.kv_row)
+            v_to, v_from = partition(self.dtype, *loads.v, shared.v, TILE_KV, STAGES * V_CHUNKS, work.kv_row)
             following, reached = work, window
             for i in cutlass.range(cutlass.max(work.tiles, 1), unroll=1):
                 block = work.tiles - 1 - i  # < 0 if its rows see no key: they are written all the same
@@ -271,20 +260,20 @@ class MHAForward:
                     expect(barriers.k_full + at, self.chunks * KV_CHUNK_ELEMENTS)
                     for c in range_constexpr(self.chunks):
                         source, to = k_from[None, block, c, kv_head], k_to[None, at * self.chunks + c]
-                        cute.copy(tma_k, source, to, tma_bar_ptr=barriers.k_full + at)
+                        cute.copy(loads.k[0], source, to, tma_bar_ptr=barriers.k_full + at)
                 if i == 0:
-                    self.load_q(work, sequences.causal, shared, barriers, tma_q, q_tma, works)
+                    self.load_q(work, sequences.causal, shared, barriers, loads, works)
                 if block >= 0:
                     cute.arch.mbarrier_wait(barriers.v_empty + at, parity)
                     expect(barriers.v_full + at, V_CHUNKS * KV_CHUNK_ELEMENTS)
                     for c in range_constexpr(V_CHUNKS):
                         source, to = v_from[None, block, c, kv_head], v_to[None, at * V_CHUNKS + c]
-                        cute.copy(tma_v, source, to, tma_bar_ptr=barriers.v_full + at)
+                        cute.copy(loads.v[0], source, to, tma_bar_ptr=barriers.v_full + at)
                     loaded += 1
                 if i == cutlass.max(work.tiles - AHEAD, 0):
                     cute.arch.griddepcontrol_wait()  # until `begin` has reset the counter
                     following, reached = find(sequences, window, take_number(next_tile))
-                    self.prefetch_q(following, tma_q, q_tma, shared)
+                    self.prefetch_q(following, loads, shared)
             works += 1
             work, window = following, reached
         for side in range_constexpr(SIDES):
@@ -294,31 +283,22 @@ class MHAForward:
                 cute.arch.mbarrier_arrive(barriers.q_full + side)
 
     @cute.jit
-    def prefetch_q(self, work: QueryTile, tma_q: cute.CopyAtom, q_tma: cute.Tensor, shared):
+    def prefetch_q(self, work: QueryTile, loads, shared):
         """Bring the rows of Q to L2."""
         if work.tiles >= 0:
-            _, source = partition(self.dtype, tma_q, q_tma, shared.q, ROWS, SIDES * self.chunks, work.q_row)
+            _, source = partition(self.dtype, *loads.q, shared.q, ROWS, SIDES * self.chunks, work.q_row)
             for side in range_constexpr(SIDES):
                 for c in range_constexpr(self.chunks):
-                    cute.prefetch(tma_q, source[None, side, c, work.head])
+                    cute.prefetch(loads.q[0], source[None, side, c, work.head])
 
     def words(self, shared, side) -> cute.Tensor:
         """Where a consumer reads its work: tiles, head, its first row of q, its rows, seqlen_kv, seen by its first."""
         return cute.make_tensor(shared.work.data_ptr() + side * WORDS, cute.make_layout(WORDS))
 
     @cute.jit
-    def load_q(
-        self,
-        work: QueryTile,
-        causal: Int32,
-        shared,
-        barriers,
-        tma_q: cute.CopyAtom,
-        q_tma: cute.Tensor,
-        works: Int32,
-    ):
+    def load_q(self, work: QueryTile, causal: Int32, shared, barriers, loads, works: Int32):
         """Bring each consumer its rows of Q and tell it what they are."""
-        to, source = partition(self.dtype, tma_q, q_tma, shared.q, ROWS, SIDES * self.chunks, work.q_row)
+        to, source = partition(self.dtype, *loads.q, shared.q, ROWS, SIDES * self.chunks, work.q_row)
         for side in range_constexpr(SIDES):
             full = barriers.q_full + side
             cute.arch.mbarrier_wait(barriers.q_empty + side, (works & 1) ^ 1)
@@ -330,7 +310,8 @@ class MHAForward:
                 words[4], words[5] = work.seqlen_kv, work.seen + causal * first
                 cute.arch.mbarrier_arrive_and_expect_tx(full, self.chunks * Q_CHUNK_ELEMENTS * 2)
             for c in range_constexpr(self.chunks):
-                cute.copy(tma_q, source[None, side, c, work.head], to[None, side * self.chunks + c], tma_bar_ptr=full)
+                to_chunk = to[None, side * self.chunks + c]
+                cute.copy(loads.q[0], source[None, side, c, work.head], to_chunk, tma_bar_ptr=full)
 
     # ---------------------------------------------------------------------------------------------- consumers
 

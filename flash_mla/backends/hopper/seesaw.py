@@ -23,7 +23,8 @@ from cutlass import Boolean, Float32, Int32, const_expr, range_constexpr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource
 
-from flash_mla.backends.hopper.fragments import BLOCK, V_CHUNKS, Registers
+from flash_mla.backends.hopper.epilogue import write_scaled_row
+from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Registers
 from flash_mla.backends.hopper.schedule import anew
 from flash_mla.backends.hopper.softmax import NO_SCORE, quad_max, quad_sum, rescale
 from flash_mla.backends.hopper.wgmma import (
@@ -418,6 +419,20 @@ class Seesaw:
             inv[r] = cutlass.select_(total > 0.0, cute.arch.rcp_approx(total), Float32(0.0))
             lse2[r] = cute.math.log2(total) + c.running.reference[r] * c.scale
         return inv, lse2
+
+    @cute.jit
+    def write_partials(self, args, c, count: Int32, inv: cute.Tensor, lse2: cute.Tensor, slot: Int32):
+        """Write this side's half of a piece's partial result, of the first `count` rows, to the workspace."""
+        lane, first = c.thread % 32, cute.arch.block_idx()[0] * ROWS
+        for r in range_constexpr(2):
+            row = c.row + 8 * r
+            writes_values = row < count and lane % 4 == 0
+            if writes_values and c.side == LEFT:
+                args.partial_lse[slot, first + row] = lse2[r]
+            to = args.partial_o[slot, first + row, None].iterator + c.side * (D_V // 2)
+            scale = write_scaled_row(c.f.o, r, to, row < count, lane)
+            if writes_values:
+                args.partial_scale[slot, first + row, c.side] = scale * inv[r]
 
 
 def chunks_at(base: cute.Pointer, dtype: type[cutlass.Numeric], count: int) -> cute.Tensor:

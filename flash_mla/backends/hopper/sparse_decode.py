@@ -22,7 +22,7 @@ from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import merge_pieces, scaled_partial_results
 from flash_mla.backends.hopper.dequant import CHUNK_BYTES
 from flash_mla.backends.hopper.divisor import Divisor
-from flash_mla.backends.hopper.epilogue import write_16bit_row, write_scaled_row
+from flash_mla.backends.hopper.epilogue import write_16bit_row
 from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Registers
 from flash_mla.backends.hopper.schedule import Piece, end_of_work, first_piece, next_piece, piece_stop, remains
 from flash_mla.backends.hopper.seesaw import (
@@ -405,7 +405,7 @@ class SparseDecode(TokenWalk, Seesaw):
         if slot < 0:
             self.write_outputs(args, c, inv, lse2, rows, sinks)
         else:
-            self.write_partials(args, c, inv, lse2, rows, slot)
+            self.write_partials(args, c, rows.count, inv, lse2, slot)
 
     @cute.jit
     def write_outputs(self, args, c, inv: cute.Tensor, lse2: cute.Tensor, rows, sinks: list):
@@ -421,20 +421,6 @@ class SparseDecode(TokenWalk, Seesaw):
                 args.lse[rows.request, head, rows.token] = cutlass.select_(seen, lse2[r] * LN2, Float32.inf)
             to = args.out[rows.request, rows.token, head, None].iterator + c.side * (D_V // 2)
             write_16bit_row(c.f.o, r, factor, to, exists, lane)
-
-    @cute.jit
-    def write_partials(self, args, c, inv: cute.Tensor, lse2: cute.Tensor, rows, slot: Int32):
-        lane = c.thread % 32
-        for r in range_constexpr(2):
-            row = c.row + 8 * r
-            exists = row < rows.count
-            unit_row = cute.arch.block_idx()[0] * ROWS + row
-            if exists and lane % 4 == 0 and c.side == LEFT:
-                args.partial_lse[slot, unit_row] = lse2[r]
-            to = args.partial_o[slot, unit_row, None].iterator + c.side * (D_V // 2)
-            scale = write_scaled_row(c.f.o, r, to, exists, lane)
-            if exists and lane % 4 == 0:
-                args.partial_scale[slot, unit_row, c.side] = scale * inv[r]
 
 
 @cute.jit
