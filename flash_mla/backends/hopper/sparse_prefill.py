@@ -618,7 +618,7 @@ class SparsePrefill(Seesaw):
             if c.side == RIGHT:
                 self.write_statistics(args, c, piece)
         else:
-            self.write_partials(args, c, piece, slot)
+            self.write_part(args, c, piece, slot)
         if const_expr(self.overlaps):
             warpgroup.wait_group(0)
 
@@ -697,7 +697,7 @@ class SparsePrefill(Seesaw):
             cute.arch.sync_warp()
 
     @cute.jit
-    def write_partials(self, args, c, piece: Piece, slot: Int32):
+    def write_part(self, args, c, piece: Piece, slot: Int32):
         lane, running = c.thread % 32, c.running
         for r in range_constexpr(2):
             row = c.row + 8 * r
