@@ -195,6 +195,8 @@ def test_there_is_a_kernel_for_every_format(monkeypatch, kv_format, extra_format
         assert config.get("dtype", "BFloat16") == {torch.bfloat16: "BFloat16", torch.float16: "Float16"}[dtype]
         assert config.get("d", d) == d
         assert ("extra_format" in config) == (extra_format not in (None, kv_format))
+    if not kv_format.is_quantised:
+        assert {VARIANTS[name].config["compute_bound"] for name in used} == {False, True}
     clusters = {VARIANTS[name].config.get("cluster", 1) for name in used}
     shared = kv_format.is_quantised and kv_format is not KVCacheFormat.NVFP4 and dtype == torch.bfloat16
     assert clusters == ({1, 2} if shared else {1})

@@ -8,6 +8,7 @@ from flash_mla.backends.hopper.sparse_decode_heuristics import (
     ROWS,
     TILE,
     few_heads,
+    shares_rows,
     sparse_decode_config,
 )
 from flash_mla.backends.hopper.variants import VARIANTS
@@ -30,6 +31,21 @@ def test_every_head_is_covered_and_no_sm_counted_twice(num_sms, tiles):
             assert 1 <= config.num_workers * config.row_tiles <= num_sms
             assert tiles or config.fixed_cost >= 1, "a piece without cost, hence empty units without a worker"
             assert config.unit_rows == config.row_tiles * ROWS
+
+
+@pytest.mark.parametrize(
+    ("s_q", "h_q", "sparse", "expected"),
+    [
+        (1, 64, True, False),
+        (2, 64, True, False),  # each query token names rows of its own
+        (2, 64, False, True),
+        (1, 64, False, False),
+        (1, 65, True, True),
+        (1, 128, False, True),
+    ],
+)
+def test_ctas_share_rows_where_they_attend_to_the_same(s_q, h_q, sparse, expected):
+    assert shares_rows(s_q, h_q, sparse=sparse) is expected
 
 
 @GPUS

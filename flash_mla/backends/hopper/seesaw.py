@@ -178,7 +178,7 @@ class Seesaw:
 
     def load_order(self) -> tuple:
         """(buffer, group of chunks) in the order in which consumers free and then need them."""
-        rope = ((0, ROPE), (1, ROPE)) if self.has_rope else ()
+        rope = ((0, ROPE), (1, ROPE)) if len(self.groups) > ROPE else ()
         return (*rope, (0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))
 
     def wait_chunks(self, c: Consumer, part: int, parity):

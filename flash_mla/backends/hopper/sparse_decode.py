@@ -81,8 +81,11 @@ class SparseDecode(TokenWalk, Seesaw):
         cluster: int = 1,
         raw_bytes: int = 0,  # of shared memory for rows as they lie in the cache
         registers: tuple[int, int] = REGISTERS,  # of a consumer and of a producer thread
+        p_apart: bool = False,  # whether P has a place of its own, and RoPE comes for itself
     ):
-        super().__init__(dtype, d, cluster=cluster, rope_apart=False)
+        super().__init__(dtype, d, cluster=cluster, rope_apart=p_apart)
+        self.p_chunks = 2 if p_apart else 1 - self.has_rope  # of shared memory, for P alone
+        self.q_parts = 2 if p_apart else 1  # that are freed one by one
         self.raw_bytes = raw_bytes
         self.registers = registers
 
@@ -121,15 +124,15 @@ class SparseDecode(TokenWalk, Seesaw):
 
         @cute.struct
         class Shared:
-            k_full: cute.struct.MemRange[Int64, 4]
-            k_empty: cute.struct.MemRange[Int64, 4]
+            k_full: cute.struct.MemRange[Int64, 2 * len(self.groups)]
+            k_empty: cute.struct.MemRange[Int64, 2 * len(self.groups)]
             q_full: cute.struct.MemRange[Int64, 1]
-            q_empty: cute.struct.MemRange[Int64, 1]
+            q_empty: cute.struct.MemRange[Int64, self.q_parts]
             attended: cute.struct.MemRange[Int64, 2]  # of each block, a bit a token
             maxima: cute.struct.MemRange[Float32, 2 * ROWS]  # of each side; at the end of a piece, the other's sums
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, V_CHUNKS * CHUNK_ELEMENTS], 1024]
             k: cute.struct.Align[
-                cute.struct.MemRange[self.dtype, (2 * self.chunks + 1 - self.has_rope) * CHUNK_ELEMENTS], 1024
+                cute.struct.MemRange[self.dtype, (2 * self.chunks + self.p_chunks) * CHUNK_ELEMENTS], 1024
             ]  # and P
             raw: cute.struct.Align[cute.struct.MemRange[Uint8, self.raw_bytes], 128]
             indices: cute.struct.MemRange[Int32, WARPGROUP]  # of the next tile
@@ -192,11 +195,12 @@ class SparseDecode(TokenWalk, Seesaw):
     def init_barriers(self, barriers: Barriers, warp: Int32):
         if warp == 0:
             with cute.arch.elect_one():
-                for i in range_constexpr(4):
-                    cute.arch.mbarrier_init(barriers.k_full + i, 4 + self.copies(i // 2, i % 2))
+                for i in range_constexpr(2 * len(self.groups)):
+                    cute.arch.mbarrier_init(barriers.k_full + i, 4 + self.copies(*divmod(i, len(self.groups))))
                     cute.arch.mbarrier_init(barriers.k_empty + i, 4 * self.cluster)
                 cute.arch.mbarrier_init(barriers.q_full, 1)
-                cute.arch.mbarrier_init(barriers.q_empty, 8)
+                for i in range_constexpr(self.q_parts):
+                    cute.arch.mbarrier_init(barriers.q_empty + i, 8)
         cute.arch.mbarrier_init_fence()
         self.meet()
 
@@ -251,7 +255,8 @@ class SparseDecode(TokenWalk, Seesaw):
             cute.group_modes(shared.q.get_tensor(layout.outer, swizzle=layout.inner), 0, 2),
             cute.group_modes(cute.local_tile(q_tma, (ROWS, CHUNK), (None, None, None, None)), 0, 2),
         )
-        cute.arch.mbarrier_wait(barriers.q_empty, (pieces & 1) ^ 1)
+        for part in range_constexpr(self.q_parts):
+            cute.arch.mbarrier_wait(barriers.q_empty + part, (pieces & 1) ^ 1)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, V_CHUNKS * CHUNK_BYTES)
         for chunk in cutlass.range(V_CHUNKS, unroll=1):

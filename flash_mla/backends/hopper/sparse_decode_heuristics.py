@@ -10,7 +10,7 @@ from typing import Any
 from flash_mla.backends.hopper.dense_decode_heuristics import even_workers
 from flash_mla.kv_cache import KVCacheFormat
 
-__all__ = ["SparseDecodeConfig", "cluster_size", "few_heads", "sparse_decode_config"]
+__all__ = ["SparseDecodeConfig", "cluster_size", "few_heads", "shares_rows", "sparse_decode_config"]
 
 ROWS = 64  # query heads of a CTA, unless there are few
 
@@ -58,6 +58,11 @@ def few_heads(h_q: int, kv_format: KVCacheFormat) -> int | None:
 def cluster_size(h_q: int) -> int:
     """CTAs that take the heads of a query token side by side; of a quantised cache, they convert its rows together."""
     return 1 if h_q <= ROWS else 2
+
+
+def shares_rows(s_q: int, h_q: int, *, sparse: bool) -> bool:
+    """Whether several CTAs attend to the same rows: other heads of a query token or, if dense, other query tokens."""
+    return h_q > ROWS or (s_q > 1 and not sparse)
 
 
 @functools.lru_cache(maxsize=1024)

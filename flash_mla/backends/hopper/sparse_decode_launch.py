@@ -29,6 +29,7 @@ from flash_mla.backends.hopper.sparse_decode_heuristics import (
     SparseDecodeConfig,
     cluster_size,
     few_heads,
+    shares_rows,
     sparse_decode_config,
 )
 from flash_mla.kv_cache import KVCacheFormat
@@ -61,7 +62,8 @@ def why_not(problem: DecodeProblem) -> str | None:
 def sparse_decode_kernel(problem: DecodeProblem) -> str:
     """Name of the variant that serves a problem."""
     if not problem.kv_format.is_quantised:
-        return f"sparse_decode_{problem.kv_format.value}_{problem.d_qk}"
+        shared = shares_rows(problem.s_q, problem.h_q, sparse=problem.topk is not None)
+        return f"sparse_decode_{problem.kv_format.value}_{problem.d_qk}{'_compute_bound' if shared else ''}"
     formats = "_".join(kv_format.value for kv_format in _formats(problem))
     heads = _few_heads(problem)
     # Any number of heads can do without CTAs that share rows. Queries in fp16 are rare; and a peer would have to have

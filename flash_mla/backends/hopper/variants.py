@@ -75,11 +75,12 @@ SPARSE_DECODE = {
 }
 
 PLAIN_SPARSE_DECODE = {
-    f"sparse_decode_{short}_{d}": Variant(
-        "flash_mla.backends.hopper.plain_sparse_decode", 168, {"dtype": dtype, "d": d}
+    f"sparse_decode_{short}_{d}{suffix}": Variant(
+        "flash_mla.backends.hopper.plain_sparse_decode", 168, {"dtype": dtype, "d": d, "compute_bound": compute_bound}
     )
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
     for d in (576, 512)
+    for suffix, compute_bound in (("", False), ("_compute_bound", True))
 }
 
 SPARSE_DECODE_FEW_HEADS = {
