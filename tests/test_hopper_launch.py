@@ -166,9 +166,9 @@ def test_an_index_of_sparse_decode_names_one_token(launched):
     assert (page_size, run, causal) == (64, 1, 0)
 
 
-def sparse_problem(kv_format, extra_format, dtype, h_q, d):
+def sparse_problem(kv_format, extra_format, dtype, h_q, d, *, b=4, topk=100):
     return DecodeProblem(
-        CPU, dtype, 4, 2, h_q, 1, d, 512, kv_format, 64, topk=100, extra_format=extra_format, extra_topk=50
+        CPU, dtype, b, 2, h_q, 1, d, 512, kv_format, 64, topk=topk, extra_format=extra_format, extra_topk=50
     )
 
 
@@ -185,9 +185,10 @@ def kinds():
 @pytest.mark.parametrize(("kv_format", "extra_format", "dtype", "d"), list(kinds()))
 def test_there_is_a_kernel_for_every_format(monkeypatch, kv_format, extra_format, dtype, d):
     monkeypatch.setattr(kernels, "unavailable", lambda name: None if name in VARIANTS else f"no {name}")
+    monkeypatch.setattr(sparse_decode_launch, "num_sms", lambda device: 132)
     used = set()
-    for h_q in (1, 16, 32, 64, 65, 128, 300):
-        problem = sparse_problem(kv_format, extra_format, dtype, h_q, d)
+    for h_q, (b, topk) in itertools.product((1, 16, 32, 64, 65, 128, 300), ((4, 100), (128, 2048))):
+        problem = sparse_problem(kv_format, extra_format, dtype, h_q, d, b=b, topk=topk)
         assert sparse_decode_launch.why_not(problem) is None
         used.add(sparse_decode_launch.sparse_decode_kernel(problem))
     for name in used:

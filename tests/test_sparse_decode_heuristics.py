@@ -8,7 +8,7 @@ from flash_mla.backends.hopper.sparse_decode_heuristics import (
     ROWS,
     TILE,
     few_heads,
-    shares_rows,
+    is_compute_bound,
     sparse_decode_config,
 )
 from flash_mla.backends.hopper.variants import VARIANTS
@@ -34,18 +34,21 @@ def test_every_head_is_covered_and_no_sm_counted_twice(num_sms, tiles):
 
 
 @pytest.mark.parametrize(
-    ("s_q", "h_q", "sparse", "expected"),
+    ("b", "s_q", "h_q", "tiles", "expected"),
     [
-        (1, 64, True, False),
-        (2, 64, True, False),  # each query token names rows of its own
-        (2, 64, False, True),
-        (1, 64, False, False),
-        (1, 65, True, True),
-        (1, 128, False, True),
+        (128, 2, 128, 16, True),
+        (128, 2, 64, 16, False),  # each query token names rows of its own
+        (128, 2, 64, None, True),
+        (128, 1, 64, None, False),
+        (128, 1, 128, None, True),
+        (66, 1, 65, 16, True),
+        (65, 1, 128, 16, False),  # units are cut
+        (4, 1, 128, None, False),
+        (128, 1, 128, 15, False),
     ],
 )
-def test_ctas_share_rows_where_they_attend_to_the_same(s_q, h_q, sparse, expected):
-    assert shares_rows(s_q, h_q, sparse=sparse) is expected
+def test_a_call_is_compute_bound_where_ctas_share_long_units(b, s_q, h_q, tiles, expected):
+    assert is_compute_bound(b, s_q, h_q, tiles, H200) is expected
 
 
 @GPUS

@@ -29,7 +29,7 @@ from flash_mla.backends.hopper.sparse_decode_heuristics import (
     SparseDecodeConfig,
     cluster_size,
     few_heads,
-    shares_rows,
+    is_compute_bound,
     sparse_decode_config,
 )
 from flash_mla.kv_cache import KVCacheFormat
@@ -62,8 +62,8 @@ def why_not(problem: DecodeProblem) -> str | None:
 def sparse_decode_kernel(problem: DecodeProblem) -> str:
     """Name of the variant that serves a problem."""
     if not problem.kv_format.is_quantised:
-        shared = shares_rows(problem.s_q, problem.h_q, sparse=problem.topk is not None)
-        return f"sparse_decode_{problem.kv_format.value}_{problem.d_qk}{'_compute_bound' if shared else ''}"
+        suffix = "_compute_bound" if _is_compute_bound(problem) else ""
+        return f"sparse_decode_{problem.kv_format.value}_{problem.d_qk}{suffix}"
     formats = "_".join(kv_format.value for kv_format in _formats(problem))
     heads = _few_heads(problem)
     # Any number of heads can do without CTAs that share rows. Queries in fp16 are rare; and a peer would have to have
@@ -72,6 +72,11 @@ def sparse_decode_kernel(problem: DecodeProblem) -> str:
     cluster = cluster_size(problem.h_q) if shared else 1
     layout = f"cluster{cluster}" if heads is None else f"heads{heads}"
     return f"sparse_decode_{SHORT_NAME[problem.dtype]}_{formats}_{layout}"
+
+
+def _is_compute_bound(problem: DecodeProblem) -> bool:
+    tiles = None if problem.topk is None else _tiles(problem.topk, problem.extra_topk or 0)
+    return is_compute_bound(problem.b, problem.s_q, problem.h_q, tiles, num_sms(problem.device))
 
 
 def _few_heads(problem: DecodeProblem) -> int | None:
