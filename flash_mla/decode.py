@@ -163,7 +163,8 @@ def flash_mla_with_kvcache(
         RuntimeError: no backend serves the device.
     """
     meta = tile_scheduler_metadata
-    checks.instance("tile_scheduler_metadata", meta, FlashMLASchedMeta, "make one with get_mla_metadata()")
+    if not isinstance(meta, FlashMLASchedMeta):
+        checks.instance("tile_scheduler_metadata", meta, FlashMLASchedMeta, "make one with get_mla_metadata()")
     if num_splits is not None:
         checks.no_num_splits(num_splits)
     if softmax_scale is not None:

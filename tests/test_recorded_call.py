@@ -213,6 +213,7 @@ def calls(monkeypatch, record_call):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the CPU
     h200 = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
+    monkeypatch.setattr(sparse_prefill, "_latest", None)
     caches = [
         dense_decode_launch._dense_decode,
         sparse_decode_launch._sparse_decode,

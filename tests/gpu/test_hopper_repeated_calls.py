@@ -235,8 +235,13 @@ def prefill_with_everything(seed=0):
 PREFILLS = pytest.mark.parametrize("make", [prefill, prefill_with_everything])
 
 
-def fresh_prefill(arguments):
+def forget_prefills():
     sparse_prefill._served.cache_clear()
+    sparse_prefill._latest = None
+
+
+def fresh_prefill(arguments):
+    forget_prefills()
     return flash_mla_sparse_fwd(**arguments)
 
 
@@ -251,7 +256,7 @@ def checked_prefills(monkeypatch):
         return run(*arguments)
 
     monkeypatch.setattr(hopper, "sparse_prefill", noted)
-    sparse_prefill._served.cache_clear()
+    forget_prefills()
     return log
 
 

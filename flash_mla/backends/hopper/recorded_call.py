@@ -15,7 +15,7 @@ from flash_mla import kernels
 from flash_mla.backends.hopper.launch import LOG2_E, Argument, DecodeCall, Results, rows_aligned
 from flash_mla.problem import DecodeInputs
 
-__all__ = ["CONSTANT", "WORKSPACE", "RecordedCall", "attempt", "record_call", "recorded"]
+__all__ = ["CONSTANT", "REFUSALS", "RecordedCall", "record_call", "recorded", "workspace_argument"]
 
 # Of a call's tensors, in the order of DecodeInputs, and its scale: its results, or None if it does not look the same.
 RecordedCall = Callable[[tuple[torch.Tensor | None, ...], float], Results | None]
@@ -23,6 +23,9 @@ RecordedCall = Callable[[tuple[torch.Tensor | None, ...], float], Results | None
 OUT = DecodeInputs._fields.index("out")
 LSE, SCALE = OUT + 1, OUT + 2  # follow the tensors of DecodeInputs in what is repeated
 CONSTANT, WORKSPACE = -1, -2
+
+# What may keep a recorded call from being repeated; a full check of the call explains it.
+REFUSALS = (BufferError, RuntimeError, TypeError, ValueError)
 
 
 def record_call(
@@ -46,12 +49,9 @@ def record_call(
         return None
 
 
-def attempt(replay: Callable[..., bool], *given: object) -> bool:
-    """Whether a recorded call could be repeated; what kept it from it, a full check of the call explains."""
-    try:
-        return replay(*given)
-    except (BufferError, RuntimeError, TypeError, ValueError):
-        return False
+def workspace_argument(template: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Of a kernel's arguments, its workspace: memory of each call's own, or once and for all none."""
+    return WORKSPACE if template.numel() else CONSTANT, torch.empty_like(template)
 
 
 def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> RecordedCall | None:
@@ -72,7 +72,7 @@ def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> Re
     given = (*inputs[:OUT], out, lse, 1.0)
     kernel_arguments = (
         *((CONSTANT if source is None else DecodeInputs._fields.index(source), tensor) for source, tensor in arguments),
-        (WORKSPACE, torch.empty_like(call.workspace)),
+        workspace_argument(call.workspace),
         (OUT, out),
         (LSE, lse),
         (SCALE, 1.0),
@@ -90,7 +90,10 @@ def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> Re
         if out is None:
             out = torch.empty_like(call.out)
         lse = torch.empty_like(call.lse)
-        done = attempt(replay, *tensors[:OUT], out, lse, scale * LOG2_E)
+        try:
+            done = replay(*tensors[:OUT], out, lse, scale * LOG2_E)
+        except REFUSALS:
+            return None
         return (out, lse) if done else None
 
     return repeat

@@ -23,7 +23,7 @@ from flash_mla.backends.hopper.launch import (
     who_merges,
     with_aligned_rows,
 )
-from flash_mla.backends.hopper.recorded_call import CONSTANT, WORKSPACE, attempt, record_call
+from flash_mla.backends.hopper.recorded_call import CONSTANT, REFUSALS, record_call, workspace_argument
 from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, SparsePrefillConfig, sparse_prefill_config
 from flash_mla.problem import SparsePrefillInputs, SparsePrefillProblem
 
@@ -144,7 +144,7 @@ def record_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -
         (5, out),
         (6, max_logits),
         (7, lse),
-        (WORKSPACE, torch.empty_like(call.workspace)),
+        workspace_argument(call.workspace),
         (CONSTANT, call.unit_slots),
         (8, 1.0),
         *((CONSTANT, number) for number in layout),
@@ -161,7 +161,10 @@ def record_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -
         if out is None:
             out = torch.empty_like(call.out)
         max_logits, lse = torch.empty_like(call.max_logits), torch.empty_like(call.max_logits)
-        done = attempt(replay, q, kv, indices, sink, lengths, out, max_logits, lse, scale * LOG2_E)
+        try:
+            done = replay(q, kv, indices, sink, lengths, out, max_logits, lse, scale * LOG2_E)
+        except REFUSALS:
+            return None
         return (out, max_logits, lse) if done else None
 
     return repeat
