@@ -132,7 +132,9 @@ class Seesaw:
         cluster: int = 1,  # CTAs that bring K for each other
         rope_apart: bool = True,  # whether RoPE, if any, is a group of its own
         by_octets: bool = False,  # whether each half of V lies by 8 tokens, instead of by chunks
+        steps: int = 1,  # in which a block's rows are freed: 1, or as many as P V takes k-blocks
     ):
+        self.steps = steps
         self.cluster = cluster
         self.by_octets = by_octets
         self.dtype = dtype
@@ -203,7 +205,7 @@ class Seesaw:
         return [q[None, None, None, i] for i in chunks], k
 
     def issue_pv(self, c: Consumer, of: int, begins: bool | Boolean):
-        """Issue O += P V for this side's half of V of its block (OWN) or the other's; P is of the same side.
+        """Issue and commit O += P V for this side's half of V of its block (OWN) or the other's; P is of the same side.
 
         begins: whether O = P V instead.
         """
@@ -216,7 +218,9 @@ class Seesaw:
         if of == OTHER:
             tile = tile_at(self.place_of_p(replace(c, side=side), OTHER), 0, k_major_layout(self.dtype))
             source, p = OperandSource.SMEM, pv.make_fragment_A(pv.partition_A(tile))
-        gemm(pv_op(self.dtype, source), c.f.o, p, v, overwrite=begins)
+        gemm(pv_op(self.dtype, source), c.f.o, p, v, overwrite=begins, commits=self.steps > 1)
+        if self.steps == 1:
+            warpgroup.commit_group()
 
     @cute.jit
     def issue_scores(self, c, parts: cutlass.Constexpr, parity, frees: cutlass.Constexpr = False):
@@ -237,16 +241,30 @@ class Seesaw:
                     # than a chunk of it before K's other buffer is freed would wait for the tensor cores.
                     warpgroup.commit_group()
                     if c.side == LEFT:
-                        warpgroup.wait_group(1)
-                        self.free(c, OTHER, OWN)
+                        self.free_read(c, OTHER, 1, True)
         warpgroup.commit_group()
 
-    def free(self, c: Consumer, block: int, part: int):
-        """Tell the producers that a part of this side's (OWN) or the other's block has been read."""
+    def free(self, c: Consumer, block: int, part: int, step: int | None = None):
+        """Tell the producers that a part of this side's (OWN) or the other's block, or a step of it, has been read."""
         if part >= len(self.groups):
             return
+        first = ((c.side ^ block) * len(self.groups) + c.group(part)) * self.steps
         with cute.arch.elect_one():
-            self.signal(c, c.barriers.k_empty + ((c.side ^ block) * len(self.groups) + c.group(part)))
+            for i in range(self.steps) if step is None else (step,):
+                self.signal(c, c.barriers.k_empty + (first + i))
+
+    @cute.jit
+    def free_read(self, c, block: cutlass.Constexpr, later: cutlass.Constexpr, is_read: bool | Boolean):
+        """Wait until P V in flight has read V of a block, and tell the producers if it `is_read` at all.
+
+        Step by step, so that the first rows of the next block are on their way while the last ones here are read.
+
+        later: groups in flight behind P V.
+        """
+        for step in range_constexpr(self.steps):
+            warpgroup.wait_group(later + self.steps - 1 - step)
+            if is_read:
+                self.free(c, block, OWN, step)
 
     def signal(self, c: Consumer, empty: cute.Pointer):
         """Arrive on a barrier of producers, those of the cluster's other CTA, too."""
@@ -302,7 +320,6 @@ class Seesaw:
         self.prepare_v(c, OTHER)
         warpgroup.fence()
         self.issue_pv(c, OTHER, begins)
-        warpgroup.commit_group()
 
     def accumulate(self, c: Consumer, n: cute.Tensor, sums: cute.Tensor, begins: bool | Boolean):
         """Issue O += P V of this side's probabilities, which were taken against n, and add this thread's `sums`."""
@@ -311,7 +328,6 @@ class Seesaw:
         self.prepare_v(c, OWN)
         warpgroup.fence()
         self.issue_pv(c, OWN, begins)
-        warpgroup.commit_group()
         row_sum[0], row_sum[1] = row_sum[0] + sums[0], row_sum[1] + sums[1]
 
     def move_reference(self, c: Consumer, n: cute.Tensor, begins: bool | Boolean):
@@ -352,8 +368,7 @@ class Seesaw:
             self.load_ahead(c, work)
             if c.side == RIGHT:
                 self.merge_sides(c)
-        warpgroup.wait_group(0)
-        self.free(c, OWN, OWN)
+        self.free_read(c, OWN, 0, True)
 
         if c.side == LEFT:
             self.take_over(c, n, False)
@@ -361,9 +376,8 @@ class Seesaw:
             if c.side == LEFT:
                 self.merge_sides(c)
             # Only the left side's P V, but ptxas must see on all paths that nothing is left in flight.
-            warpgroup.wait_group(0)
+            self.free_read(c, OTHER, 0, c.side == LEFT)
             if c.side == LEFT:
-                self.free(c, OTHER, OWN)
                 cute.arch.barrier_arrive(barrier_id=P1_READ, number_of_threads=2 * WARPGROUP)
             else:
                 cute.arch.barrier(barrier_id=P1_READ, number_of_threads=2 * WARPGROUP)

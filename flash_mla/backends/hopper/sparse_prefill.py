@@ -48,7 +48,7 @@ WARP_ROWS = 16  # rows of a block that a producer warp gathers, and of the outpu
 
 @dataclass(frozen=True)
 class Barriers:
-    """Shared-memory barriers. K's are one for each group of chunks of each buffer."""
+    """Shared-memory barriers. K's are one for each group of chunks of each buffer; to free it, one for each step."""
 
     k_full: cute.Pointer
     k_empty: cute.Pointer
@@ -142,7 +142,8 @@ class Arguments:
 
 class SparsePrefill(Seesaw):
     def __init__(self, dtype: type[cutlass.Numeric], d: int):
-        super().__init__(dtype, d)
+        # Without RoPE a producer warp's 16 rows come as soon as they are free. With it that gained nothing.
+        super().__init__(dtype, d, steps=1 if d > D_V else BLOCK // WARP_ROWS)
         # The end of a piece overlaps with the next one's begin. With RoPE there is room for a single stage of output,
         # by which that gained nothing.
         self.overlaps = not self.has_rope
@@ -187,7 +188,7 @@ class SparsePrefill(Seesaw):
         @cute.struct
         class Shared:
             k_full: cute.struct.MemRange[Int64, 2 * len(self.groups)]
-            k_empty: cute.struct.MemRange[Int64, 2 * len(self.groups)]
+            k_empty: cute.struct.MemRange[Int64, 2 * len(self.groups) * self.steps]
             valid_full: cute.struct.MemRange[Int64, 2]
             q_full: cute.struct.MemRange[Int64, 1]
             q_empty: cute.struct.MemRange[Int64, 2]
@@ -324,6 +325,7 @@ class SparsePrefill(Seesaw):
             with cute.arch.elect_one():
                 for i in range_constexpr(2 * len(self.groups)):
                     cute.arch.mbarrier_init(barriers.k_full + i, WARPGROUP)
+                for i in range_constexpr(2 * len(self.groups) * self.steps):
                     cute.arch.mbarrier_init(barriers.k_empty + i, 4)
                 for i in range_constexpr(2):
                     cute.arch.mbarrier_init(barriers.valid_full + i, 4)
@@ -381,7 +383,8 @@ class SparsePrefill(Seesaw):
                     if brings_q:
                         self.load_q(shared, barriers, tma_q, q_tma, piece, q_parity)
                 for buffer, group in self.load_order():
-                    empty = barriers.k_empty + (buffer * len(self.groups) + group)
+                    first = (buffer * len(self.groups) + group) * self.steps
+                    empty = barriers.k_empty + (first + (warp if const_expr(self.steps > 1) else 0))
                     cute.arch.mbarrier_wait(empty, parity)
                     self.gather(shared, barriers, buffer, group, rows[buffer], warp, lane)
                     if const_expr(group == buffer):  # the group whose side scores this buffer

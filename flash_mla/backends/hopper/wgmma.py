@@ -27,8 +27,11 @@ def gemm(
     b: cute.Tensor,
     *,
     overwrite: bool | Boolean = False,
+    commits: bool = False,
 ):
     """Issue acc (+)= a b over all k-blocks of the fragments a, b (MMA, 1, K), without waiting.
+
+    commits: each k-block as a group of its own.
 
     The tiled MMA is made here because setting ACCUMULATE mutates it, which must not cross a staged region.
     """
@@ -36,6 +39,8 @@ def gemm(
     for k in range(cute.size(a, mode=[2])):
         tiled.set(warpgroup.Field.ACCUMULATE, k > 0 or overwrite ^ True)
         cute.gemm(tiled, acc, a[None, None, k], b[None, None, k], acc)
+        if commits:
+            warpgroup.commit_group()
 
 
 def k_major_layout(dtype: type[cutlass.Numeric], columns: int = CHUNK, rows: int = ROWS):
