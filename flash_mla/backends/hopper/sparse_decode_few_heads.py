@@ -264,7 +264,8 @@ class SparseDecodeFewHeads(TokenWalk):
         self.fetch_index(args, cursor, lane)
         cute.arch.cp_async_commit_group()
         cute.arch.cp_async_commit_group()  # as if of the scales of a tile before the first
-        stage, parity, turn = Int32(0), Int32(1), Int32(0)
+        stage, parity = Int32(0), Int32(1)
+        turn, turn_parity, last_turn, last_parity = Int32(0), Int32(0), Int32(0), Int32(1)
         while cursor.exists:
             wait_copies(1)  # for this tile's index, not for the last one's scales
             tokens = self.locate(args, cursor, lane)
@@ -273,8 +274,10 @@ class SparseDecodeFewHeads(TokenWalk):
             cute.arch.cp_async_commit_group()
             attended = cute.arch.vote_ballot_sync(tokens.row != 0)
             for block in range_constexpr(2):
-                full = barriers.full + (block * self.stages + turn)
+                full, last = (barriers.full + (block * self.stages + one) for one in (turn, last_turn))
                 cute.arch.mbarrier_wait(barriers.empty + (HALVES * stage + warp // 2), parity)
+                # Two blocks on their way suffice. With more, SMs that the memory favours would get farther ahead.
+                cute.arch.mbarrier_wait(last, last_parity)
                 present = (attended >> (block * WARP_TOKENS)) & ((1 << WARP_TOKENS) - 1)
                 with cute.arch.elect_one():
                     cute.arch.inline_ptx(
@@ -282,7 +285,8 @@ class SparseDecodeFewHeads(TokenWalk):
                     )
                 self.gather(tokens, present, block, raw + stage * self.stage_bytes, full, number)
                 stage, parity = self.advance(stage, parity, 1)
-            turn, _ = self.advance(turn, parity, 1)
+            last_turn, last_parity = turn, turn_parity
+            turn, turn_parity = self.advance(turn, turn_parity, 1)
             cute.arch.cp_async_commit_group()
 
     def advance(self, position: Int32, parity: Int32, by: int) -> tuple[Int32, Int32]:
