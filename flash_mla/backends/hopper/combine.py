@@ -12,7 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float16, Float32, Int32, Int64, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.copies import pointer_at
+from flash_mla.backends.hopper.copies import discard_line, pointer_at
 from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.epilogue import trade_words
 
@@ -21,6 +21,7 @@ WARPS = 8
 LSES_IN_FLIGHT = 4  # of a lane
 NO_LSE = -3.0e38  # below any, and finite, so that two of them differ by 0
 VECTOR_BYTES = 16  # of a load
+LINE_BYTES = 128  # of the L2
 SCALED_COLUMNS = 256  # of a partial output in fp16 that share a scale
 LN2 = math.log(2.0)
 LOG2_E = math.log2(math.e)
@@ -56,6 +57,8 @@ class Combine:
         self.chunks = columns // (LANES * self.vector)
         self.columns = columns  # of a slice
         self.slices = d_v // columns  # of a row
+        # Many rows of fp32 behind a kernel that waits for nothing but memory; elsewhere the time is not won back.
+        self.discards = order == TRANSPOSED and self.slices == 1
         # Splits whose loads are issued together.
         self.in_flight = 8 if self.chunks == 1 else 2
 
@@ -202,6 +205,9 @@ class Combine:
                         for v in range_constexpr(self.vector):
                             acc[v, c] = acc[v, c] + weight * scales[c, k] * o[v, c, k].to(Float32)
 
+        if const_expr(self.discards):
+            if exists:
+                self.discard(pieces, lane)
         if const_expr(self.slices > 1):
             self.sum_over_warps(acc, rank, warps, lane)
         if (rank == 0) & exists:
@@ -247,6 +253,19 @@ class Combine:
                 if const_expr(self.scaled):
                     for c in range_constexpr(self.chunks):  # of 256 columns each
                         scales[c, k] = pieces.scale_of(i, c, self.d_v // SCALED_COLUMNS)
+
+    @cute.jit
+    def discard(self, pieces: "Pieces", lane: Int32):
+        """Drop a row's partial results, which nobody reads again, from the L2.
+
+        It would write them to memory to make room, while the next kernel draws all of the memory's bandwidth.
+        """
+        row_bytes = self.d_v * self.partial_dtype.width // 8
+        cute.arch.sync_warp()  # all lanes have read
+        if lane % (LINE_BYTES // VECTOR_BYTES) == 0:
+            for i in cutlass.range(pieces.count, unroll=1):
+                for c in range_constexpr(self.chunks):
+                    discard_line(pieces.o + Int64(i * pieces.rows * row_bytes + c * LANES * VECTOR_BYTES))
 
     @cute.jit
     def merged_lse(self, pieces: "Pieces", lane: Int32):

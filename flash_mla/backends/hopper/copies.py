@@ -2,10 +2,10 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Float32, Int32, Int64
 
-# L2 cache hints of TMA, as CUTLASS encodes them.
-EVICT_NORMAL, EVICT_FIRST = 0x1000000000000000, 0x12F0000000000000
+# L2 cache hints, as CUTLASS encodes them.
+EVICT_NORMAL, EVICT_FIRST, EVICT_LAST = 0x1000000000000000, 0x12F0000000000000, 0x14F0000000000000
 
 
 def pointer_at(dtype: type[cutlass.Numeric], address: Int64, offset: Int32 | int, *, align: int) -> cute.Pointer:
@@ -16,6 +16,19 @@ def pointer_at(dtype: type[cutlass.Numeric], address: Int64, offset: Int32 | int
 def prefetch(address: Int64) -> None:
     """Start to bring the line of a global address to the L2."""
     cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
+
+
+def discard_line(address: Int64) -> None:
+    """Leave the 128 bytes at a global address, a multiple of 128, undefined; the L2 need not write them to memory."""
+    cute.arch.inline_ptx("discard.global.L2 [{$r0}], 128;", read_only_args=[address])
+
+
+def store_vector(address: Int64, offset: int, values: list[Float32], hint: int) -> None:
+    """Store four fp32 values, 16-byte aligned; hint: how long the L2 keeps them."""
+    cute.arch.inline_ptx(
+        f"st.global.L2::cache_hint.v4.f32 [{{$r0}}+{offset}], {{{{$r1}}, {{$r2}}, {{$r3}}, {{$r4}}}}, {{$r5}};",
+        read_only_args=[address, *values, Int64(hint)],
+    )
 
 
 def copy_or_zeros(to: Int32, source: Int64, nbytes: Int32) -> None:

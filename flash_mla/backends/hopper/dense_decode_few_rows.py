@@ -17,7 +17,7 @@ from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLa
 
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.combine import TRANSPOSED, merge_pieces, partial_results
-from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros, pointer_at
+from flash_mla.backends.hopper.copies import EVICT_FIRST, EVICT_LAST, copy_or_zeros, pointer_at, store_vector
 from flash_mla.backends.hopper.dense_decode_geometry import Arguments, by_unit
 from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.schedule import (
@@ -591,14 +591,10 @@ class FewRowsDecode:
                 row = self.column(lane, i)
                 if row < rows.count:
                     # As combine takes TRANSPOSED rows: what this thread has of two chunks lies together.
-                    to = args.partial_o[slot, row, None].iterator + cute.assume(
-                        thread // 32 * 128 + lane // 4 * 4, divby=4
-                    )
+                    to = args.partial_o[slot, row, None].iterator + (thread // 32 * 128 + lane // 4 * 4)
                     for chunk in range_constexpr(0, V_CHUNKS, 2):
-                        values = cute.make_rmem_tensor(4, Float32)
-                        for e in range_constexpr(4):
-                            values[e] = o[chunk + e // 2][self.element(i, e % 2)]
-                        cute.autovec_copy(values, cute.make_tensor(to + chunk * 16, cute.make_layout(4)))
+                        values = [o[chunk + e // 2][self.element(i, e % 2)] for e in range(4)]
+                        store_vector(to.toint(), chunk * 64, values, EVICT_LAST)  # until combine has read them
 
     def transpose(self, pair: cute.Tensor):
         """Transpose the 8 x 8 matrix of which each lane of a warp holds a pair of adjacent elements."""
