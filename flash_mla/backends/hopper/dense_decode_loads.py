@@ -32,6 +32,8 @@ class Load:
 
 
 class KLoads:
+    """What the CTAs of a cluster load of K, each its share for both."""
+
     def __init__(
         self,
         dtype: type[cutlass.Numeric],

@@ -4,10 +4,10 @@ A unit of the plan is a query token and up to 64 of its heads, or 128 for a clus
 warpgroups keep the seesaw. Producers, which gather the named rows, are in quantised_sparse_decode and
 plain_sparse_decode.
 
-P takes the place of the RoPE chunk, which nobody needs once the scores are complete: of block 0 it is freed with the
-right half of V, of block 1 with the left one, and the producers fill it together with those. Without RoPE both blocks'
-P take one place in turns: a warp, which reads and writes its own 16 rows of it, has read the other side's when it
-writes its own.
+Unless it has a place of its own, P takes that of the RoPE chunk, which nobody needs once the scores are complete: of
+block 0 it is freed with the right half of V, of block 1 with the left one, and the producers fill it together with
+those. Without RoPE both blocks' P take one place in turns: a warp, which reads and writes its own 16 rows of it, has
+read the other side's when it writes its own.
 """
 
 from dataclasses import dataclass, replace
