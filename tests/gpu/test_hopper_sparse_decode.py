@@ -9,6 +9,8 @@ import torch
 from helpers import assert_close_lse, assert_close_out, dense_inputs, poisoned_out, randn, sparse_scope, spread
 
 from flash_mla import KVCacheFormat, flash_mla_with_kvcache, get_mla_metadata, reference
+from flash_mla.backends.hopper import sparse_decode_launch
+from flash_mla.problem import DecodeProblem
 
 pytestmark = pytest.mark.gpu
 
@@ -299,6 +301,23 @@ def test_batch_invariance():
         out, lse_alone = run(alone, enable_batch_invariant=True)
         assert torch.equal(out[0], together[i])
         assert torch.equal(lse_alone[0], lse[i])
+
+
+@pytest.mark.parametrize("d", [576, 512])
+@pytest.mark.parametrize(("h_q", "extra_topk"), [(128, None), (65, 300), (200, None)])
+def test_plain_caches_of_many_long_queries(h_q, extra_topk, d):
+    """Where multiplying takes longest, plain caches have a kernel of their own."""
+    kv_format, topk = KVCacheFormat.BF16, 2048
+    lengths = [0, 1, 64, 65, 128, topk] * 11 + [topk - 1]
+    arguments = case(
+        len(lengths), 1, h_q, topk, kv_format=kv_format, d=d, lengths=lengths, num_pages=40, extra_topk=extra_topk
+    )
+    dtype, device = arguments["q"].dtype, arguments["q"].device
+    shape = (len(lengths), 1, h_q, 1, d, 512)
+    problem = DecodeProblem(device, dtype, *shape, kv_format, 64, topk=topk, extra_topk=extra_topk)
+    assert sparse_decode_launch.sparse_decode_kernel(problem).endswith("compute_bound")
+    check(arguments)
+    check(arguments, enable_batch_invariant=True)
 
 
 @pytest.mark.parametrize("apart", [1, 8])
