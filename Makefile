@@ -5,8 +5,6 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 # Where there is no NVIDIA GPU, a torch of fixed version; set TORCH to take another one.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
-# pytest's processes share the cores, so that each computes on one.
-ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: demo test lint kernels triton wheel clean
 
@@ -14,7 +12,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/flash-mla demo $(ARGS)
 
 test: $(VENV)/.test
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -27,7 +25,7 @@ kernels: $(VENV)/.build
 
 # Compiles every Triton kernel for every architecture and fails on spills, shared memory or a lack of tensor cores.
 triton: $(VENV)/.test
-	$(ONE_THREAD) $(BIN)/python -m flash_mla.backends.triton.check --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m flash_mla.backends.triton.check --jobs $(JOBS)
 
 # A wheel that carries the compiled kernels; build/ may hold files of an earlier one.
 wheel: kernels

@@ -17,6 +17,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# pytest's processes share the cores: with a thread a core for each of them they wait for one another.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="draw other random inputs than a run without it does")
