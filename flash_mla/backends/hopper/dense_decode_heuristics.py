@@ -99,8 +99,8 @@ def box_of_pages(page_size: int) -> int | None:
 def gathers(s_q: int, h_q: int, h_kv: int, page_size: int) -> bool:
     """Whether dense decode over a plain cache is left to sparse decode's kernels, which bring KV token by token.
 
-    They take pages of any size, and are faster for small pages and where a CTA's 64 rows are one query token's; but
-    they pack no rows of several query tokens or KV heads.
+    They take pages of any size, and are faster where one CTA has all rows, unless these are so few, in pages of whole
+    blocks, that they have a kernel of their own; but they pack no rows of several query tokens or KV heads.
     """
     rows = s_q * h_q
     packs = h_kv > 1 or s_q * -(-h_q // ROWS) > -(-rows // ROWS)
