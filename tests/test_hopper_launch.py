@@ -203,6 +203,23 @@ def test_there_is_a_kernel_for_every_format(monkeypatch, kv_format, extra_format
     assert clusters == ({1, 2} if shared else {1})
 
 
+@pytest.mark.parametrize("kv_format", [KVCacheFormat.BF16, KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V4])
+@pytest.mark.parametrize("topk", [100, 2048, None])
+@pytest.mark.parametrize("h_q", [8, 64, 128])
+def test_how_many_requests_there_are_chooses_no_batch_invariant_kernel(monkeypatch, kv_format, topk, h_q):
+    monkeypatch.setattr(sparse_decode_launch, "num_sms", lambda device: 132)
+    used = {
+        sparse_decode_launch.sparse_decode_kernel(
+            DecodeProblem(
+                CPU, torch.bfloat16, b, 2, h_q, 1, kv_format.head_dims[0], 512, kv_format, 1, topk=topk,
+                batch_invariant=True,
+            )
+        )
+        for b in (1, 2, 66, 132, 500)
+    }  # fmt: skip
+    assert len(used) == 1
+
+
 @pytest.mark.parametrize(
     ("kv_format", "extra_format"),
     [

@@ -229,7 +229,7 @@ class ComputeBoundSparseDecode(PlainSparseDecode):
         return c.shared.k.data_ptr() + (2 * self.chunks + (c.side ^ of)) * CHUNK_ELEMENTS
 
     def free_p(self, c: Consumer):
-        pass
+        """P's place is used for nothing else."""
 
 
 def compile_variant(dtype: str, d: int, compute_bound: bool) -> aot.Compiled:

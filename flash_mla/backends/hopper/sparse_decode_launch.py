@@ -75,6 +75,8 @@ def sparse_decode_kernel(problem: DecodeProblem) -> str:
 
 
 def _is_compute_bound(problem: DecodeProblem) -> bool:
+    if problem.batch_invariant:  # the number of requests must not choose the kernel, whose bits differ
+        return False
     tiles = None if problem.topk is None else _tiles(problem.topk, problem.extra_topk or 0)
     return is_compute_bound(problem.b, problem.s_q, problem.h_q, tiles, num_sms(problem.device))
 
