@@ -206,6 +206,15 @@ def test_more_tiles_than_workers(d, causal):
 
 
 @pytest.mark.parametrize("d", [192, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_of_few_rows_among_others(d, causal):
+    """One consumer has rows without keys, the other none at all, both some: in any order, several tiles a CTA."""
+    lengths = list(itertools.product((1, 64, 65, 128, 192, 300), (0, 1, 64, 129, 300)))
+    random.shuffle(lengths)
+    check(make(*map(list, zip(*lengths, strict=True)), h_q=12, h_kv=4, d=d, causal=causal))
+
+
+@pytest.mark.parametrize("d", [192, 128])
 def test_many_ctas_add_to_the_same_rows_at_once(d):
     """Each CTA visits the same few rows: whoever is first stores its part of dq, and all others must wait for that."""
     for s_q in (1, 60, 130, 300):

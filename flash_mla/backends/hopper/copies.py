@@ -65,3 +65,10 @@ cp.async.{cache}.shared.global{level} [{{$r0}}+{to[1]}], [{{$r2}}+{source[1]}], 
 def wait_copies(pending: int) -> None:
     """Wait until at most `pending` of this thread's groups of asynchronous copies are under way."""
     cute.arch.inline_ptx(f"cp.async.wait_group {pending};")
+
+
+def wait_for_staged(latest: int = 0):
+    """Wait until all that this warp has staged for TMA has been read, but for the `latest` copies."""
+    with cute.arch.elect_one():
+        cute.arch.cp_async_bulk_wait_group(latest, read=True)
+    cute.arch.sync_warp()

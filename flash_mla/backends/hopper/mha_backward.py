@@ -23,6 +23,7 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource, SmemLayoutAtomKind
 
 from flash_mla.backends.hopper import aot
+from flash_mla.backends.hopper.copies import wait_for_staged
 from flash_mla.backends.hopper.epilogue import chunk_of
 from flash_mla.backends.hopper.mha_backward_loads import (
     D_V,
@@ -41,9 +42,8 @@ from flash_mla.backends.hopper.mha_gradient_rows import (
     add_staged,
     stage,
     store_registers,
-    wait_for_staged,
 )
-from flash_mla.backends.hopper.mha_key_gradients import WARP_KEYS, KeyGradient, write_keys
+from flash_mla.backends.hopper.mha_output_rows import WARP_ROWS, OutputRows, write_rows
 from flash_mla.backends.hopper.mha_schedule import (
     TILE_KV,
     VISIT_Q,
@@ -93,8 +93,8 @@ class Gradients:
 
     dq_sums: cute.Tensor
     dq_states: cute.Tensor
-    dk: KeyGradient
-    dv: KeyGradient
+    dk: OutputRows
+    dv: OutputRows
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class MHABackward(BackwardLoads):
         stream,
     ):
         loads = Loads(tma(q, VISIT_Q), tma(k, TILE_KV, K_COLUMNS), tma(v, TILE_KV), tma(dout, VISIT_Q))
-        gradients = Gradients(dq_sums, dq_states, KeyGradient.of(dk), KeyGradient.of(dv))
+        gradients = Gradients(dq_sums, dq_states, OutputRows.of(dk), OutputRows.of(dv))
 
         @cute.struct
         class Shared:
@@ -751,7 +751,7 @@ class MHABackward(BackwardLoads):
 
     @cute.jit
     def write_chunk(
-        self, c, work, gradient: cute.Tensor, to: KeyGradient, chunk: cutlass.Constexpr, scale: Float32, visit: Int32
+        self, c, work, gradient: cute.Tensor, to: OutputRows, chunk: cutlass.Constexpr, scale: Float32, visit: Int32
     ):  # fmt: skip
         """Write 64 columns of this warp's keys, staged where its dS of `visit` will be."""
         thread, stage = anew(c.thread), visit % STAGES
@@ -766,8 +766,10 @@ class MHABackward(BackwardLoads):
         slice_ = store.get_slice(thread)
         cute.copy(store, slice_.retile(values), slice_.partition_D(self.ds_by_keys(c.shared))[None, None, None, tile])
         self.written()
-        first = c.side * ROWS + uniform(thread // 32) * WARP_KEYS
-        write_keys(c.shared.ds.data_ptr() + tile * (ROWS * VISIT_Q), to, work, first, chunk, thread % 32)
+        of_side = uniform(thread // 32) * WARP_ROWS
+        first = c.side * ROWS + of_side
+        staged = c.shared.ds.data_ptr() + tile * (ROWS * VISIT_Q) + of_side * CHUNK
+        write_rows(staged, to, work.kv_row + first, work.keys - first, work.kv_head, chunk, thread % 32)
 
     def ds_by_keys(self, shared) -> cute.Tensor:
         """dS^T [64 keys, 64 queries, tile], a tile for each consumer at each stage."""

@@ -14,12 +14,14 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
-from cutlass import Float32, Int32, Int64, range_constexpr
+from cutlass import Boolean, Float32, Int32, Int64, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandMajorMode, OperandSource
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp
+from flash_mla.backends.hopper.copies import wait_for_staged
+from flash_mla.backends.hopper.epilogue import chunk_of
+from flash_mla.backends.hopper.mha_output_rows import WARP_ROWS, OutputRows, write_rows
 from flash_mla.backends.hopper.mha_schedule import (
     L2_BYTES,
     TILE_KV,
@@ -81,7 +83,8 @@ class Fragments:
     p_scores: cute.Tensor  # the same registers, in the scores' order
     s: cute.Tensor
     o: cute.Tensor
-    stage_out: tuple  # how to store 64 columns of the output: (tiled copy, registers, retiled registers, shared memory)
+    stage_out: tuple  # how to store 64 columns of the output: (tiled copy, registers, retiled registers)
+    staged_out: list  # where to, for each chunk of them: (pointer, as the copy sees it)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,10 @@ class Rows(InRegisters):
         self.seqlen_kv = seqlen_kv
         self.seen = seen  # keys that the first row sees, may be < 0; each next row sees one more if causal
 
+    def attend(self) -> Boolean:
+        """Whether rows exist, and the work tile has keys to visit."""
+        return uniform(cutlass.min(self.tiles, self.count)) > 0
+
 
 @dataclass(frozen=True)
 class Loads:
@@ -157,6 +164,7 @@ class MHAForward:
         stream,
     ):
         loads = Loads(tma(q, ROWS), tma(k, TILE_KV), tma(v, TILE_KV))
+        rows_out = OutputRows.of(out)
 
         @cute.struct
         class Shared:
@@ -175,7 +183,7 @@ class MHAForward:
         self.Shared = Shared
         self.begin(next_tile).launch(grid=(1, 1, 1), block=(32, 1, 1), stream=stream)
         self.kernel(
-            loads, cu_seqlens_qo, cu_seqlens_kv, out, lse, next_tile, k.shape[1], scale_log2, causal
+            loads, cu_seqlens_qo, cu_seqlens_kv, rows_out, lse, next_tile, k.shape[1], scale_log2, causal
         ).launch(
             grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
         )  # fmt: skip
@@ -193,7 +201,7 @@ class MHAForward:
         loads: Loads,
         cu_seqlens_qo: cute.Tensor,
         cu_seqlens_kv: cute.Tensor,
-        out: cute.Tensor,
+        out: OutputRows,
         lse: cute.Tensor,
         next_tile: cute.Tensor,
         h_kv: Int32,
@@ -217,7 +225,7 @@ class MHAForward:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == PRODUCER_WARP:
                 kv_in_l2 = L2_BYTES // ((self.d + D_V) * 2)
-                sequences = QueryTiles(cu_seqlens_qo, cu_seqlens_kv, out.shape[1], h_kv, causal, kv_in_l2)
+                sequences = QueryTiles(cu_seqlens_qo, cu_seqlens_kv, lse.shape[0], h_kv, causal, kv_in_l2)
                 self.produce(sequences, shared, barriers, loads, next_tile)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
@@ -320,7 +328,7 @@ class MHAForward:
         self,
         shared,
         barriers,
-        out: cute.Tensor,
+        out: OutputRows,
         lse: cute.Tensor,
         scale: Float32,
         causal: Int32,
@@ -336,10 +344,10 @@ class MHAForward:
         visited = Int32(0)  # tiles of keys
         works = Int32(0)
         rows = self.next_rows(c, works)
-        self.begin_rows(c, rows, visited)
+        self.begin_rows(c, rows, visited, rows.tiles > 0)
         while rows.tiles >= 0:
             works += 1
-            if rows.tiles > 0:
+            if rows.attend():
                 last = rows.tiles - 1
                 # Keys before this one are seen by all rows.
                 plain = cutlass.min(cutlass.max(rows.seen, 0) // TILE_KV, last)
@@ -350,7 +358,7 @@ class MHAForward:
                     self.step(c, rows, plain - 1 - i, visited, False)
                     visited += 1
                 following = self.next_rows(c, works)
-                if following.tiles > 0:
+                if following.attend():
                     self.issue_both(c, visited)
                     warpgroup.wait_group(1)
                     release(barriers.v_empty + stage(visited))
@@ -361,23 +369,44 @@ class MHAForward:
                     warpgroup.wait_group(0)
                     release(barriers.v_empty + stage(visited))
                     self.write(c, rows, out, lse)
-                    release(barriers.q_empty + side)
                 visited += 1
                 rows = following
             else:
-                total.clear()
-                self.write(c, rows, out, lse)
+                others_end = rows.tiles > 0
+                if others_end:
+                    self.stand_by(c, rows, visited)
+                    visited += rows.tiles
+                else:
+                    total.clear()
+                    self.write(c, rows, out, lse)
+                self.release_q(c)
                 rows = self.next_rows(c, works)
-                self.begin_rows(c, rows, visited)
+                self.begin_rows(c, rows, visited, others_end | (rows.tiles > 0))
+        wait_for_staged()  # shared memory must outlive the copies
 
     @cute.jit
-    def begin_rows(self, c, rows, visited: Int32):
-        """Take the first probabilities of rows with no others before them; free Q if they see no key."""
-        if rows.tiles > 0:
+    def begin_rows(self, c, rows, visited: Int32, has_turn: Boolean):
+        """Take the first probabilities of rows that do not follow others which attend.
+
+        has_turn: whether the other consumer takes one, for the first scores of its rows or the last values before them.
+        """
+        if rows.attend():
             self.first_scores(c, visited)
             self.first_probabilities(c, rows, visited)
-        else:
-            release(c.barriers.q_empty + c.side)
+        elif has_turn:
+            self.pass_turn(c)
+
+    @cute.jit
+    def stand_by(self, c, rows, visited: Int32):
+        """Let the other consumer visit the keys of its rows, where none exist for this one, up to its last turn."""
+        self.clear_values(c, rows, rows.tiles - 1, visited)
+        for i in cutlass.range(rows.tiles, unroll=1):
+            number = visited + i
+            for full, empty in ((c.barriers.k_full, c.barriers.k_empty), (c.barriers.v_full, c.barriers.v_empty)):
+                self.wait(full, number)
+                release(empty + stage(number))
+            if i > 0:
+                self.pass_turn(c)
 
     def next_rows(self, c: Consumer, works) -> Rows:
         """Wait for the next work's Q."""
@@ -415,7 +444,8 @@ class MHAForward:
         values = cute.make_rmem_tensor(chunk_slice.partition_shape_C((ROWS, CHUNK)), dtype)
         store = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype), chunk)
         store_slice = store.get_slice(thread)
-        staging = operand(shared.out.data_ptr() + side * Q_CHUNK_ELEMENTS, k_major_layout(dtype))
+        # Q's first chunk makes room as soon as registers hold it.
+        rooms = (shared.out.data_ptr() + side * Q_CHUNK_ELEMENTS, q_start)
         return Fragments(
             q=qk_slice.make_fragment_A(qk_slice.partition_A(q)),
             q_held=q_held,
@@ -426,7 +456,8 @@ class MHAForward:
             p_scores=p_scores,
             s=s,
             o=pv_slice.make_fragment_C(pv_slice.partition_shape_C((ROWS, D_V))),
-            stage_out=(store, values, store_slice.retile(values), store_slice.partition_D(staging)),
+            stage_out=(store, values, store_slice.retile(values)),
+            staged_out=[(room, store_slice.partition_D(operand(room, k_major_layout(dtype)))) for room in rooms],
         )
 
     def qk_op(self, source: OperandSource = OperandSource.SMEM) -> warpgroup.MmaF16BF16Op:
@@ -467,6 +498,10 @@ class MHAForward:
     def give_turn(self, c: Consumer):
         cute.arch.barrier_arrive(barrier_id=TURN + 1 - c.side, number_of_threads=CONSUMERS)
 
+    def pass_turn(self, c: Consumer):
+        self.take_turn(c)
+        self.give_turn(c)
+
     def first_scores(self, c: Consumer, number):
         """Issue the scores of the first tile of keys visited, which is the last that a row sees."""
         self.wait(c.barriers.k_full, number)
@@ -480,7 +515,7 @@ class MHAForward:
         block = rows.tiles - 1
         warpgroup.wait_group(0)
         release(c.barriers.k_empty + stage(number))
-        self.release_q(c, block)
+        self.release_q_behind(c, block)
         self.mask_block(c, rows, block)
         c.total.clear()
         exact_softmax(c.f.s, c.f.p_scores, c.total, c.scale, begins=True)
@@ -504,7 +539,7 @@ class MHAForward:
         release(b.v_empty + stage(number))
         warpgroup.wait_group(0)
         release(b.k_empty + stage(number + 1))
-        self.release_q(c, block)
+        self.release_q_behind(c, block)
 
         if masked:
             self.mask_block(c, rows, block)
@@ -521,10 +556,15 @@ class MHAForward:
         self.give_turn(c)
 
     @cute.jit
-    def release_q(self, c, block: Int32):
+    def release_q_behind(self, c, block: Int32):
         """Behind the scores of the sequence's first keys, Q has been read."""
         if block == 0:
-            release(c.barriers.q_empty + c.side)
+            self.release_q(c)
+
+    def release_q(self, c: Consumer):
+        """Free Q, and with it what was staged there of the output before."""
+        wait_for_staged()
+        release(c.barriers.q_empty + c.side)
 
     @cute.jit
     def mask_block(self, c, rows, block: Int32):
@@ -552,9 +592,9 @@ class MHAForward:
             cute.arch.barrier(barrier_id=V_CLEARED, number_of_threads=CONSUMERS)
 
     @cute.jit
-    def write(self, c, rows, out: cute.Tensor, lse: cute.Tensor):
-        """Normalise and write the rows that exist."""
-        lane, first_row = c.thread % 32, c.thread // 32 * 16
+    def write(self, c, rows, out: OutputRows, lse: cute.Tensor):
+        """Normalise and write the rows that exist; the chunk of Q that is held in registers is there."""
+        lane, first_row = c.thread % 32, uniform(c.thread // 32) * WARP_ROWS
         inv = cute.make_rmem_tensor(2, Float32)
         for r in range_constexpr(2):
             total = quad_sum(c.total.row_sum[r])
@@ -564,21 +604,17 @@ class MHAForward:
                 row_lse = (cute.math.log2(total) + c.total.reference[r] * c.scale) * LN2
                 lse[rows.head, rows.first + c.row + 8 * r] = row_lse
 
-        destinations = []
-        for i in range_constexpr(4):
-            row = first_row + lane // 8 + 4 * i
-            exists = row < rows.count
-            token = rows.first + cutlass.select_(exists, row, Int32(0))
-            destinations.append((exists, out[token, rows.head, None].iterator))
         # Each warp stages its own rows, so warps need not wait for each other.
-        store, values, retiled, staged = c.f.stage_out
-        for chunk in range_constexpr(V_CHUNKS):
+        wait_for_staged()
+        store, values, retiled = c.f.stage_out
+        for chunk, (_, staged) in enumerate(c.f.staged_out):
             chunk_of(c.f.o, chunk, inv, values)
             cute.copy(store, retiled, staged)
-            cute.arch.sync_warp()
-            at = [(exists, to + chunk * CHUNK) for exists, to in destinations]
-            copy_rows_of_warp(c.shared.out.data_ptr() + c.side * Q_CHUNK_ELEMENTS, first_row, at, lane)
-            cute.arch.sync_warp()
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        for chunk, (room, _) in enumerate(c.f.staged_out):
+            staged, token = room + first_row * CHUNK, rows.first + first_row
+            write_rows(staged, out, token, uniform(rows.count - first_row), rows.head, chunk, lane)
 
 
 def compile_variant(dtype: str, d: int) -> aot.Compiled:

@@ -204,10 +204,3 @@ def add_staged(to: cute.Pointer, room: cute.Pointer, count: int):
             read_only_args=[to.toint(), Int32(room.toint())],
         )
         cute.arch.cp_async_bulk_commit_group()
-
-
-def wait_for_staged(latest: int = 0):
-    """Wait until all that this warp has staged has been read, but for the `latest` copies."""
-    with cute.arch.elect_one():
-        cute.arch.cp_async_bulk_wait_group(latest, read=True)
-    cute.arch.sync_warp()

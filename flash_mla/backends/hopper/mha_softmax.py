@@ -95,8 +95,11 @@ def optimistic_softmax(scores: cute.Tensor, p: cute.Tensor, total, scale: Float3
 @cute.jit
 def mask(scores: cute.Tensor, first_key: Int32, limit0: Int32, limit1: Int32, lane: Int32):
     """Set the scores of keys at or beyond a row's limit to -inf."""
-    for j in range_constexpr(cute.size(scores) // 4):
+    first = first_key + 2 * (lane % 4)
+    for r, limit in enumerate((limit0 - first, limit1 - first)):
         for c in range_constexpr(2):
-            key = first_key + 8 * j + 2 * (lane % 4) + c
-            scores[4 * j + c] = cutlass.select_(key < limit0, scores[4 * j + c], -Float32.inf)
-            scores[4 * j + 2 + c] = cutlass.select_(key < limit1, scores[4 * j + 2 + c], -Float32.inf)
+            n = cutlass.min(cutlass.max((limit - c + 7) >> 3, 0), cute.size(scores) // 4)
+            bits = (Int32(1) << n) - 1
+            for j in range_constexpr(cute.size(scores) // 4):
+                e = 4 * j + 2 * r + c
+                scores[e] = cutlass.select_((bits >> j) & 1 != 0, scores[e], -Float32.inf)
