@@ -212,10 +212,13 @@ class SparsePrefill(Seesaw):
         head_tiles = (q.shape[1] + ROWS - 1) // ROWS
         whole_pieces = whole_tokens * head_tiles
         divisors = [cute.FastDivmodDivisorV2(n) for n in (head_tiles, splits)]
-        self.kernel(
-            tma_q, q_tma, q, kv, indices, lengths, sink, out, tma_out, out_tma, max_logits, lse, partial_o,
-            partial_lse, partial_max, whole_pieces, whole_pieces + slots, *divisors, scale_log2,
-        ).launch(grid=(workers, 1, 1), block=(3 * WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+        args = Arguments(
+            q, kv, indices, lengths, sink, out, tma_out, out_tma, max_logits, lse, partial_o, partial_lse, partial_max,
+            whole_pieces, whole_pieces + slots, *divisors, scale_log2,
+        )  # fmt: skip
+        self.kernel(args, tma_q, q_tma).launch(
+            grid=(workers, 1, 1), block=(3 * WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1
+        )
         if units > 0:
             self.combine(
                 partial_o,
@@ -271,29 +274,7 @@ class SparsePrefill(Seesaw):
         )  # fmt: skip
 
     @cute.kernel
-    def kernel(
-        self,
-        tma_q: cute.CopyAtom,
-        q_tma: cute.Tensor,
-        q: cute.Tensor,
-        kv: cute.Tensor,
-        indices: cute.Tensor,
-        lengths: cute.Tensor,
-        sink: cute.Tensor,
-        out: cute.Tensor,
-        tma_out: cute.CopyAtom,
-        out_tma: cute.Tensor,
-        max_logits: cute.Tensor,
-        lse: cute.Tensor,
-        partial_o: cute.Tensor,
-        partial_lse: cute.Tensor,
-        partial_max: cute.Tensor,
-        whole_pieces: Int32,
-        pieces: Int32,
-        head_tiles: cute.FastDivmodDivisorV2,
-        splits: cute.FastDivmodDivisorV2,
-        scale_log2: Float32,
-    ):
+    def kernel(self, args: Arguments, tma_q: cute.CopyAtom, q_tma: cute.Tensor):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = utils.SmemAllocator().allocate(self.Shared)
@@ -304,10 +285,6 @@ class SparsePrefill(Seesaw):
             shared.q_full.data_ptr(),
             shared.q_empty.data_ptr(),
         )
-        args = Arguments(
-            q, kv, indices, lengths, sink, out, tma_out, out_tma, max_logits, lse, partial_o, partial_lse,
-            partial_max, whole_pieces, pieces, head_tiles, splits, scale_log2,
-        )  # fmt: skip
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
 
