@@ -2,8 +2,9 @@
 
 python benchmarks/host_time.py [--peer MODULE] [--out FOLDER]
 
-MODULE is anything importable with FlashMLA's functions. Shapes are so small that the GPU is done with a call before the
-host is with the next. `launch` is a kernel launch of PyTorch's, in place and without allocation, for scale.
+MODULE is anything importable with FlashMLA's functions; dense MHA is beside cuDNN, as PyTorch calls it. Shapes are so
+small that the GPU is done with a call before the host is with the next. `launch` is a kernel launch of PyTorch's, in
+place and without allocation, for scale.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import asdict
 
 import dense_decode
 import measure
+import mha
 import sparse_decode
 import sparse_prefill
 import torch
@@ -22,6 +24,7 @@ CASES = {
     "sparse decode, two caches": (sparse_decode, sparse_decode.Case(4, 1, 64, 128, "FP8_V4", 1024, 64, 128)),
     "sparse prefill": (sparse_prefill, sparse_prefill.Case(4, 1024, 128, 64)),
 }
+MHA = mha.Case((128,), 8, 192, True)
 
 
 def main() -> None:
@@ -38,7 +41,11 @@ def main() -> None:
             "host_us": {name: seconds * 1e6 for name, seconds in measure.host(calls).items()},
         }
         rows.append(row)
-        print(mode, {name: f"{us:.1f} us" for name, us in row["host_us"].items()}, flush=True)
+    for direction, calls in mha.calls(MHA).items():
+        host_us = {name: seconds * 1e6 for name, seconds in measure.host(calls).items()}
+        rows.append({"mode": f"dense MHA {direction}", **asdict(MHA), "host_us": host_us})
+    for row in rows:
+        print(row["mode"], {name: f"{us:.1f} us" for name, us in row["host_us"].items()}, flush=True)
     print(measure.record("host_time", {"launch_seconds": launch}, rows, folder))
 
 

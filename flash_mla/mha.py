@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-from flash_mla import checks, mha_ops
+from flash_mla import checks, mha_ops, mha_served
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"]
 
@@ -53,24 +53,32 @@ def flash_attn_varlen_func(
         ValueError: wrong shapes, head dims, strides or devices, offsets that do not fit, or dropout.
         RuntimeError: no backend serves the call; the message gives each one's reason.
     """
+    scale = None if softmax_scale is None else checks.real_number("softmax_scale", softmax_scale)
+    tensors = (q, k, v, cu_seqlens_qo, cu_seqlens_kv)
+    is_compiling, is_dual = torch.compiler.is_compiling(), forward_ad._current_level >= 0
+    served = None
+    if not (is_compiling or is_dual):
+        options = (max_seqlen_qo, max_seqlen_kv, dropout_p, causal, deterministic, is_varlen)
+        served, results = mha_served.served(tensors, options, scale)
+        if results is not None:
+            return results
     is_varlen = checks.flag("is_varlen", is_varlen)
-    b = checks.mha_tensors(q, k, v, cu_seqlens_qo, cu_seqlens_kv)
+    b = checks.mha_tensors(*tensors)
     max_seqlen_qo = checks.max_seqlen("max_seqlen_qo", max_seqlen_qo, b=b, total=q.shape[0], is_varlen=is_varlen)
     max_seqlen_kv = checks.max_seqlen("max_seqlen_kv", max_seqlen_kv, b=b, total=k.shape[0], is_varlen=is_varlen)
     checks.no_dropout(dropout_p)
-    d_qk = q.shape[-1]
-    scale = d_qk**-0.5 if softmax_scale is None else checks.real_number("softmax_scale", softmax_scale)
-    args = (
-        q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, scale,
-        checks.flag("causal", causal), checks.flag("deterministic", deterministic),
-    )  # fmt: skip
-    if torch.compiler.is_compiling():
+    causal, deterministic = checks.flag("causal", causal), checks.flag("deterministic", deterministic)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    args = (*tensors, max_seqlen_qo, max_seqlen_kv, scale, causal, deterministic)
+    if is_compiling:
         return torch.ops.flash_mla.mha_forward(*args)
-    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if not (backward or forward_ad._current_level >= 0):
+    if is_dual or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        out, lse = mha_ops.Attention.apply(*args)
+    else:
         out, lse = mha_ops.mha_forward(*args)  # without what autograd does before it notices
-        return out, lse
-    return mha_ops.Attention.apply(*args)
+    if served is not None:
+        served.record(tensors, (max_seqlen_qo, max_seqlen_kv), (causal, deterministic))
+    return out, lse
 
 
 def flash_attn_varlen_qkvpacked_func(

@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 from flash_mla import backends
 from flash_mla.problem import MHAProblem
 
-__all__ = ["Attention", "mha_forward"]
+__all__ = ["Attention", "mha_forward", "problem_of"]
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-def _problem(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, deterministic: bool) -> MHAProblem:
+def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, deterministic: bool) -> MHAProblem:
     return MHAProblem(
         device=q.device,
         dtype=q.dtype,
@@ -46,7 +46,7 @@ def mha_forward(
     deterministic: bool,
 ) -> Tensors:
     """out and lse by the backend that serves the problem; arguments as checked by flash_attn_varlen_func."""
-    problem = _problem(q, k, v, causal, deterministic)
+    problem = problem_of(q, k, v, causal, deterministic)
     return backends.choose(problem).mha_forward(
         problem, q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale
     )
@@ -68,7 +68,7 @@ def _mha_backward(
     causal: bool,
     deterministic: bool,
 ) -> Tensors:
-    problem = _problem(q, k, v, causal, deterministic)
+    problem = problem_of(q, k, v, causal, deterministic)
     if dout.stride(-1) != 1:  # out.sum() hands over an expanded scalar
         dout = dout.contiguous()
     return backends.choose(problem).mha_backward(

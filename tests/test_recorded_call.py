@@ -1,4 +1,4 @@
-"""Calls that repeat one before: recorded_call.c, and its use by decode and sparse prefill.
+"""Calls that repeat one before: recorded_call.c, and its use by decode, sparse prefill and dense MHA.
 
 Python functions stand in for kernels, on the CPU.
 """
@@ -16,10 +16,13 @@ from tvm_ffi.libinfo import include_paths
 
 from flash_mla import (
     backends,
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
     flash_mla_sparse_fwd,
     flash_mla_with_kvcache,
     get_mla_metadata,
     kernels,
+    mha_served,
     sparse_prefill,
 )
 from flash_mla.backends import hopper
@@ -172,11 +175,27 @@ def prefill_stand_in(*arguments):
     lse.copy_(lengths[:, None] + sink)
 
 
+def forward_stand_in(*arguments):
+    """As a kernel: out = 2 q, lse = scale."""
+    q, _, _, _, _, out, lse = [in_memory(value) for value in arguments[:7]]
+    out.copy_(q[..., :128] * 2)
+    lse.fill_(arguments[8])
+
+
+def backward_stand_in(*arguments):
+    """As a kernel: dq = 3 q, dk = k + dlse of the first row, dv = scale everywhere."""
+    _, dlse, q, k, _, _, _, _, _, dq, dk, dv = [in_memory(value) for value in arguments[:12]]
+    dq.copy_(q * 3)
+    dk.copy_(k + dlse[0, 0])
+    dv.fill_(arguments[16])
+
+
 @pytest.fixture
 def calls(monkeypatch, record_call):
     """What runs on the Hopper backend, with its kernels replaced: (inputs that were checked, inputs of kernels)."""
     log = types.SimpleNamespace(checked=[], launched=[])
     decode, prefill = hopper.decode, hopper.sparse_prefill
+    mha = {name: getattr(hopper, name) for name in ("mha_forward", "mha_backward")}
 
     def noted(problem, inputs, work, splits):
         log.checked.append(inputs)
@@ -185,6 +204,13 @@ def calls(monkeypatch, record_call):
     def noted_prefill(problem, inputs):
         log.checked.append(inputs)
         return prefill(problem, inputs)
+
+    def noted_mha(name):
+        def run(problem, *inputs):
+            log.checked.append(name)
+            return mha[name](problem, *inputs)
+
+        return run
 
     def launching(function):
         def launch(*arguments):
@@ -196,6 +222,8 @@ def calls(monkeypatch, record_call):
     functions = {
         "planner": tvm_ffi.convert(lambda *_: None),
         "sparse_prefill": launching(prefill_stand_in),
+        "mha_forward": launching(forward_stand_in),
+        "mha_backward": launching(backward_stand_in),
         "attention": launching(stand_in),
     }
     monkeypatch.setattr(
@@ -209,16 +237,20 @@ def calls(monkeypatch, record_call):
     )
     monkeypatch.setattr(hopper, "decode", noted)
     monkeypatch.setattr(hopper, "sparse_prefill", noted_prefill)
+    for name in mha:
+        monkeypatch.setattr(hopper, name, noted_mha(name))
     monkeypatch.setattr(backends, "choose", lambda problem: hopper)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the CPU
     h200 = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
     monkeypatch.setattr(sparse_prefill, "_latest", None)
+    monkeypatch.setattr(mha_served, "_latest", None)
     caches = [
         dense_decode_launch._dense_decode,
         sparse_decode_launch._sparse_decode,
         sparse_prefill_launch._call,
         sparse_prefill._served,
+        mha_served._like,
     ]
     for cache in caches:
         cache.cache_clear()
@@ -487,3 +519,176 @@ def test_another_forced_backend_is_heeded(calls, monkeypatch):
     monkeypatch.setenv("FLASH_MLA_BACKEND", "hopper")
     run_prefill(prefill())
     assert len(calls.checked) == 2
+
+
+def mha(s_q=40, **changed):
+    arguments = {
+        "q": torch.randn(s_q, 4, 192).bfloat16(),
+        "k": torch.randn(50, 2, 192).bfloat16(),
+        "v": torch.randn(50, 2, 128).bfloat16(),
+        "cu_seqlens_qo": torch.tensor([0, s_q], dtype=torch.int32),
+        "cu_seqlens_kv": torch.tensor([0, 50], dtype=torch.int32),
+        "max_seqlen_qo": s_q,
+        "max_seqlen_kv": 50,
+        "softmax_scale": 0.5,
+    }
+    return arguments | changed
+
+
+def run_mha(arguments):
+    out, lse = flash_attn_varlen_func(**arguments)
+    assert torch.equal(out, arguments["q"][..., :128] * 2)
+    assert torch.equal(lse, torch.full(out.shape[:2], arguments["softmax_scale"] * LOG2_E))
+    assert lse.T.is_contiguous()
+    return out, lse
+
+
+def test_a_forward_like_an_earlier_one_is_repeated_with_its_own_tensors(calls):
+    kept = [run_mha(mha(softmax_scale=scale)) for scale in (0.5, 0.25, 2)]
+    assert calls.checked == ["mha_forward"]
+    assert len(calls.launched) == 3
+    assert len({tensor.data_ptr() for results in kept for tensor in results}) == 6
+    for _ in range(2):
+        _, lse = flash_attn_varlen_func(**mha(softmax_scale=None))
+        assert torch.equal(lse, torch.full((40, 4), 192**-0.5 * LOG2_E))
+    assert len(calls.checked) == 1
+
+
+def test_forwards_of_several_kinds_take_turns(calls):
+    kinds = [{}, {"s_q": 41}, {"causal": True}, {"max_seqlen_kv": 60}, {"v": torch.randn(50, 3, 128).bfloat16()[:, :2]}]
+    for turn in range(3):
+        for kind in kinds[: 4 if turn else None]:
+            run_mha(mha(**kind))
+    assert len(calls.checked) == 6, "of two layouts of one shape the later is kept"
+    causal = [arguments[9] for arguments in calls.launched]
+    assert causal == [int(kind.get("causal", False)) for turn in range(3) for kind in kinds[: 4 if turn else None]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"q": torch.randn(40, 4, 193).bfloat16()[..., 1:]},
+        {"k": torch.randn(50 * 2 * 192 + 1).bfloat16()[1:].view(50, 2, 192)},
+        {"softmax_scale": torch.finfo(torch.float32).tiny},
+        {"max_seqlen_qo": torch.tensor(40)},
+    ],
+    ids=["rows", "start", "scale", "length"],
+)
+def test_other_forwards_are_served_too(calls, change):
+    for changed in ({}, change, change, {}, {}):
+        run_mha(mha(**changed))
+    assert len(calls.launched) == 5
+
+
+def test_a_length_in_a_tensor_is_read_at_every_call(calls):
+    length = torch.tensor(40)
+    arguments = mha(max_seqlen_qo=length)
+    for _ in range(2):
+        run_mha(arguments)
+    length.fill_(4)
+    with pytest.raises(ValueError, match="max_seqlen_qo: got 4, need at least 40"):
+        flash_attn_varlen_func(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(40, 4, 192)}, TypeError, "q: got dtype float32"),
+        ({"q": [1.0]}, TypeError, "q: got list"),
+        (
+            {"k": torch.zeros(50, 3, 192).bfloat16(), "v": torch.zeros(50, 3, 128).bfloat16()},
+            ValueError,
+            "q: got h_q=4",
+        ),
+        ({"cu_seqlens_kv": torch.zeros(2)}, TypeError, "cu_seqlens_kv: got dtype float32"),
+        ({"max_seqlen_qo": 39}, ValueError, "max_seqlen_qo: got 39"),
+        ({"dropout_p": 0.5}, ValueError, "dropout"),
+        ({"softmax_scale": "1"}, TypeError, "softmax_scale: got str"),
+    ],
+)
+def test_misuse_of_a_forward_is_told_as_on_a_first_call(calls, change, error, message):
+    for _ in range(2):
+        run_mha(mha())
+    with pytest.raises(error, match=message):
+        flash_attn_varlen_func(**mha(**change))
+    run_mha(mha())
+    assert len(calls.checked) == 1
+
+
+def with_gradients(dlse=None, dout=None, **changed):
+    """The gradients of a call, which must be what the stand-in makes of it."""
+    arguments = mha(**changed)
+    leaves = [arguments[name].requires_grad_() for name in ("q", "k", "v")]
+    out, lse = run_mha(arguments)
+    results, given = [out], [torch.randn_like(out) if dout is None else dout]
+    if dlse is not None:
+        results, given = [out, lse], [*given, torch.full_like(lse, dlse)]
+    dq, dk, dv = torch.autograd.grad(results, leaves, given, retain_graph=True)
+    assert torch.equal(dq, leaves[0] * 3)
+    assert torch.equal(dk, (leaves[1] + (dlse or 0.0)).bfloat16())
+    assert torch.equal(dv, torch.full_like(dv, arguments["softmax_scale"]))
+    assert all(x.is_contiguous() for x in (dq, dk, dv))
+    return results, leaves
+
+
+def test_gradients_are_repeated_too(calls):
+    for scale in (0.5, 0.25, -1):
+        with_gradients(softmax_scale=abs(scale))
+    assert calls.checked == ["mha_forward", "mha_backward", "mha_backward"], "the first is in the graph of operators"
+    assert len(calls.launched) == 6
+
+
+def test_gradients_of_lse_and_of_expanded_sums(calls):
+    ones = torch.ones((), dtype=torch.bfloat16).expand(40, 4, 128)
+    for dlse, dout in ((None, None), (2.0, None), (2.0, None), (None, ones), (None, ones), (None, None), (None, None)):
+        with_gradients(dlse, dout)
+    assert len(calls.launched) == 14
+
+
+def test_gradients_of_lse_alone(calls):
+    for _ in range(3):
+        arguments = mha()
+        k = arguments["k"].requires_grad_()
+        _, lse = flash_attn_varlen_func(**arguments)
+        (dk,) = torch.autograd.grad(lse, k, torch.full_like(lse, 3.0))
+        assert torch.equal(dk, k + 3)
+
+
+def test_second_derivatives_of_a_repeated_call_are_refused(calls):
+    for _ in range(3):
+        results, leaves = with_gradients()
+        (dq, *_) = torch.autograd.grad(results[0].float().square().sum(), leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dq.sum().backward()
+
+
+def test_packed_tensors_are_repeated(calls):
+    offsets = torch.tensor([0, 30], dtype=torch.int32)
+    for _ in range(3):
+        qkv = torch.randn(30, 4, 512).bfloat16().requires_grad_()
+        out, _ = flash_attn_varlen_qkvpacked_func(qkv, offsets, 30, 192, softmax_scale=0.5)
+        (gradient,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
+        q, k, _ = qkv.split([192, 192, 128], -1)
+        assert torch.equal(gradient, torch.cat([q * 3, k, torch.full_like(out, 0.5)], -1))
+    assert calls.checked.count("mha_forward") == 1
+    assert calls.checked.count("mha_backward") == 2
+
+
+def test_deterministic_gradients_are_not_repeated(calls, monkeypatch):
+    seen = []
+    monkeypatch.setattr(hopper, "mha_backward", lambda problem, *inputs: seen.append(problem) or inputs[2:5])
+    for _ in range(3):
+        arguments = mha(deterministic=True)
+        q = arguments["q"].requires_grad_()
+        out, _ = flash_attn_varlen_func(**arguments)
+        torch.autograd.grad(out, q, torch.ones_like(out))
+    assert [problem.deterministic for problem in seen] == [True] * 3
+
+
+def test_transforms_of_functions_are_not_repeated(calls):
+    arguments = mha()
+    q = arguments.pop("q")
+    for _ in range(2):
+        run_mha(arguments | {"q": q})
+    dq = torch.func.grad(lambda q: flash_attn_varlen_func(q=q, **arguments)[0].float().sum())(q)
+    assert torch.equal(dq, q * 3)

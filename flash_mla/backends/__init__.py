@@ -2,8 +2,8 @@
 
 Each backend is a module with a `NAME` and `why_not(problem) -> str | None`: the reason it cannot serve a problem, or
 None when it can. `choose` takes the first that can, in order of speed; `explain` tells the reasons of all.
-One that has a `record` or a `record_prefill` as well can repeat calls of `decode` or `sparse_prefill` at less host time
-than these take.
+One that has a `record`, `record_prefill`, `record_mha_forward` or `record_mha_backward` as well can repeat calls of
+`decode`, `sparse_prefill`, `mha_forward` or `mha_backward` at less host time than these take.
 `FLASH_MLA_BACKEND=hopper|cpu|triton` forces one.
 """
 

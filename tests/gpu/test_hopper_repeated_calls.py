@@ -3,10 +3,19 @@
 import pytest
 import torch
 from test_hopper_dense_decode import case as dense_case
+from test_hopper_mha import make as mha_case
 from test_hopper_sparse_decode import case as sparse_case
 from test_hopper_sparse_prefill import case as prefill_case
 
-from flash_mla import KVCacheFormat, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata, sparse_prefill
+from flash_mla import (
+    KVCacheFormat,
+    flash_attn_varlen_func,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    mha_served,
+    sparse_prefill,
+)
 from flash_mla.backends import hopper
 
 pytestmark = pytest.mark.gpu
@@ -347,3 +356,136 @@ def test_a_prefill_with_another_current_device():
     want = [flash_mla_sparse_fwd(**arguments) for _ in range(2)][1]
     with torch.cuda.device(1):
         assert_same(flash_mla_sparse_fwd(**arguments), want)
+
+
+def mha(seed=0, d=192, **options):
+    torch.manual_seed(seed)
+    return mha_case([300, 0, 70, 129], [300, 40, 5, 700], h_q=8, h_kv=4, d=d, **options)
+
+
+def many(seed=0, d=192):
+    """More tiles than SMs."""
+    torch.manual_seed(seed)
+    return mha_case([300, 70, 129] * 9, [300, 5, 700] * 9, h_q=8, h_kv=4, d=d)
+
+
+MHA = pytest.mark.parametrize(("make", "d"), [(mha, 192), (mha, 128), (many, 192), (many, 128)])
+
+
+def fresh_mha(case):
+    mha_served._like.cache_clear()
+    mha_served._latest = None
+    return case.run()
+
+
+@pytest.fixture
+def checked_mha(monkeypatch):
+    """What was not repeated from a record."""
+    log = []
+    for name in ("mha_forward", "mha_backward"):
+        run = getattr(hopper, name)
+        monkeypatch.setattr(hopper, name, lambda *arguments, run=run, name=name: log.append(name) or run(*arguments))
+    mha_served._like.cache_clear()
+    mha_served._latest = None
+    return log
+
+
+@MHA
+def test_mha_of_one_layout_is_repeated(make, d, checked_mha):
+    cases = [make(seed, d)._replace(scale=0.1 + seed / 10) for seed in range(3)]
+    results = [case.run() for case in cases]
+    assert checked_mha == ["mha_forward"]
+    assert len({tensor.data_ptr() for result in results for tensor in result}) == 6
+    for case, got in zip(cases, results, strict=True):
+        assert_same(got, fresh_mha(case))
+
+
+@MHA
+@pytest.mark.parametrize("of_lse", [False, True])
+def test_gradients_of_one_layout_are_repeated(make, d, of_lse, checked_mha):
+    """dk and dv to the bit; dq is summed in any order."""
+    cases = [make(seed, d)._replace(scale=0.1 + seed / 10) for seed in range(4)]
+    for case in cases:
+        leaves = [x.requires_grad_() for x in case[:3]]
+        given = [case.dout(), torch.randn_like(case.q[..., 0], dtype=torch.float32)][: 1 + of_lse]
+        got = torch.autograd.grad(case.run()[: 1 + of_lse], leaves, given)
+        checked = len(checked_mha)
+        want = torch.autograd.grad(
+            flash_attn_varlen_func(
+                *leaves, *case.offsets, 1000, 1000, softmax_scale=case.scale, causal=True
+            )[: 1 + of_lse], leaves, given,
+        )  # fmt: skip
+        del checked_mha[checked:]
+        assert_same(got[1:], want[1:])
+        torch.testing.assert_close(got[0], want[0], atol=1e-3, rtol=2**-7)
+    assert checked_mha == ["mha_forward", "mha_backward", "mha_backward"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda case: case._replace(q=torch.cat([case.q, case.q], 1)[:, :8]),
+        lambda case: case._replace(q=torch.cat([case.q[..., :1], case.q], -1)[..., 1:]),
+        lambda case: case._replace(k=torch.cat([case.k, case.k], -1)[..., :192]),
+        lambda case: case._replace(v=torch.cat([case.v[..., :1], case.v], -1)[..., 1:]),
+        lambda case: case._replace(scale=-0.25),
+        lambda case: case._replace(scale=0.0),
+        lambda case: case._replace(causal=not case.causal),
+        lambda case: case._replace(lengths_q=[300, 1, 70, 128]),
+        lambda case: case._replace(**{name: getattr(case, name).half() for name in "qkv"}),
+    ],
+)
+def test_mha_that_looks_different_is_not_repeated(change):
+    case = mha()
+    other = change(case)
+    want, wanted = fresh_mha(case), fresh_mha(other)
+    for _ in range(2):
+        assert_same(case.run(), want)
+        assert_same(other.run(), wanted)
+        assert_same(other.run(), wanted)
+
+
+@MHA
+def test_repeated_mha_is_captured(make, d):
+    case = make(0, d)
+    for _ in range(2):
+        case.run()
+    arguments = (*case[:3], *case.offsets, max(case.lengths_q), max(case.lengths_kv))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = flash_attn_varlen_func(*arguments, softmax_scale=case.scale, causal=True)
+    for seed in (1, 2):
+        for tensor, new in zip(case[:3], make(seed, d)[:3], strict=True):
+            tensor.copy_(new)
+        for tensor in got:
+            tensor.fill_(torch.nan)
+        graph.replay()
+        assert_same(got, fresh_mha(case))
+
+
+@MHA
+def test_mha_on_streams_does_not_disturb_each_other(make, d):
+    case = make(0, d)
+    want = fresh_mha(case)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for turn in range(30):
+        with torch.cuda.stream(streams[turn % 3]):
+            results.append(case.run())
+    torch.cuda.synchronize()
+    for got in results:
+        assert_same(got, want)
+
+
+def test_mha_follows_what_was_launched_before_it():
+    """A kernel that takes all tiles at once is launched alone: it must wait for whatever makes its inputs."""
+    case = mha()
+    want = fresh_mha(case)
+    a = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
+    q = case.q.clone()
+    for _ in range(20):
+        case.q.fill_(torch.nan)
+        a @ a
+        case.q.copy_(q)
+        assert_same(case.run(), want)

@@ -10,7 +10,7 @@ import torch
 from flash_mla import kernels
 from flash_mla.backends.hopper import dense_decode_launch, mha_launch, sparse_decode_launch
 from flash_mla.backends.hopper.dense_decode_heuristics import gathers
-from flash_mla.backends.hopper.mha_launch import mha_backward, mha_forward
+from flash_mla.backends.hopper.mha_launch import mha_backward, mha_forward, record_mha_backward, record_mha_forward
 from flash_mla.backends.hopper.recorded_call import RecordedCall
 from flash_mla.backends.hopper.sparse_prefill_launch import record_prefill, sparse_prefill, sparse_prefill_kernel
 from flash_mla.plan import SplitPlan
@@ -23,6 +23,8 @@ __all__ = [
     "mha_forward",
     "plan_decode",
     "record",
+    "record_mha_backward",
+    "record_mha_forward",
     "record_prefill",
     "sparse_prefill",
     "why_not",

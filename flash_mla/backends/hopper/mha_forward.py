@@ -52,6 +52,7 @@ KV_CHUNK_ELEMENTS = TILE_KV * CHUNK
 V_CHUNKS = D_V // CHUNK
 Q_CHUNKS_IN_REGISTERS = 1  # spares shared memory, nearly as busy as the tensor cores, their reads
 AHEAD = 4  # tiles of keys: so many from its end, what follows a work tile is found and its Q brought to L2
+NO_TILE = 0x7FFFFFFF  # a number beyond all tiles
 WORDS = 8  # of a work tile as the producer hands it to a consumer
 
 # Named barriers: the turns of consumer 0 and 1 at the tensor cores, and "V's rows beyond the sequence are zero".
@@ -161,6 +162,7 @@ class MHAForward:
         scale_log2: Float32,
         causal: Int32,
         workers: Int32,
+        all_taken: Int32,  # whether there are no more tiles than workers
         stream,
     ):
         loads = Loads(tma(q, ROWS), tma(k, TILE_KV), tma(v, TILE_KV))
@@ -181,12 +183,17 @@ class MHAForward:
             out: cute.struct.Align[cute.struct.MemRange[self.dtype, SIDES * Q_CHUNK_ELEMENTS], 1024]
 
         self.Shared = Shared
-        self.begin(next_tile).launch(grid=(1, 1, 1), block=(32, 1, 1), stream=stream)
+        if all_taken == 0:
+            self.begin(next_tile).launch(grid=(1, 1, 1), block=(32, 1, 1), stream=stream)
         self.kernel(
-            loads, cu_seqlens_qo, cu_seqlens_kv, rows_out, lse, next_tile, k.shape[1], scale_log2, causal
+            loads, cu_seqlens_qo, cu_seqlens_kv, rows_out, lse, next_tile, k.shape[1], scale_log2, causal, all_taken
         ).launch(
-            grid=(workers, 1, 1), block=(CONSUMERS + WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
-        )  # fmt: skip
+            grid=(workers, 1, 1),
+            block=(CONSUMERS + WARPGROUP, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=1 - all_taken,  # it waits for `begin`, but not for what a caller launched before
+        )
 
     @cute.kernel
     def begin(self, next_tile: cute.Tensor):
@@ -207,6 +214,7 @@ class MHAForward:
         h_kv: Int32,
         scale_log2: Float32,
         causal: Int32,
+        all_taken: Int32,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -226,7 +234,7 @@ class MHAForward:
             if warp == PRODUCER_WARP:
                 kv_in_l2 = L2_BYTES // ((self.d + D_V) * 2)
                 sequences = QueryTiles(cu_seqlens_qo, cu_seqlens_kv, lse.shape[0], h_kv, causal, kv_in_l2)
-                self.produce(sequences, shared, barriers, loads, next_tile)
+                self.produce(sequences, shared, barriers, loads, next_tile, all_taken)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             self.consume(shared, barriers, out, lse, scale_log2, causal, warp // 4, thread % WARPGROUP)
@@ -248,7 +256,7 @@ class MHAForward:
     # ---------------------------------------------------------------------------------------------- producer
 
     @cute.jit
-    def produce(self, sequences, shared, barriers, loads, next_tile: cute.Tensor):
+    def produce(self, sequences, shared, barriers, loads, next_tile: cute.Tensor, all_taken: Int32):
         """Bring K, Q and V of one tile after the other, in the order in which the consumers need them."""
         for tma_atom, _ in (loads.q, loads.k, loads.v):
             cpasync.prefetch_descriptor(tma_atom)
@@ -279,8 +287,11 @@ class MHAForward:
                         cute.copy(loads.v[0], source, to, tma_bar_ptr=barriers.v_full + at)
                     loaded += 1
                 if i == cutlass.max(work.tiles - AHEAD, 0):
-                    cute.arch.griddepcontrol_wait()  # until `begin` has reset the counter
-                    following, reached = find(sequences, window, take_number(next_tile))
+                    number = Int32(NO_TILE)
+                    if all_taken == 0:
+                        cute.arch.griddepcontrol_wait()  # until `begin` has reset the counter
+                        number = take_number(next_tile)
+                    following, reached = find(sequences, window, number)
                     self.prefetch_q(following, loads, shared)
             works += 1
             work, window = following, reached
@@ -630,5 +641,5 @@ def compile_variant(dtype: str, d: int) -> aot.Compiled:
     next_tile = aot.compact(Int32, (1,))
     return aot.compile_kernel(
         MHAForward(element, d), q, k, v, cu_seqlens_qo, cu_seqlens_kv, out, lse, next_tile,
-        Float32(1.0), Int32(0), Int32(1),
+        Float32(1.0), Int32(0), Int32(1), Int32(0),
     )  # fmt: skip

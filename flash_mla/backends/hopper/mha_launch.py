@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,11 +17,16 @@ from flash_mla.backends.hopper.launch import (
     num_sms,
     on_its_device,
     positive_scale,
+    rows_aligned,
+    template,
     with_aligned_rows,
 )
+from flash_mla.backends.hopper.recorded_call import CONSTANT, REFUSALS, record_call, workspace_argument
 from flash_mla.problem import MHAProblem
 
-__all__ = ["mha_backward", "mha_forward", "why_not"]
+__all__ = ["mha_backward", "mha_forward", "record_mha_backward", "record_mha_forward", "why_not"]
+
+Tensors = tuple[torch.Tensor, ...]
 
 TILE = 128  # query rows of a CTA forward, keys of one backward
 VISIT_Q = 64  # query rows that the backward visits at a time
@@ -60,9 +66,8 @@ def mha_forward(
     """
     out = q.new_empty(q.shape[0], problem.h_q, problem.d_v)
     lse = q.new_empty(problem.h_q, q.shape[0], dtype=torch.float32)
-    # More than there are, if the lengths differ.
-    tiles = problem.h_q * (len(cu_seqlens_qo) - 1) * -(-max_seqlen_qo // TILE)
-    if tiles == 0 or k.shape[0] == 0:
+    flags = _forward_flags(problem, cu_seqlens_qo, max_seqlen_qo)
+    if flags is None or k.shape[0] == 0:
         return out.zero_(), lse.fill_(-math.inf).T
     q, scale = positive_scale(q, softmax_scale)
     kernels.load(_kernel("forward", problem))(
@@ -75,10 +80,70 @@ def mha_forward(
         lse,
         torch.empty(1, dtype=torch.int32, device=q.device),
         scale * LOG2_E,
-        int(problem.causal),
-        min(tiles, num_sms(q.device)),
+        *flags,
     )
     return out, lse.T
+
+
+def _forward_flags(problem: MHAProblem, cu_seqlens_qo: torch.Tensor, max_seqlen_qo: int) -> tuple[int, ...] | None:
+    """The kernel's integer arguments; None if there is nothing to do."""
+    # More than there are, if the lengths differ.
+    tiles = problem.h_q * (cu_seqlens_qo.shape[0] - 1) * -(-max_seqlen_qo // TILE)
+    workers = min(tiles, num_sms(problem.device))
+    return (int(problem.causal), workers, int(workers == tiles)) if tiles else None
+
+
+def _are_read(*tensors: torch.Tensor) -> bool:
+    """Whether kernels read these, not copies; those of a transform of functions have no memory to be read."""
+    try:
+        return all(map(rows_aligned, tensors))
+    except RuntimeError:
+        return False
+
+
+def record_mha_forward(
+    problem: MHAProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_qo: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+) -> Callable[[Tensors, float], tuple[torch.Tensor, torch.Tensor] | None] | None:
+    """What repeats a call on its device that `mha_forward` has run; None if its kernel read copies, or nothing.
+
+    Given tensors in the order of these and a scale, it returns out and lse, or None if they do not look the same.
+    """
+    device = q.device.index
+    flags = _forward_flags(problem, cu_seqlens_qo, max_seqlen_qo)
+    if flags is None or k.shape[0] == 0 or device != torch.cuda.current_device() or not _are_read(q, k, v):
+        return None
+    out = template((q.shape[0], problem.h_q, problem.d_v), q.dtype, q.device)
+    lse = template((problem.h_q, q.shape[0]), torch.float32, q.device)
+    tensors = (q, k, v, cu_seqlens_qo, cu_seqlens_kv, torch.empty_like(out), torch.empty_like(lse))
+    arguments = (
+        *enumerate(tensors),
+        workspace_argument(template((1,), torch.int32, q.device)),
+        (len(tensors), 1.0),
+        *((CONSTANT, flag) for flag in flags),
+    )
+    name = _kernel("forward", problem)
+    replay = record_call(name, kernels.load(name), (*tensors, 1.0), arguments)
+    if replay is None:
+        return None
+
+    def repeat(tensors: Tensors, scale: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if scale <= 0.0 or torch.cuda.current_device() != device:
+            return None
+        results = torch.empty_like(out), torch.empty_like(lse)
+        try:
+            done = replay(*tensors, *results, scale * LOG2_E)
+        except REFUSALS:
+            return None
+        return (results[0], results[1].T) if done else None
+
+    return repeat
 
 
 def mha_backward(problem: MHAProblem, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -104,7 +169,7 @@ def mha_backward(problem: MHAProblem, *arguments: Any) -> tuple[torch.Tensor, to
 def _few_queries(dout: torch.Tensor, *arguments: Any) -> bool:
     """Whether sequences have less than FEW_QUERIES queries on average, by the arguments of `_backward`."""
     cu_seqlens_qo = arguments[6]
-    return dout.shape[0] < FEW_QUERIES * (len(cu_seqlens_qo) - 1)
+    return dout.shape[0] < FEW_QUERIES * (cu_seqlens_qo.shape[0] - 1)
 
 
 @on_its_device
@@ -125,14 +190,13 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients by q, k and v, given those by `out` and `lse` (None: the loss does not read lse)."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    tiles = problem.h_kv * (len(cu_seqlens_kv) - 1) * -(-max_seqlen_kv // TILE)
-    if tiles == 0 or q.shape[0] == 0 or k.shape[0] == 0:
+    flags = _backward_flags(problem, cu_seqlens_kv, max_seqlen_kv)
+    if flags is None or q.shape[0] == 0 or k.shape[0] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    sums_tiles = q.shape[0] // VISIT_Q + len(cu_seqlens_qo) - 1  # each holds rows of one sequence
-    row_values = torch.empty(2, *lse.T.shape, dtype=torch.float32, device=q.device)
+    workspaces = _backward_workspaces(q, cu_seqlens_qo)
     kernels.load(_kernel("backward", problem))(
         with_aligned_rows(dout),
-        constant(0.0, torch.float32, q.device).expand(lse.shape) if dlse is None else dlse,
+        _no_dlse(lse) if dlse is None else dlse,
         with_aligned_rows(q),
         with_aligned_rows(k),
         with_aligned_rows(v),
@@ -143,13 +207,80 @@ def _backward(
         dq,
         dk,
         dv,
-        row_values,
-        torch.empty(problem.h_q, sums_tiles, VISIT_Q * problem.d_qk, dtype=torch.float32, device=q.device),
-        torch.empty(problem.h_q, sums_tiles, SIDES, dtype=torch.int32, device=q.device),
-        torch.empty(1, dtype=torch.int32, device=q.device),
+        *(torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in workspaces),
         softmax_scale,
         softmax_scale * LOG2_E,
-        int(problem.causal),
-        min(tiles, num_sms(q.device)),
+        *flags,
     )
     return dq, dk, dv
+
+
+def _no_dlse(lse: torch.Tensor) -> torch.Tensor:
+    return constant(0.0, torch.float32, lse.device).expand(lse.shape)
+
+
+def _backward_flags(problem: MHAProblem, cu_seqlens_kv: torch.Tensor, max_seqlen_kv: int) -> tuple[int, ...] | None:
+    """The kernel's integer arguments; None if there is nothing to do."""
+    tiles = problem.h_kv * (cu_seqlens_kv.shape[0] - 1) * -(-max_seqlen_kv // TILE)
+    return (int(problem.causal), min(tiles, num_sms(problem.device))) if tiles else None
+
+
+def _backward_workspaces(q: torch.Tensor, cu_seqlens_qo: torch.Tensor) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what the kernel writes for itself."""
+    total_q, h_q, d_qk = q.shape
+    tiles = total_q // VISIT_Q + cu_seqlens_qo.shape[0] - 1  # each holds rows of one sequence
+    yield (2, h_q, total_q), torch.float32  # values of rows
+    yield (h_q, tiles, VISIT_Q * d_qk), torch.float32  # sums of dq
+    yield (h_q, tiles, SIDES), torch.int32  # their states
+    yield (1,), torch.int32  # the next tile
+
+
+def record_mha_backward(
+    problem: MHAProblem,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_qo: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+) -> Callable[[tuple[torch.Tensor | None, ...], float], Tensors | None] | None:
+    """What repeats a call on its device that `mha_backward` has run with kernels of Hopper, as record_mha_forward does.
+
+    Given tensors in the order of these and a scale, it returns dq, dk and dv, or None if they do not look the same.
+    """
+    inputs = (dout, dlse, q, k, v, out, lse, cu_seqlens_qo, cu_seqlens_kv)
+    device = q.device.index
+    flags = _backward_flags(problem, cu_seqlens_kv, max_seqlen_kv)
+    if flags is None or problem.deterministic or _few_queries(*inputs) or q.shape[0] == 0 or k.shape[0] == 0:
+        return None
+    if device != torch.cuda.current_device() or not _are_read(dout, q, k, v, out):
+        return None
+    layouts = (*((tuple(x.shape), x.dtype) for x in (q, k, v)), *_backward_workspaces(q, cu_seqlens_qo))
+    *made, next_tile = (template(shape, dtype, q.device) for shape, dtype in layouts)
+    given = (*inputs, *map(torch.empty_like, made), 1.0, 1.0)
+    arguments = [*enumerate(given)]
+    if dlse is None:
+        arguments[1] = CONSTANT, _no_dlse(lse)
+    arguments.insert(-2, workspace_argument(next_tile))
+    arguments += ((CONSTANT, flag) for flag in flags)
+    name = _kernel("backward", problem)
+    replay = record_call(name, kernels.load(name), given, arguments)
+    if replay is None:
+        return None
+
+    def repeat(tensors: tuple[torch.Tensor | None, ...], scale: float) -> Tensors | None:
+        if torch.cuda.current_device() != device:
+            return None
+        results = [torch.empty_like(x) for x in made]
+        try:
+            done = replay(*tensors, *results, scale, scale * LOG2_E)
+        except REFUSALS:
+            return None
+        return tuple(results[:3]) if done else None
+
+    return repeat
