@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -15,26 +17,7 @@ from flash_mla.problem import DecodeInputs, DecodeProblem
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 
-
-@dataclasses.dataclass
-class _Served:
-    """What the last call looked like from outside, what its checks made of it, and who ran it."""
-
-    layouts: list[object]
-    flags: Flags
-    problem: DecodeProblem
-    backend: ModuleType
-    default_scale: float
-    work: torch.Tensor | None = None  # the plan that `repeat` follows
-    splits: torch.Tensor | None = None
-    repeat: Callable[[tuple[torch.Tensor | None, ...], float], tuple[torch.Tensor, torch.Tensor] | None] | None = None
-
-    def note_plan(self, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> None:
-        """Have the backend, if it can, repeat a call that ran by this plan."""
-        if self.work is not work or self.splits is not splits:
-            record = getattr(self.backend, "record", None)
-            self.work, self.splits = work, splits
-            self.repeat = None if record is None else record(self.problem, inputs, work, splits)
+Results = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass
@@ -188,21 +171,16 @@ def flash_mla_with_kvcache(
     # A call that looks like the last one is like it. Checking everything takes longer than launching kernels does,
     # comparing layouts does not; hence also a plain tuple here, which equals a named one.
     flags = (head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
-    served = meta._served
-    if (
-        served is not None
-        and served.repeat is not None
-        and served.flags == flags
-        and served.work is meta.tile_scheduler_metadata
-        and served.splits is meta.num_splits
-    ):
-        results = served.repeat(tensors, served.default_scale if softmax_scale is None else softmax_scale)
+    served, tried = meta._served, False
+    if served is not None and served.flags == flags:
+        tried = meta.tile_scheduler_metadata is not None
+        results = served.repeated(meta, tensors, softmax_scale)
         if results is not None:
             return results
     layouts = _layouts(tensors)
     if served is None or served.layouts != layouts or served.flags != flags:
         inputs = DecodeInputs(*tensors, softmax_scale=1.0)  # stands in, as checks read the tensors alone
-        served = _serve(meta, inputs, Flags(*flags), layouts)
+        served, tried = _serve(meta, inputs, Flags(*flags), layouts), False
     problem, backend = served.problem, served.backend
     inputs = DecodeInputs(*tensors, served.default_scale if softmax_scale is None else softmax_scale)
     if problem.b == 0 or problem.s_q == 0:
@@ -210,9 +188,44 @@ def flash_mla_with_kvcache(
     if meta.tile_scheduler_metadata is None or meta.num_splits is None:
         plan = backend.plan_decode(problem, inputs)
         meta.tile_scheduler_metadata, meta.num_splits = plan.work, plan.splits
+    if not tried:
+        results = served.repeated(meta, tensors, softmax_scale)
+        if results is not None:
+            return results
     results = backend.decode(problem, inputs, meta.tile_scheduler_metadata, meta.num_splits)
-    served.note_plan(inputs, meta.tile_scheduler_metadata, meta.num_splits)
+    record = getattr(backend, "record", None)
+    if served.repeat is None and record is not None:
+        served.repeat = record(problem, inputs, meta.tile_scheduler_metadata, meta.num_splits)
     return results
+
+
+@dataclasses.dataclass
+class _Served:
+    """What calls that are alike look like from outside, what checks made of them, who runs and what repeats them."""
+
+    layouts: list[object]
+    flags: Flags
+    problem: DecodeProblem
+    config: FlashMLASchedMeta.Config
+    backend: ModuleType
+    default_scale: float
+    repeat: Callable[..., Results | None] | None = None
+
+    def repeated(
+        self, meta: FlashMLASchedMeta, tensors: tuple[torch.Tensor | None, ...], scale: float | None
+    ) -> Results | None:
+        """out and lse by the metadata's plan; None if there is none, or the tensors look different."""
+        work, splits = meta.tile_scheduler_metadata, meta.num_splits
+        if self.repeat is None or work is None or splits is None:
+            return None
+        return self.repeat(tensors, self.default_scale if scale is None else scale, work, splits)
+
+
+@dataclasses.dataclass
+class _Kept:
+    """For calls that look alike, whatever their metadata."""
+
+    served: _Served | None = None
 
 
 def _layouts(tensors: tuple[object, ...]) -> list[object]:
@@ -228,11 +241,25 @@ def _layouts(tensors: tuple[object, ...]) -> list[object]:
 
 
 def _serve(meta: FlashMLASchedMeta, inputs: DecodeInputs, flags: Flags, layouts: list[object]) -> _Served:
-    """Check a call, choose its backend, and note what came of it in the metadata."""
-    problem, config = _check(meta, inputs, flags)
-    served = _Served(layouts, flags, problem, backends.choose(problem), problem.d_qk**-0.5)
-    meta.have_initialized, meta.config, meta._served = True, config, served
+    """Check a call and choose its backend, unless that was done for one like it; note what came of it."""
+    try:
+        kept = _kept(backends.forced(), *flags, *layouts)
+    except TypeError:  # flags that checks will explain
+        kept = _Kept()
+    served = kept.served
+    if served is None:
+        problem, config = _check(meta, inputs, flags)
+        served = _Served(layouts, flags, problem, config, backends.choose(problem), problem.d_qk**-0.5)
+        kept.served = served
+    elif meta.config is not None:
+        checks.same_plan(meta.config, served.config)
+    meta.have_initialized, meta.config, meta._served = True, copy.copy(served.config), served
     return served
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _kept(*_: object) -> _Kept:
+    return _Kept()
 
 
 def _check(

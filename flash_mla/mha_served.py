@@ -30,8 +30,7 @@ PLAIN = {int, bool, float}  # what options are, to be compared
 class Served:
     """What repeats calls that look alike."""
 
-    forced: str | None  # the backend
-    options: tuple[object, ...]  # all arguments that are no tensors, but for the scale
+    key: tuple[object, ...]  # the forced backend, and all arguments that are no tensors but the scale, with their types
     forward: Callable[[Tensors, float], Results | None] | None = None
     backward: Callable[[OptionalTensors, float], Tensors | None] | None = None
     default_scale: float = 0.0
@@ -104,16 +103,17 @@ def served(tensors: Tensors, options: tuple[object, ...], scale: float | None) -
         scale: None for the default.
     """
     global _latest
-    if not PLAIN.issuperset(map(type, options)):  # a length in a tensor may change
+    types = tuple(map(type, options))
+    if not PLAIN.issuperset(types):  # a length in a tensor may change
         return None, None
     forced, latest = backends.forced(), _latest
     # Finding an earlier call takes time: it is first taken to be the latest.
-    if latest is not None and latest.forced == forced and latest.options == options:
+    if latest is not None and latest.key == (forced, types, options):
         results = latest.repeated(tensors, scale)
         if results is not None:
             return latest, results
     try:
-        like = _like(forced, options, *((x.shape, x.dtype, x.device) for x in tensors))
+        like = _like((forced, types, options), *((x.shape, x.dtype, x.device) for x in tensors))
     except (AttributeError, TypeError):
         return None, None
     results = None if like is latest else like.repeated(tensors, scale)
@@ -122,5 +122,5 @@ def served(tensors: Tensors, options: tuple[object, ...], scale: float | None) -
 
 
 @functools.lru_cache(maxsize=256)
-def _like(forced: str | None, options: tuple[object, ...], *_: object) -> Served:
-    return Served(forced, options)
+def _like(key: tuple[object, ...], *_: object) -> Served:
+    return Served(key)

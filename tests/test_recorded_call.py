@@ -16,6 +16,7 @@ from tvm_ffi.libinfo import include_paths
 
 from flash_mla import (
     backends,
+    decode,
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
     flash_mla_sparse_fwd,
@@ -192,14 +193,17 @@ def backward_stand_in(*arguments):
 
 @pytest.fixture
 def calls(monkeypatch, record_call):
-    """What runs on the Hopper backend, with its kernels replaced: (inputs that were checked, inputs of kernels)."""
-    log = types.SimpleNamespace(checked=[], launched=[])
-    decode, prefill = hopper.decode, hopper.sparse_prefill
+    """What runs on the Hopper backend, with its kernels replaced.
+
+    checked: inputs of calls that were not repeated; launched: inputs of kernels; addresses: of the tensors among these.
+    """
+    log = types.SimpleNamespace(checked=[], launched=[], addresses=[])
+    run_decode, prefill = hopper.decode, hopper.sparse_prefill
     mha = {name: getattr(hopper, name) for name in ("mha_forward", "mha_backward")}
 
     def noted(problem, inputs, work, splits):
         log.checked.append(inputs)
-        return decode(problem, inputs, work, splits)
+        return run_decode(problem, inputs, work, splits)
 
     def noted_prefill(problem, inputs):
         log.checked.append(inputs)
@@ -215,6 +219,7 @@ def calls(monkeypatch, record_call):
     def launching(function):
         def launch(*arguments):
             log.launched.append(arguments)
+            log.addresses.append([value.data_ptr() for value in arguments if isinstance(value, tvm_ffi.Tensor)])
             function(*arguments)
 
         return tvm_ffi.convert(launch)
@@ -249,6 +254,7 @@ def calls(monkeypatch, record_call):
         dense_decode_launch._dense_decode,
         sparse_decode_launch._sparse_decode,
         sparse_prefill_launch._call,
+        decode._kept,
         sparse_prefill._served,
         mha_served._like,
     ]
@@ -393,10 +399,37 @@ def test_a_new_plan_is_followed(calls):
     meta.tile_scheduler_metadata = None
     for _ in range(2):
         run(meta, dense())
-    assert len(calls.checked) == 2
-    plans = [[value.data_ptr() for value in launched[4:6]] for launched in calls.launched]
+    assert len(calls.checked) == 1
+    plans = [addresses[4:6] for addresses in calls.addresses]
     assert plans[0] == plans[1] != plans[2] == plans[3]
     assert plans[3] == [meta.tile_scheduler_metadata.data_ptr(), meta.num_splits.data_ptr()]
+
+
+@MODES
+def test_fresh_metadata_is_planned_and_followed(calls, make):
+    """Calls that look alike are repeated whatever their metadata, but each by its own plan."""
+    metas = [get_mla_metadata()[0] for _ in range(3)]
+    for _ in range(2):
+        for meta in metas:
+            run(meta, make())
+    assert len(calls.checked) == 1
+    plan = slice(4, 6) if make is dense else slice(8, 10)
+    for meta, addresses in zip(metas * 2, calls.addresses, strict=True):
+        assert addresses[plan] == [meta.tile_scheduler_metadata.data_ptr(), meta.num_splits.data_ptr()]
+    assert len({meta.tile_scheduler_metadata.data_ptr() for meta in metas}) == 3
+    assert metas[0].config == metas[1].config
+    assert metas[0].config is not metas[1].config
+
+
+@MODES
+def test_metadata_of_another_configuration_refuses_a_call_that_was_served(calls, make):
+    metas = [get_mla_metadata()[0] for _ in range(2)]
+    other = make(q=torch.randn(4, 2, 32, 576).bfloat16())
+    run(metas[0], make())
+    flash_mla_with_kvcache(**other, tile_scheduler_metadata=metas[1])
+    for meta, arguments in zip(metas, (other, make()), strict=True):
+        with pytest.raises(ValueError, match="planned for h_q"):
+            flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=meta)
 
 
 def test_another_current_device_is_left_to_the_checked_call(calls, monkeypatch):

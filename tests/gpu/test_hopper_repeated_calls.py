@@ -9,6 +9,7 @@ from test_hopper_sparse_prefill import case as prefill_case
 
 from flash_mla import (
     KVCacheFormat,
+    decode,
     flash_attn_varlen_func,
     flash_mla_sparse_fwd,
     flash_mla_with_kvcache,
@@ -44,6 +45,7 @@ MODES = pytest.mark.parametrize("make", [dense, sparse, sparse_with_everything])
 
 
 def fresh(arguments, **options):
+    decode._kept.cache_clear()
     return flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=get_mla_metadata()[0], **options)
 
 
@@ -56,13 +58,14 @@ def assert_same(got, want):
 def checked(monkeypatch):
     """The arguments of every call that was not repeated from a record."""
     log = []
-    decode = hopper.decode
+    run = hopper.decode
 
     def noted(*arguments):
         log.append(arguments)
-        return decode(*arguments)
+        return run(*arguments)
 
     monkeypatch.setattr(hopper, "decode", noted)
+    decode._kept.cache_clear()
     return log
 
 
@@ -75,6 +78,24 @@ def test_calls_of_one_layout_are_repeated(make, checked):
         assert len(checked) == 1
         assert_same(got, fresh(arguments, softmax_scale=0.1 + seed))
         checked.pop()
+
+
+@MODES
+def test_fresh_metadata_is_planned_and_followed(make, checked):
+    """Calls that look alike are repeated whatever their metadata, but each by its own plan."""
+    kept, results = [], []
+    for seed in range(3):
+        arguments = make(seed)
+        if "cache_seqlens" in arguments and arguments["cache_seqlens"] is not None:
+            arguments["cache_seqlens"] = arguments["cache_seqlens"].roll(seed)
+            arguments["block_table"] = arguments["block_table"].roll(seed, 0)
+        meta, _ = get_mla_metadata()
+        kept.append((arguments, meta))
+        results.append(flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=meta))
+    results += [flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=meta) for arguments, meta in kept]
+    assert len(checked) == 1
+    for got, (arguments, _) in zip(results, kept * 2, strict=True):
+        assert_same(got, fresh(arguments))
 
 
 @MODES

@@ -93,7 +93,7 @@ def _dense_decode(problem: DecodeProblem, num_units: int, num_workers: int, max_
 def decode(problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> Results:
     """Run a planned dense decode call: the attention kernel and, behind it, combine."""
     q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.softmax_scale)
-    return _call(problem, inputs, work, splits).launch(inputs.out, scale, *_arguments(inputs, q, work, splits))
+    return _call(problem, inputs, work, splits).launch(inputs.out, scale, work, splits, *_arguments(inputs, q))
 
 
 @on_its_device
@@ -101,7 +101,7 @@ def record(
     problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
 ) -> RecordedCall | None:
     """What repeats a call that `decode` has run, if it can be repeated."""
-    return recorded(_call(problem, inputs, work, splits), inputs, *_arguments(inputs, inputs.q, work, splits))
+    return recorded(_call(problem, inputs, work, splits), inputs, work, splits, *_arguments(inputs, inputs.q))
 
 
 def _call(problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> DecodeCall:
@@ -109,8 +109,8 @@ def _call(problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, spli
     return _dense_decode(problem, splits.shape[0] - 1, work.shape[0] - 1, inputs.block_table.shape[1])
 
 
-def _arguments(inputs: DecodeInputs, q: torch.Tensor, work: torch.Tensor, splits: torch.Tensor) -> tuple[Argument, ...]:
-    """What the kernel reads, in its order."""
+def _arguments(inputs: DecodeInputs, q: torch.Tensor) -> tuple[Argument, ...]:
+    """What the kernel reads before the plan, in its order."""
     k_cache, block_table, cache_seqlens = inputs.k_cache, inputs.block_table, inputs.cache_seqlens
     assert block_table is not None
     assert cache_seqlens is not None
@@ -124,6 +124,4 @@ def _arguments(inputs: DecodeInputs, q: torch.Tensor, work: torch.Tensor, splits
         Argument("k_cache", k_cache),
         Argument("block_table", block_table),
         Argument("cache_seqlens", cache_seqlens),
-        Argument(None, work),
-        Argument(None, splits),
     )

@@ -166,12 +166,14 @@ class DecodeCall(NamedTuple):
             flags=tuple(map(int, (*flags, slots, problem.batch_invariant, by_unit, warps))),
         )
 
-    def launch(self, out: torch.Tensor | None, scale: float, *arguments: Argument) -> Results:
-        """(out, lse) of the kernel, given the tensors that it reads."""
+    def launch(
+        self, out: torch.Tensor | None, scale: float, work: torch.Tensor, splits: torch.Tensor, *arguments: Argument
+    ) -> Results:
+        """(out, lse) of the kernel over a plan, given the tensors that it reads before."""
         written = out_with_aligned_rows(out, self.out)
         lse = torch.empty_like(self.lse)
-        tensors = (argument.tensor for argument in arguments)
-        self.kernel(*tensors, torch.empty_like(self.workspace), written, lse, scale * LOG2_E, *self.flags)
+        tensors = (*(argument.tensor for argument in arguments), work, splits, torch.empty_like(self.workspace))
+        self.kernel(*tensors, written, lse, scale * LOG2_E, *self.flags)
         return (written if out is None or out is written else out.copy_(written)), lse
 
 

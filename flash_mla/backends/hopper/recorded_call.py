@@ -17,11 +17,12 @@ from flash_mla.problem import DecodeInputs
 
 __all__ = ["CONSTANT", "REFUSALS", "RecordedCall", "record_call", "recorded", "workspace_argument"]
 
-# Of a call's tensors, in the order of DecodeInputs, and its scale: its results, or None if it does not look the same.
-RecordedCall = Callable[[tuple[torch.Tensor | None, ...], float], Results | None]
+# Of a call's tensors, in the order of DecodeInputs, its scale and both tensors of its plan: its results, or None if it
+# does not look the same.
+RecordedCall = Callable[[tuple[torch.Tensor | None, ...], float, torch.Tensor, torch.Tensor], Results | None]
 
 OUT = DecodeInputs._fields.index("out")
-LSE, SCALE = OUT + 1, OUT + 2  # follow the tensors of DecodeInputs in what is repeated
+GIVEN = (*DecodeInputs._fields[:OUT], "work", "splits", "out", "lse", "scale")  # of a decode call to be repeated
 CONSTANT, WORKSPACE = -1, -2
 
 # What may keep a recorded call from being repeated; a full check of the call explains it.
@@ -54,13 +55,16 @@ def workspace_argument(template: torch.Tensor) -> tuple[int, torch.Tensor]:
     return WORKSPACE if template.numel() else CONSTANT, torch.empty_like(template)
 
 
-def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> RecordedCall | None:
+def recorded(
+    call: DecodeCall, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor, *arguments: Argument
+) -> RecordedCall | None:
     """What repeats a call on its device, the current one.
 
     Args:
         call: launched before.
         inputs: its inputs.
-        arguments: what its kernel reads, but with q as in `inputs`.
+        work, splits: its plan.
+        arguments: what its kernel reads before the plan, but with q as in `inputs`.
 
     Returns:
         None if the kernel read or wrote copies of q or out, or if a tensor cannot be handed over.
@@ -69,13 +73,13 @@ def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> Re
     if not (rows_aligned(inputs.q) and rows_aligned(out) and inputs.softmax_scale > 0.0):
         return None
     lse = torch.empty_like(call.lse)
-    given = (*inputs[:OUT], out, lse, 1.0)
+    given = (*inputs[:OUT], work, splits, out, lse, 1.0)
     kernel_arguments = (
-        *((CONSTANT if source is None else DecodeInputs._fields.index(source), tensor) for source, tensor in arguments),
+        *((CONSTANT if source is None else GIVEN.index(source), tensor) for source, tensor in arguments),
+        (GIVEN.index("work"), work),
+        (GIVEN.index("splits"), splits),
         workspace_argument(call.workspace),
-        (OUT, out),
-        (LSE, lse),
-        (SCALE, 1.0),
+        *((GIVEN.index(name), value) for name, value in (("out", out), ("lse", lse), ("scale", 1.0))),
         *((CONSTANT, flag) for flag in call.flags),
     )
     replay = record_call(call.name, call.kernel, given, kernel_arguments)
@@ -83,7 +87,9 @@ def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> Re
         return None
     device = out.device.index
 
-    def repeat(tensors: tuple[torch.Tensor | None, ...], scale: float) -> Results | None:
+    def repeat(
+        tensors: tuple[torch.Tensor | None, ...], scale: float, work: torch.Tensor, splits: torch.Tensor
+    ) -> Results | None:
         if scale <= 0.0 or torch.cuda.current_device() != device:
             return None
         out = tensors[OUT]
@@ -91,7 +97,7 @@ def recorded(call: DecodeCall, inputs: DecodeInputs, *arguments: Argument) -> Re
             out = torch.empty_like(call.out)
         lse = torch.empty_like(call.lse)
         try:
-            done = replay(*tensors[:OUT], out, lse, scale * LOG2_E)
+            done = replay(*tensors[:OUT], work, splits, out, lse, scale * LOG2_E)
         except REFUSALS:
             return None
         return (out, lse) if done else None

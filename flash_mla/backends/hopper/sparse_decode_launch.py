@@ -186,7 +186,7 @@ def decode(problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, spl
     """Run a planned call: the attention kernel and, behind it, combine."""
     q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.softmax_scale)
     call, arguments = _call(problem, inputs, q, work, splits)
-    return call.launch(inputs.out, scale, *arguments)
+    return call.launch(inputs.out, scale, work, splits, *arguments)
 
 
 @on_its_device
@@ -195,13 +195,13 @@ def record(
 ) -> RecordedCall | None:
     """What repeats a call that `decode` has run, if it can be repeated."""
     call, arguments = _call(problem, inputs, inputs.q, work, splits)
-    return recorded(call, inputs, *arguments)
+    return recorded(call, inputs, work, splits, *arguments)
 
 
 def _call(
     problem: DecodeProblem, inputs: DecodeInputs, q: torch.Tensor, work: torch.Tensor, splits: torch.Tensor
 ) -> tuple[DecodeCall, tuple[Argument, ...]]:
-    """The call over a plan, and what its kernel reads, in its order."""
+    """The call over a plan, and what its kernel reads before the plan, in its order."""
     main, extra = _names(problem, inputs)
     max_tiles = _tiles(main.tokens, extra.tokens)
     pages = extra_pages = Argument("k_cache", _pages("k_cache", problem.kv_format, inputs.k_cache))
@@ -221,8 +221,6 @@ def _call(
         extra.indices,
         extra.lengths,
         sink,
-        Argument(None, work),
-        Argument(None, splits),
     )
 
 
