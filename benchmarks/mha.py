@@ -65,8 +65,8 @@ def calls(case: Case) -> dict[str, dict[str, Callable[[], object]]]:
         return flash_mla.flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, causal=case.causal)[0]
 
     def gradients(forward: Callable[[], torch.Tensor], dout: torch.Tensor) -> Callable[[], object]:
-        forward()  # the first of its kind takes more host time
-        out = forward()
+        for _ in range(3):  # calls are repeated, at less host time, from the third of a kind on
+            out = forward()
         return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
 
     forward, backward = {"flash-mla": torch.no_grad()(ours)}, {"flash-mla": gradients(ours, dout.detach())}

@@ -64,7 +64,7 @@ class FlashMLASchedMeta:
         self._served: _Served | None = None  # not a field: clients may take a schedule apart and compare it
 
     def __getstate__(self) -> dict[str, object]:
-        """What copies keep: all but the backend, a module, which their next call chooses again."""
+        """What copies keep: all but the backend, a module, which their next call finds again."""
         return {**self.__dict__, "_served": None}
 
 
@@ -168,19 +168,19 @@ def flash_mla_with_kvcache(
     if torch.compiler.is_compiling():
         named = Flags(head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
         return _traced(meta, DecodeInputs(*tensors, softmax_scale=1.0), named, softmax_scale)
-    # A call that looks like the last one is like it. Checking everything takes longer than launching kernels does,
+    # A call that looks like an earlier one is like it. Checking everything takes longer than launching kernels does,
     # comparing layouts does not; hence also a plain tuple here, which equals a named one.
     flags = (head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
-    served, tried = meta._served, False
+    served, refused = meta._served, False
     if served is not None and served.flags == flags:
-        tried = meta.tile_scheduler_metadata is not None
         results = served.repeated(meta, tensors, softmax_scale)
         if results is not None:
             return results
+        refused = meta.tile_scheduler_metadata is not None
     layouts = _layouts(tensors)
     if served is None or served.layouts != layouts or served.flags != flags:
         inputs = DecodeInputs(*tensors, softmax_scale=1.0)  # stands in, as checks read the tensors alone
-        served, tried = _serve(meta, inputs, Flags(*flags), layouts), False
+        served, refused = _serve(meta, inputs, Flags(*flags), layouts), False
     problem, backend = served.problem, served.backend
     inputs = DecodeInputs(*tensors, served.default_scale if softmax_scale is None else softmax_scale)
     if problem.b == 0 or problem.s_q == 0:
@@ -188,14 +188,12 @@ def flash_mla_with_kvcache(
     if meta.tile_scheduler_metadata is None or meta.num_splits is None:
         plan = backend.plan_decode(problem, inputs)
         meta.tile_scheduler_metadata, meta.num_splits = plan.work, plan.splits
-    if not tried:
+    if not refused:  # the metadata is fresh, or its plan is
         results = served.repeated(meta, tensors, softmax_scale)
         if results is not None:
             return results
     results = backend.decode(problem, inputs, meta.tile_scheduler_metadata, meta.num_splits)
-    record = getattr(backend, "record", None)
-    if served.repeat is None and record is not None:
-        served.repeat = record(problem, inputs, meta.tile_scheduler_metadata, meta.num_splits)
+    served.record(inputs, meta.tile_scheduler_metadata, meta.num_splits)
     return results
 
 
@@ -210,6 +208,14 @@ class _Served:
     backend: ModuleType
     default_scale: float
     repeat: Callable[..., Results | None] | None = None
+    is_recorded: bool = False
+
+    def record(self, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> None:
+        """Have the backend, if it can, repeat calls like this one, which has run."""
+        if not self.is_recorded:
+            record = getattr(self.backend, "record", None)
+            self.repeat = None if record is None else record(self.problem, inputs, work, splits)
+            self.is_recorded = True
 
     def repeated(
         self, meta: FlashMLASchedMeta, tensors: tuple[torch.Tensor | None, ...], scale: float | None

@@ -55,9 +55,13 @@ def flash_attn_varlen_func(
     """
     scale = None if softmax_scale is None else checks.real_number("softmax_scale", softmax_scale)
     tensors = (q, k, v, cu_seqlens_qo, cu_seqlens_kv)
-    is_compiling, is_dual = torch.compiler.is_compiling(), forward_ad._current_level >= 0
+    is_compiling = torch.compiler.is_compiling()
+    # torch.func.grad and the like need what autograd makes of a call, for which none is repeated.
+    is_transformed = not is_compiling and (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    )
     served = None
-    if not (is_compiling or is_dual):
+    if not (is_compiling or is_transformed):
         options = (max_seqlen_qo, max_seqlen_kv, dropout_p, causal, deterministic, is_varlen)
         served, results = mha_served.served(tensors, options, scale)
         if results is not None:
@@ -72,12 +76,12 @@ def flash_attn_varlen_func(
     args = (*tensors, max_seqlen_qo, max_seqlen_kv, scale, causal, deterministic)
     if is_compiling:
         return torch.ops.flash_mla.mha_forward(*args)
-    if is_dual or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+    if is_transformed or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         out, lse = mha_ops.Attention.apply(*args)
     else:
         out, lse = mha_ops.mha_forward(*args)  # without what autograd does before it notices
     if served is not None:
-        served.record(tensors, (max_seqlen_qo, max_seqlen_kv), (causal, deterministic))
+        served.note_forward(tensors, (out, lse), (max_seqlen_qo, max_seqlen_kv), (causal, deterministic))
     return out, lse
 
 

@@ -1,8 +1,8 @@
 """Dense multi-head attention as PyTorch operators, torch.ops.flash_mla.mha_forward and mha_backward.
 
 torch.compile puts an operator into its graph whole: it needs the schema, a fake implementation that tells the results'
-shapes and strides, and the gradient. `Attention` gives the same gradient to plain calls, which it costs a third of what
-an operator's autograd does.
+shapes and strides, and the gradient. `Attention` gives the same gradient to calls that are not repeated (mha_served),
+which it costs a third of what an operator's autograd does.
 """
 
 from __future__ import annotations

@@ -280,3 +280,28 @@ def test_deterministic_gradients_without_triton_are_refused(monkeypatch):
     problem = MHAProblem(CPU, torch.bfloat16, 1, 1, 192, 128, causal=True, deterministic=True)
     with pytest.raises(RuntimeError, match="deterministic gradients on cpu: triton: not installed"):
         mha_launch.mha_backward(problem)
+
+
+def test_tiles_of_mha_are_bounded_whatever_the_lengths(launched):
+    """Where CTAs are told that they take all tiles at once, there must not be one more."""
+    problem = MHAProblem(CPU, torch.bfloat16, 4, 4, 192, 128, causal=True)
+    assert mha_launch._forward_flags(problem, 0, 3) is None
+    for lengths in (
+        (1,),
+        (128,),
+        (129,),
+        (4096,),
+        (5000,),
+        (1, 1, 1),
+        (129, 1),
+        (128, 127, 1),
+        (300,) * 4,
+        (0, 64) * 9,
+    ):
+        tiles = 4 * sum(-(-length // 128) for length in lengths)
+        causal, workers, all_taken = mha_launch._forward_flags(problem, sum(lengths), len(lengths))
+        assert causal == 1
+        assert workers == 132 if tiles > 132 else tiles <= workers <= 132
+        assert not all_taken or tiles <= workers
+    for length in (1, 100, 128, 1000, 4096):
+        assert mha_launch._forward_flags(problem, length, 1) == (1, 4 * -(-length // 128), 1), "exact for one sequence"

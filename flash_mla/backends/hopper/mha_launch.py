@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,6 +27,7 @@ from flash_mla.problem import MHAProblem
 __all__ = ["mha_backward", "mha_forward", "record_mha_backward", "record_mha_forward", "why_not"]
 
 Tensors = tuple[torch.Tensor, ...]
+OptionalTensors = tuple[torch.Tensor | None, ...]
 
 TILE = 128  # query rows of a CTA forward, keys of one backward
 VISIT_Q = 64  # query rows that the backward visits at a time
@@ -66,7 +67,7 @@ def mha_forward(
     """
     out = q.new_empty(q.shape[0], problem.h_q, problem.d_v)
     lse = q.new_empty(problem.h_q, q.shape[0], dtype=torch.float32)
-    flags = _forward_flags(problem, cu_seqlens_qo, max_seqlen_qo)
+    flags = _forward_flags(problem, q.shape[0], cu_seqlens_qo.shape[0] - 1)
     if flags is None or k.shape[0] == 0:
         return out.zero_(), lse.fill_(-math.inf).T
     q, scale = positive_scale(q, softmax_scale)
@@ -85,56 +86,45 @@ def mha_forward(
     return out, lse.T
 
 
-def _forward_flags(problem: MHAProblem, cu_seqlens_qo: torch.Tensor, max_seqlen_qo: int) -> tuple[int, ...] | None:
+def _forward_flags(problem: MHAProblem, total_q: int, b: int) -> tuple[int, ...] | None:
     """The kernel's integer arguments; None if there is nothing to do."""
-    # More than there are, if the lengths differ.
-    tiles = problem.h_q * (cu_seqlens_qo.shape[0] - 1) * -(-max_seqlen_qo // TILE)
+    # At least as many as there are, whatever the lengths.
+    tiles = problem.h_q * ((total_q + (TILE - 1) * b) // TILE)
     workers = min(tiles, num_sms(problem.device))
-    return (int(problem.causal), workers, int(workers == tiles)) if tiles else None
-
-
-def _are_read(*tensors: torch.Tensor) -> bool:
-    """Whether kernels read these, not copies; those of a transform of functions have no memory to be read."""
-    try:
-        return all(map(rows_aligned, tensors))
-    except RuntimeError:
-        return False
+    return (int(problem.causal), workers, int(workers == tiles)) if total_q else None
 
 
 def record_mha_forward(
-    problem: MHAProblem,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_qo: torch.Tensor,
-    cu_seqlens_kv: torch.Tensor,
-    max_seqlen_qo: int,
-    max_seqlen_kv: int,
+    problem: MHAProblem, tensors: Tensors, results: Tensors, max_seqlens: tuple[int, int]
 ) -> Callable[[Tensors, float], tuple[torch.Tensor, torch.Tensor] | None] | None:
     """What repeats a call on its device that `mha_forward` has run; None if its kernel read copies, or nothing.
 
-    Given tensors in the order of these and a scale, it returns out and lse, or None if they do not look the same.
+    Given tensors in its order and a scale, it returns results, or None if they do not look like `tensors`. Those of the
+    call stand for its own: memory that is short is not taken twice.
     """
-    device = q.device.index
-    flags = _forward_flags(problem, cu_seqlens_qo, max_seqlen_qo)
-    if flags is None or k.shape[0] == 0 or device != torch.cuda.current_device() or not _are_read(q, k, v):
+    q, k, v, cu_seqlens_qo, _ = tensors
+    device, shape = q.device.index, q.shape
+    flags = _forward_flags(problem, q.shape[0], cu_seqlens_qo.shape[0] - 1)
+    if (
+        flags is None
+        or k.shape[0] == 0
+        or device != torch.cuda.current_device()
+        or not all(map(rows_aligned, (q, k, v)))
+    ):
         return None
     out = template((q.shape[0], problem.h_q, problem.d_v), q.dtype, q.device)
     lse = template((problem.h_q, q.shape[0]), torch.float32, q.device)
-    tensors = (q, k, v, cu_seqlens_qo, cu_seqlens_kv, torch.empty_like(out), torch.empty_like(lse))
-    arguments = (
-        *enumerate(tensors),
-        workspace_argument(template((1,), torch.int32, q.device)),
-        (len(tensors), 1.0),
-        *((CONSTANT, flag) for flag in flags),
-    )
+    given = (*tensors, results[0].detach(), results[1].detach().T, 1.0)
+    arguments = [*enumerate(given), *((CONSTANT, flag) for flag in flags)]
+    arguments.insert(len(given) - 1, workspace_argument(template((1,), torch.int32, q.device)))  # before the scale
     name = _kernel("forward", problem)
-    replay = record_call(name, kernels.load(name), (*tensors, 1.0), arguments)
+    replay = record_call(name, kernels.load(name), given, arguments)
     if replay is None:
         return None
 
     def repeat(tensors: Tensors, scale: float) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if scale <= 0.0 or torch.cuda.current_device() != device:
+        # Results of another size are not even to be allocated.
+        if scale <= 0.0 or getattr(tensors[0], "shape", None) != shape or torch.cuda.current_device() != device:
             return None
         results = torch.empty_like(out), torch.empty_like(lse)
         try:
@@ -166,7 +156,7 @@ def mha_backward(problem: MHAProblem, *arguments: Any) -> tuple[torch.Tensor, to
     return _backward(problem, *arguments)
 
 
-def _few_queries(dout: torch.Tensor, *arguments: Any) -> bool:
+def _few_queries(dout: Any, *arguments: Any) -> bool:
     """Whether sequences have less than FEW_QUERIES queries on average, by the arguments of `_backward`."""
     cu_seqlens_qo = arguments[6]
     return dout.shape[0] < FEW_QUERIES * (cu_seqlens_qo.shape[0] - 1)
@@ -236,44 +226,32 @@ def _backward_workspaces(q: torch.Tensor, cu_seqlens_qo: torch.Tensor) -> Iterat
 
 
 def record_mha_backward(
-    problem: MHAProblem,
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens_qo: torch.Tensor,
-    cu_seqlens_kv: torch.Tensor,
-    max_seqlen_qo: int,
-    max_seqlen_kv: int,
-) -> Callable[[tuple[torch.Tensor | None, ...], float], Tensors | None] | None:
+    problem: MHAProblem, tensors: OptionalTensors, results: Tensors, max_seqlens: tuple[int, int]
+) -> Callable[[OptionalTensors, float], Tensors | None] | None:
     """What repeats a call on its device that `mha_backward` has run with kernels of Hopper, as record_mha_forward does.
 
-    Given tensors in the order of these and a scale, it returns dq, dk and dv, or None if they do not look the same.
+    Given tensors in its order and a scale, it returns dq, dk and dv, or None if they do not look like `tensors`.
     """
-    inputs = (dout, dlse, q, k, v, out, lse, cu_seqlens_qo, cu_seqlens_kv)
+    dout, dlse, q, k, v, out, lse, cu_seqlens_qo, cu_seqlens_kv = cast("Tensors", tensors)  # but for dlse
     device = q.device.index
-    flags = _backward_flags(problem, cu_seqlens_kv, max_seqlen_kv)
-    if flags is None or problem.deterministic or _few_queries(*inputs) or q.shape[0] == 0 or k.shape[0] == 0:
+    flags = _backward_flags(problem, cu_seqlens_kv, max_seqlens[1])
+    if flags is None or problem.deterministic or _few_queries(*tensors) or q.shape[0] == 0 or k.shape[0] == 0:
         return None
-    if device != torch.cuda.current_device() or not _are_read(dout, q, k, v, out):
+    if device != torch.cuda.current_device() or not all(map(rows_aligned, (dout, q, k, v, out))):
         return None
     layouts = (*((tuple(x.shape), x.dtype) for x in (q, k, v)), *_backward_workspaces(q, cu_seqlens_qo))
     *made, next_tile = (template(shape, dtype, q.device) for shape, dtype in layouts)
-    given = (*inputs, *map(torch.empty_like, made), 1.0, 1.0)
-    arguments = [*enumerate(given)]
+    given = (*tensors, *results, *map(torch.empty_like, made[len(results) :]), 1.0, 1.0)
+    arguments = [*enumerate(given), *((CONSTANT, flag) for flag in flags)]
     if dlse is None:
         arguments[1] = CONSTANT, _no_dlse(lse)
-    arguments.insert(-2, workspace_argument(next_tile))
-    arguments += ((CONSTANT, flag) for flag in flags)
+    arguments.insert(len(given) - 2, workspace_argument(next_tile))  # before the scales
     name = _kernel("backward", problem)
     replay = record_call(name, kernels.load(name), given, arguments)
     if replay is None:
         return None
 
-    def repeat(tensors: tuple[torch.Tensor | None, ...], scale: float) -> Tensors | None:
+    def repeat(tensors: OptionalTensors, scale: float) -> Tensors | None:
         if torch.cuda.current_device() != device:
             return None
         results = [torch.empty_like(x) for x in made]
