@@ -1,9 +1,9 @@
 """Dense multi-head attention over packed sequences, BF16 or FP16, forward: persistent CTAs take tiles of 128 queries.
 
 A warp brings Q, K and V by TMA and finds the tiles. Two consumer warpgroups, 64 rows each, take turns on the tensor
-cores: one issues its P V and the next Q K^T while the other is in its softmax. Keys are visited from the last one that
-a tile sees to the first, so the tiles of keys that need masks come first. A tile's first scores are under way while the
-output of the tile before it is written.
+cores: one issues its P V and the next Q K^T while the other is in its softmax; one whose rows lie beyond the sequence
+stands by. Keys are visited from the last one that a tile sees to the first, so the tiles of keys that need masks come
+first. A tile's first scores are under way while the output of the tile before it is written.
 """
 
 from __future__ import annotations
