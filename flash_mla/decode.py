@@ -171,16 +171,15 @@ def flash_mla_with_kvcache(
     # A call that looks like an earlier one is like it. Checking everything takes longer than launching kernels does,
     # comparing layouts does not; hence also a plain tuple here, which equals a named one.
     flags = (head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
-    served, refused = meta._served, False
+    served = meta._served
     if served is not None and served.flags == flags:
         results = served.repeated(meta, tensors, softmax_scale)
         if results is not None:
             return results
-        refused = meta.tile_scheduler_metadata is not None
     layouts = _layouts(tensors)
     if served is None or served.layouts != layouts or served.flags != flags:
         inputs = DecodeInputs(*tensors, softmax_scale=1.0)  # stands in, as checks read the tensors alone
-        served, refused = _serve(meta, inputs, Flags(*flags), layouts), False
+        served = _serve(meta, inputs, Flags(*flags), layouts)
     problem, backend = served.problem, served.backend
     inputs = DecodeInputs(*tensors, served.default_scale if softmax_scale is None else softmax_scale)
     if problem.b == 0 or problem.s_q == 0:
@@ -188,10 +187,9 @@ def flash_mla_with_kvcache(
     if meta.tile_scheduler_metadata is None or meta.num_splits is None:
         plan = backend.plan_decode(problem, inputs)
         meta.tile_scheduler_metadata, meta.num_splits = plan.work, plan.splits
-    if not refused:  # the metadata is fresh, or its plan is
-        results = served.repeated(meta, tensors, softmax_scale)
-        if results is not None:
-            return results
+    results = served.repeated(meta, tensors, softmax_scale)  # now that fresh metadata has a plan
+    if results is not None:
+        return results
     results = backend.decode(problem, inputs, meta.tile_scheduler_metadata, meta.num_splits)
     served.record(inputs, meta.tile_scheduler_metadata, meta.num_splits)
     return results

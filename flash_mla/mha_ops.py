@@ -21,6 +21,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, deterministic: bool) -> MHAProblem:
+    """The problem that a call poses; arguments as checked by flash_attn_varlen_func."""
     return MHAProblem(
         device=q.device,
         dtype=q.dtype,
