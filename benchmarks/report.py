@@ -45,16 +45,20 @@ def sparse_prefill_table(result: dict) -> str:
     ceilings = result["ceilings"]
     lines = [
         f"Sparse prefill on one {result['gpu']}, {result['date']}, torch {result['torch']}, measured likewise. "
-        "Every query token names rows of its own at random; TB/s counts each row once for every 64 heads. bf16 matmul "
-        f"of the run: {ceilings['matmul_cold_flops'] / 1e12:.0f} TFLOP/s.",
+        "Every query token names rows of its own at random, or, of prompts that were sent to a service, what precedes "
+        "it; topk_length says how many, or -1 fills up the rest. TB/s counts each row once for every 64 heads. "
+        f"bf16 matmul of the run: {ceilings['matmul_cold_flops'] / 1e12:.0f} TFLOP/s.",
         "",
         "| query tokens | rows of kv | topk | heads | d | us | TFLOP/s | TB/s | x flushed | x back to back |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
         cold, hot = row["cold_us"], row["hot_us"]
+        tokens = f"{row['s_q']}{' (graph)' * row['graph']}"
+        if row.get("prompts"):
+            tokens += f", {row['prompts']} prompts{', filled up' * row['padded']}"
         lines.append(
-            f"| {row['s_q']}{' (graph)' * row['graph']} | {row['s_kv']} | {row['topk']} | {row['h_q']} | {row['d']} "
+            f"| {tokens} | {row['s_kv']} | {row['topk']} | {row['h_q']} | {row['d']} "
             f"| {cold['flash-mla']:.0f} | {row['flops'] / cold['flash-mla'] / 1e6:.0f} "
             f"| {row['gathered_bytes'] / cold['flash-mla'] / 1e6:.2f} "
             f"| {cold['peer'] / cold['flash-mla']:.2f} | {hot['peer'] / hot['flash-mla']:.2f} |"

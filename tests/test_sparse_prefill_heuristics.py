@@ -74,3 +74,38 @@ def test_what_is_left_over_is_split():
     config = sparse_prefill_config(4096, 128, 2048, H200)
     assert config.whole_tokens == 4096 * 2 // H200 * H200 // 2
     assert config.slots <= H200
+
+
+def test_tokens_are_listed_where_lengths_differ_and_an_order_helps():
+    for s_q, h_q, topk, has_lengths, listed in (
+        (300, 64, 512, True, True),
+        (150, 128, 300, True, True),
+        (150, 64, 512, True, True),
+        (132, 64, 2048, True, False),  # one round
+        (66, 128, 2048, True, False),
+        (300, 64, 128, True, False),  # one tile each
+        (300, 64, 512, False, False),  # looking for lengths takes too long
+        (4096, 64, 512, False, False),
+        (4096, 64, 2048, False, True),
+        (1024, 128, 2048, False, True),
+    ):
+        config = sparse_prefill_config(s_q, h_q, topk, H200, has_lengths=has_lengths)
+        assert (config.length_bits > 0) == listed, (s_q, h_q, topk)
+        assert config.finds_lengths == (listed and not has_lengths), (s_q, h_q, topk)
+
+
+@GPUS
+def test_words_of_a_list_hold_every_token_and_length(num_sms):
+    for s_q, h_q, topk in [*SHAPES, (2**20, 8, 2047), (2**20, 8, 2048), (2**26, 8, 31), (2**27, 1, 2048)]:
+        for has_lengths in (True, False):
+            config = sparse_prefill_config(s_q, h_q, topk, num_sms, has_lengths=has_lengths)
+            if config.length_bits:
+                assert topk < 1 << config.length_bits
+                assert ((s_q - 1) << config.length_bits) + topk < 1 << 31
+                assert config.round_tokens * -(-h_q // ROWS) <= max(num_sms, -(-h_q // ROWS))
+
+
+def test_a_list_changes_no_split():
+    for s_q, h_q, topk in SHAPES:
+        plain, listed = (sparse_prefill_config(s_q, h_q, topk, H200, has_lengths=has) for has in (False, True))
+        assert (plain.workers, plain.whole_tokens, plain.splits) == (listed.workers, listed.whole_tokens, listed.splits)

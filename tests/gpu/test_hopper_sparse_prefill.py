@@ -173,18 +173,47 @@ def test_more_rows_than_32_bits_address():
     check(args)
 
 
-def test_many_query_tokens():
-    s_q = 70_001
-    args = case(s_q, 100, 5, 8)
+def check_some(args, some):
+    """Check some query tokens of many."""
     out, max_logits, lse = flash_mla_sparse_fwd(**args)
-    some = torch.tensor([0, 1, 131, 132, 35_000, 65_535, 65_536, 69_999, 70_000], device="cuda")
+    some = torch.tensor(some, device="cuda")
     ref, ref_max_logits, ref_lse = reference.sparse_prefill(
-        args["q"][some], args["kv"], args["indices"][some], args["sm_scale"]
+        **args | {name: args[name][some] for name in ("q", "indices", "topk_length") if name in args}
     )
     assert_close_out(out[some], ref, cos=7e-6)
     assert_close("max_logits", max_logits[some], ref_max_logits, atol=1e-6, rtol=2 / 65536, cos=1e-7)
     assert_close_lse(lse[some], ref_lse, rtol=2 / 65536)
     assert not out.isnan().any()
+    assert not lse.isnan().any()
+
+
+def test_many_query_tokens():
+    check_some(case(70_001, 100, 5, 8), [0, 1, 131, 132, 35_000, 65_535, 65_536, 69_999, 70_000])
+
+
+@pytest.mark.parametrize("s_q", [133, 1000, 5000])
+@pytest.mark.parametrize("h_q", [8, 128, 200])
+@pytest.mark.parametrize("d", [576, 512])
+def test_tokens_of_all_lengths(d, h_q, s_q):
+    lengths = [random.choice([0, 1, 127, 128, 129, 511, 512, 600, random.randint(0, 512)]) for _ in range(s_q)]
+    args = case(s_q, 300, 512, h_q, d=d, lengths=lengths)
+    check_some(args, sorted(random.sample(range(s_q), 130)))
+    again = [flash_mla_sparse_fwd(**args) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*again, strict=True)), "deterministic"
+
+
+@pytest.mark.parametrize("h_q", [8, 128])
+def test_indices_that_are_filled_up(h_q):
+    """Enough of them that their ends are looked for."""
+    s_q, topk, s_kv = 8600, 257, 300
+    args = case(s_q, s_kv, topk, h_q, skipped=0.3)
+    ends = torch.randint(topk + 1, (s_q,), device="cuda")
+    ends[:300] = torch.arange(300, device="cuda").clamp(max=topk)
+    filling = torch.tensor([-1, s_kv, 2**31 - 1, -(2**31)], dtype=torch.int32, device="cuda")
+    behind = torch.arange(topk, device="cuda") >= ends[:, None, None]
+    args["indices"][behind] = filling[torch.randint(4, (int(behind.sum()),), device="cuda")]
+    check_some(args, [*range(0, 300, 3), *random.sample(range(300, s_q), 60), s_q - 1])
+    check_some(args | {"indices": spread(args["indices"])}, [0, 1, 2, 255, 256, 257, 258, 8599])
 
 
 @pytest.mark.parametrize("s_q", [2, 150])

@@ -38,6 +38,18 @@ def test_a_prefill_like_an_earlier_one_is_repeated_with_its_own_tensors(calls, o
     assert len(calls.launched) == 3
 
 
+def test_a_list_of_tokens_is_made_where_a_repeated_prefill_has_lengths(calls):
+    q, indices = torch.randn(140, 16, 576).bfloat16(), torch.randint(40, (140, 1, 600), dtype=torch.int32)
+    for lengths in (None, 300, None, 200, 100):
+        more = {} if lengths is None else {"topk_length": torch.full((140,), lengths, dtype=torch.int32)}
+        _, _, lse = flash_mla_sparse_fwd(**prefill(q=q, indices=indices, **more))
+        assert torch.equal(lse, torch.full((140, 16), -torch.inf))
+        workspace, *numbers = calls.launched[-1][8], *calls.launched[-1][11:]
+        assert numbers[4:] == ([0, 1, 0] if lengths is None else [10, 132, 0])
+        assert workspace.shape[0] % (64 * 514) == (0 if lengths is None else 280)
+    assert len(calls.checked) == 2
+
+
 def test_prefills_of_several_shapes_take_turns(calls):
     kinds = [{}, {"kv": torch.randn(41, 1, 576).bfloat16()}, {"attn_sink": torch.randn(16)}]
     for _ in range(3):

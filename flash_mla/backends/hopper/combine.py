@@ -15,6 +15,7 @@ from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.copies import discard_line, pointer_at
 from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.epilogue import trade_words
+from flash_mla.backends.hopper.token_list import TokenList
 
 LANES = 32
 WARPS = 8
@@ -37,11 +38,13 @@ TRANSPOSED = "transposed"
 
 
 @dataclass(frozen=True)
-class Maxima:
-    """Row maxima that are merged, too."""
+class OfPrefill:
+    """What sparse prefill has besides: row maxima that are merged, too, and units whose u0 a list tells."""
 
-    partial: cute.Tensor  # [slots, rows_per_unit] fp32
-    out: cute.Tensor  # [u0, u1, r0, r1] fp32
+    partial_max: cute.Tensor  # [slots, rows_per_unit] fp32
+    max_logits: cute.Tensor  # [u0, u1, r0, r1] fp32
+    tokens: TokenList
+    first: Int32  # place in it of the first unit
 
 
 class Combine:
@@ -77,7 +80,7 @@ class Combine:
         by_unit: Int32,  # 1: look at every unit; 0: at the unit in which each worker begins its second piece
         warps: Int32,  # that share a slice's splits: 1, 2, 4 or 8
         stream,
-        maxima: Maxima | None = None,
+        of_prefill: OfPrefill | None = None,
     ):
         slices_per_cta = WARPS // warps
         rows, rows_per_unit = out.shape[2] * out.shape[3], partial_o.shape[1]
@@ -85,7 +88,7 @@ class Combine:
         passes = (rows + rows_per_unit - 1) // rows_per_unit
         divisors = [Divisor.of(n) for n in (warps, passes, out.shape[1], out.shape[3])]
         self.kernel(
-            partial_o, partial_lse, partial_scale, maxima, work, splits, sink, out, lse, by_unit, *divisors
+            partial_o, partial_lse, partial_scale, of_prefill, work, splits, sink, out, lse, by_unit, *divisors
         ).launch(grid=(ctas, Int32(candidates), 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=True)
 
     @cute.kernel
@@ -94,7 +97,7 @@ class Combine:
         partial_o: cute.Tensor,
         partial_lse: cute.Tensor,
         partial_scale: cute.Tensor | None,
-        maxima: Maxima | None,
+        of_prefill: OfPrefill | None,
         work: cute.Tensor,
         splits: cute.Tensor,
         sink: cute.Tensor | None,
@@ -132,16 +135,18 @@ class Combine:
             if count > 0:
                 exists = (row < rows_per_unit) & (out_row < out.shape[2] * out.shape[3])
                 any_row = cutlass.select_(exists, row, Int32(0))
-                pieces = self.pieces(partial_o, partial_lse, partial_scale, maxima, first, count, any_row, slice)
+                pieces = self.pieces(partial_o, partial_lse, partial_scale, of_prefill, first, count, any_row, slice)
                 cute.arch.griddepcontrol_wait()
-                self.merge_slice(pieces, sink, out, lse, maxima, (pair, u1), (out_row, r1), exists, rank, warps.value)
+                self.merge_slice(
+                    pieces, sink, out, lse, of_prefill, (pair, u1), (out_row, r1), exists, rank, warps.value
+                )
 
     def pieces(
         self,
         partial_o: cute.Tensor,
         partial_lse: cute.Tensor,
         partial_scale: cute.Tensor | None,
-        maxima,  # Maxima or None
+        of_prefill,  # OfPrefill or None
         first: Int32,
         count: Int32,
         row: Int32,
@@ -153,8 +158,8 @@ class Combine:
         if const_expr(partial_scale is not None):
             scale = cute.domain_offset((first, row, slice), partial_scale).iterator.toint()
         maximum = None
-        if const_expr(maxima is not None):
-            maximum = cute.domain_offset((first, row), maxima.partial).iterator.toint()
+        if const_expr(of_prefill is not None):
+            maximum = cute.domain_offset((first, row), of_prefill.partial_max).iterator.toint()
         return Pieces(
             start.iterator.toint(),
             cute.domain_offset((first, row), partial_lse).iterator.toint(),
@@ -172,7 +177,7 @@ class Combine:
         sink: cute.Tensor | None,
         out: cute.Tensor,
         lse: cute.Tensor,
-        maxima,  # Maxima or None
+        of_prefill,  # OfPrefill or None
         unit: tuple[Int32, Divisor],
         row: tuple[Int32, Divisor],
         exists,
@@ -212,6 +217,8 @@ class Combine:
             self.sum_over_warps(acc, rank, warps, lane)
         if (rank == 0) & exists:
             to = *unit[1].divmod(unit[0]), *row[1].divmod(row[0])
+            if const_expr(of_prefill is not None):
+                to = of_prefill.tokens.token(of_prefill.first + to[0]), *to[1:]
             out_row = out[to[0], to[1], to[2], to[3], None]
             row_lse = cutlass.select_(total > 0.0, (top + cute.math.log2(total)) * LN2, Float32.inf)
             if const_expr(sink is not None):
@@ -229,8 +236,8 @@ class Combine:
                 cute.autovec_copy(result, self.lane_view(out_row, pieces.slice, lane))
             if (lane == 0) & (pieces.slice == 0):
                 lse[to] = row_lse
-                if const_expr(maxima is not None):
-                    maxima.out[to] = max_logit
+                if const_expr(of_prefill is not None):
+                    of_prefill.max_logits[to] = max_logit
 
     @cute.jit
     def load(
@@ -403,7 +410,7 @@ def merge_pieces(
     warps: Int32,
     stream,
     order: cutlass.Constexpr = PLAIN,
-    maxima: Maxima | None = None,
+    of_prefill: OfPrefill | None = None,
 ):
     """Merge the pieces of split units; launched while the attention kernel still runs, starts when it is done.
 
@@ -415,10 +422,10 @@ def merge_pieces(
     d_v = partial_o.shape[2]
     order = order if partial_scale is None else SCALED
     if warps == 1:
-        Combine(dtype, d_v, d_v, order)(*tensors, candidates, by_unit, warps, stream, maxima)
+        Combine(dtype, d_v, d_v, order)(*tensors, candidates, by_unit, warps, stream, of_prefill)
     else:
         columns = SCALED_COLUMNS if order == SCALED else d_v // 4
-        Combine(dtype, d_v, columns, order)(*tensors, candidates, by_unit, warps, stream, maxima)
+        Combine(dtype, d_v, columns, order)(*tensors, candidates, by_unit, warps, stream, of_prefill)
 
 
 def compile_variant(dtype: str, d_v: int) -> aot.Compiled:

@@ -1,9 +1,10 @@
 """Token-sparse prefill, BF16 or FP16: persistent CTAs take pieces of work, 64 heads of a query token each, in order.
 
-The producer warpgroup gathers the KV rows that a token's indices name, 16 bytes at a time, straight into the swizzled
-chunks that the tensor cores read; it runs ahead into the next piece while the consumers finish one. The consumer
-warpgroups keep the seesaw, and write a piece's output while the next one's Q and K arrive. Without a RoPE chunk there
-is shared memory left for TMA to write the output from, and the next piece's first scores are computed meanwhile.
+That is the order of the tokens, or of a list of them by their length (sparse_prefill_order). The producer warpgroup
+gathers the KV rows that a token's indices name, 16 bytes at a time, straight into the swizzled chunks that the tensor
+cores read; it runs ahead into the next piece while the consumers finish one. The consumer warpgroups keep the seesaw,
+and write a piece's output while the next one's Q and K arrive. Without a RoPE chunk there is shared memory left for TMA
+to write the output from, and the next piece's first scores are computed meanwhile.
 """
 
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint16, const_expr, range_co
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from flash_mla.backends.hopper import aot
-from flash_mla.backends.hopper.combine import Maxima, merge_pieces
-from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros
+from flash_mla.backends.hopper.combine import OfPrefill, merge_pieces
+from flash_mla.backends.hopper.copies import EVICT_FIRST, copy_or_zeros, pointer_at
 from flash_mla.backends.hopper.epilogue import chunk_of, copy_rows_of_warp, write_fp32_row
 from flash_mla.backends.hopper.fragments import BLOCK, D_V, V_CHUNKS, Registers
 from flash_mla.backends.hopper.schedule import anew, uniform
@@ -33,6 +34,8 @@ from flash_mla.backends.hopper.seesaw import (
     mask_by_bits,
 )
 from flash_mla.backends.hopper.softmax import LN2, LOG2_E, THRESHOLD, exponentials, quad_max, row_max
+from flash_mla.backends.hopper.sparse_prefill_order import TokenOrder
+from flash_mla.backends.hopper.token_list import TokenList
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout
 
 CONSUMER_REGISTERS = 232
@@ -84,7 +87,7 @@ class Arguments:
     q: cute.Tensor
     kv: cute.Tensor
     indices: cute.Tensor
-    lengths: cute.Tensor
+    tokens: TokenList
     sink: cute.Tensor
     out: cute.Tensor
     tma_out: cute.CopyAtom
@@ -102,21 +105,22 @@ class Arguments:
     scale_log2: Float32
 
     def place(self, number: Int32) -> tuple[Int32, Int32, Int32]:
-        """(token, 64 of its heads, split) of a piece; a split unit's pieces are consecutive."""
+        """(place of its token, 64 of its heads, split) of a piece; a split unit's pieces are consecutive."""
         slot = self.slot(number)
         unit, split = divmod(slot, self.splits)
         unit = cutlass.select_(slot < 0, number, self.whole_pieces + Int32(unit))
         token, head_tile = divmod(unit, self.head_tiles)
         return cutlass.min(Int32(token), self.q.shape[0] - 1), Int32(head_tile), Int32(split)
 
-    def length(self, number: Int32) -> Int32:
-        """How many leading indices of a piece's token count, as the caller says it."""
-        return self.lengths[self.place(number)[0]]
+    def word(self, number: Int32) -> Int32:
+        """What the list of tokens holds for a piece."""
+        return self.tokens.words[self.place(number)[0]]
 
-    def piece(self, number: Int32, length: Int32) -> Piece:
-        """Piece `number`, given its token's `length`; beyond the last one, a piece without rows of KV."""
-        token, head_tile, split = self.place(number)
-        length = cutlass.min(cutlass.max(uniform(length), 0), self.indices.shape[1])
+    def piece(self, number: Int32, word: Int32) -> Piece:
+        """Piece `number`, given its `word`; beyond the last one, a piece without rows of KV."""
+        place, head_tile, split = self.place(number)
+        token, length = self.tokens.read(place, uniform(word))
+        length = cutlass.min(cutlass.max(length, 0), self.indices.shape[1])
         length = cutlass.select_(number < self.pieces, length, Int32(0))
         tiles = (length + TILE - 1) >> TILE_BITS
         is_whole = number < self.whole_pieces
@@ -157,18 +161,22 @@ class SparsePrefill(Seesaw):
         q: cute.Tensor,  # [s_q, h_q, d]
         kv: cute.Tensor,  # [s_kv, d]
         indices: cute.Tensor,  # [s_q, topk] int32
-        lengths: cute.Tensor,  # [s_q] int32, how many leading indices count
+        lengths: cute.Tensor,  # [s_q] int32, how many leading indices count; unread if they are looked for
         sink: cute.Tensor,  # [h_q] fp32, natural log
         out: cute.Tensor,  # [s_q, h_q, d_v]
         max_logits: cute.Tensor,  # [s_q, h_q] fp32
         lse: cute.Tensor,  # [s_q, h_q] fp32, natural log
-        workspace: cute.Tensor,  # [slots * 64 * (d_v + 2)] fp32: partial outputs, then their lse and maxima
+        # [slots * 64 * (d_v + 2)] fp32: partial outputs, their lse and maxima; if tokens are listed, 2 * s_q words more
+        workspace: cute.Tensor,
         unit_slots: cute.Tensor,  # [split units + 1] int32: first slot of each unit (token, 64 heads) that is split
         scale_log2: Float32,
         workers: Int32,
         whole_tokens: Int32,  # tokens before this one are not split
         splits: Int32,  # pieces of the others
         combine_warps: Int32,  # that merge the splits of a row
+        length_bits: Int32,  # of the list of tokens (token_list); 0: they are taken as they come
+        round_tokens: Int32,  # of the list
+        finds_lengths: Int32,  # whether they are looked for, in the indices
         stream,
     ):
         chunk_layout = k_major_layout(self.dtype)
@@ -203,21 +211,33 @@ class SparsePrefill(Seesaw):
             out: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * self.overlaps * CHUNK_ELEMENTS], 1024]
 
         self.Shared = Shared
-        units = unit_slots.shape[0] - 1
+        s_q, units = q.shape[0], unit_slots.shape[0] - 1
         slots = units * splits
         partial_o = cute.make_tensor(workspace.iterator, cute.make_ordered_layout((slots, ROWS, D_V), order=(2, 1, 0)))
         row_layout = cute.make_ordered_layout((slots, ROWS), order=(1, 0))
         partial_lse = cute.make_tensor(workspace.iterator + Int64(slots) * ROWS * D_V, row_layout)
         partial_max = cute.make_tensor(workspace.iterator + Int64(slots) * ROWS * (D_V + 1), row_layout)
+        behind = cute.recast_ptr(workspace.iterator + Int64(slots) * ROWS * (D_V + 2), dtype=Int32)
+        listed, found = (cute.make_tensor(at, cute.make_layout((s_q,))) for at in (behind, behind + s_q))
+        lengths = either(finds_lengths != 0, found, lengths)
+        if length_bits > 0:
+            TokenOrder()(
+                indices, kv.shape[0], lengths, listed, length_bits, whole_tokens, round_tokens, finds_lengths, stream
+            )
+        tokens = TokenList(either(length_bits > 0, listed, lengths), length_bits)
         head_tiles = (q.shape[1] + ROWS - 1) // ROWS
         whole_pieces = whole_tokens * head_tiles
         divisors = [cute.FastDivmodDivisorV2(n) for n in (head_tiles, splits)]
         args = Arguments(
-            q, kv, indices, lengths, sink, out, tma_out, out_tma, max_logits, lse, partial_o, partial_lse, partial_max,
+            q, kv, indices, tokens, sink, out, tma_out, out_tma, max_logits, lse, partial_o, partial_lse, partial_max,
             whole_pieces, whole_pieces + slots, *divisors, scale_log2,
         )  # fmt: skip
         self.kernel(args, tma_q, q_tma).launch(
-            grid=(workers, 1, 1), block=(3 * WARPGROUP, 1, 1), stream=stream, min_blocks_per_mp=1
+            grid=(workers, 1, 1),
+            block=(3 * WARPGROUP, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=cutlass.select_(length_bits > 0, Int32(1), Int32(0)),  # it waits for the list
         )
         if units > 0:
             self.combine(
@@ -229,6 +249,7 @@ class SparsePrefill(Seesaw):
                 out,
                 max_logits,
                 lse,
+                tokens,
                 whole_tokens,
                 combine_warps,
                 stream,
@@ -245,32 +266,27 @@ class SparsePrefill(Seesaw):
         out: cute.Tensor,
         max_logits: cute.Tensor,
         lse: cute.Tensor,
+        tokens: TokenList,
         whole_tokens: Int32,
         combine_warps: Int32,
         stream,
     ):
         """Merge the pieces of split tokens; launched while the attention kernel still runs, starts when it is done."""
         s_q, h_q, _ = out.shape
-        tokens = s_q - whole_tokens
         (out_s, out_h, _), (lse_s, lse_h), (max_s, max_h) = out.stride, lse.stride, max_logits.stride
         # A unit is (token, KV head, 64 of its heads); a row of it is (0, head).
         rows_out = cute.make_tensor(
-            out.iterator + Int64(whole_tokens) * out_s,
-            cute.make_layout((tokens, 1, 1, h_q, D_V), stride=(out_s, 0, 0, out_h, 1)),
+            out.iterator, cute.make_layout((s_q, 1, 1, h_q, D_V), stride=(out_s, 0, 0, out_h, 1))
         )
-        rows_lse = cute.make_tensor(
-            lse.iterator + Int64(whole_tokens) * lse_s,
-            cute.make_layout((tokens, 1, 1, h_q), stride=(lse_s, 0, 0, lse_h)),
-        )
+        rows_lse = cute.make_tensor(lse.iterator, cute.make_layout((s_q, 1, 1, h_q), stride=(lse_s, 0, 0, lse_h)))
         rows_max = cute.make_tensor(
-            max_logits.iterator + Int64(whole_tokens) * max_s,
-            cute.make_layout((tokens, 1, 1, h_q), stride=(max_s, 0, 0, max_h)),
+            max_logits.iterator, cute.make_layout((s_q, 1, 1, h_q), stride=(max_s, 0, 0, max_h))
         )
         sinks = cute.make_tensor(sink.iterator, cute.make_layout((1, h_q), stride=(0, sink.stride[0])))
         no_work = cute.make_tensor(unit_slots.iterator, cute.make_layout((1, 4)))  # every unit is looked at
         merge_pieces(
             self.dtype, partial_o, partial_lse, None, no_work, unit_slots, sinks, rows_out, rows_lse, Int32(1),
-            combine_warps, stream, maxima=Maxima(partial_max, rows_max),
+            combine_warps, stream, of_prefill=OfPrefill(partial_max, rows_max, tokens, whole_tokens),
         )  # fmt: skip
 
     @cute.kernel
@@ -287,6 +303,7 @@ class SparsePrefill(Seesaw):
         )
         self.init_barriers(barriers, warp)
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()  # for the list of tokens, if there is one
 
         if warp >= PRODUCER_WARP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
@@ -330,15 +347,15 @@ class SparsePrefill(Seesaw):
             cpasync.prefetch_descriptor(tma_q)
         workers = cute.arch.grid_dim()[0]
         number = cute.arch.block_idx()[0]
-        piece = args.piece(number, args.length(number))
+        piece = args.piece(number, args.word(number))
         # What is loaded here is used a tile or a piece later, so that no latency of it delays the gathering of rows.
-        length = args.length(number + workers)
+        word = args.word(number + workers)
         now = self.load_index(args, piece.token, piece.begin, piece.length, warp, lane)
         parity, q_parity = Int32(1), Int32(1)  # of pairs and pieces
         while number < args.pieces:
             number += workers
-            following = args.piece(number, length)
-            length = args.length(number + workers)
+            following = args.piece(number, word)
+            word = args.word(number + workers)
             tile = piece.begin
             while tile < piece.stop:
                 ends = tile + 1 == piece.stop
@@ -463,11 +480,10 @@ class SparsePrefill(Seesaw):
         parity, q_parity = Int32(0), Int32(0)  # of pairs and pieces
         workers = cute.arch.grid_dim()[0]
         number = cute.arch.block_idx()[0]
-        length = args.length(number)
-        piece = args.piece(number, length)
+        piece = args.piece(number, args.word(number))
         self.load_q_rope(args, c, piece)
         following = cute.make_rmem_tensor(2, Int32)
-        following[0] = args.length(number + workers)  # of the next piece, early
+        following[0] = args.word(number + workers)  # the next piece's, early
         if const_expr(self.overlaps):
             self.wait_q(c, q_parity)
             self.issue_scores(c, self.qk_order, parity)
@@ -475,7 +491,7 @@ class SparsePrefill(Seesaw):
         while number < args.pieces:
             c.running.reset()
             if const_expr(not self.overlaps):
-                following[0] = args.length(number + workers)  # RoPE leaves no register for what was loaded ahead
+                following[0] = args.word(number + workers)  # RoPE leaves no register for what was loaded ahead
                 self.wait_q(c, q_parity)
                 self.issue_scores(c, self.qk_order, parity)
                 warpgroup.wait_group(0)
@@ -529,12 +545,12 @@ class SparsePrefill(Seesaw):
                 c.f.load_q_rope(r, rows[r], c.thread % 32)
 
     def load_ahead(self, c: Consumer, work: tuple):
-        """Load the next piece's RoPE chunk of Q, and the length of the one behind it."""
+        """Load the next piece's RoPE chunk of Q, and the word of the one behind it."""
         args, number, following = work
         number, c = anew(number), replace(c, thread=anew(c.thread))
         self.load_q_rope(args, c, args.piece(number, following[0]))
         if self.overlaps:
-            following[1] = args.length(number + cute.arch.grid_dim()[0])
+            following[1] = args.word(number + cute.arch.grid_dim()[0])
 
     def softmax(self, c: Consumer, n, sums, parity, begins):
         cute.arch.mbarrier_wait(c.barriers.valid_full + c.side, parity)
@@ -693,6 +709,14 @@ class SparsePrefill(Seesaw):
             write_fp32_row(c.f.o, r, inv, to, exists, lane)
 
 
+def either(condition, first: cute.Tensor, second: cute.Tensor) -> cute.Tensor:
+    """One of two vectors."""
+    address = cutlass.select_(condition, first.iterator.toint(), second.iterator.toint())
+    stride = cutlass.select_(condition, *(Int64(x.stride[0]) for x in (first, second)))
+    start = pointer_at(first.element_type, address, 0, align=4)
+    return cute.make_tensor(start, cute.make_layout((first.shape[0],), stride=(stride,)))
+
+
 def compile_variant(dtype: str, d: int) -> aot.Compiled:
     """Compile for tensors of any extents whose rows of q, kv and out are 16-byte aligned."""
     element = getattr(cutlass, dtype)
@@ -709,5 +733,5 @@ def compile_variant(dtype: str, d: int) -> aot.Compiled:
     unit_slots = aot.compact(Int32, (cute.sym_int(),))
     return aot.compile_kernel(
         SparsePrefill(element, d), q, kv, indices, lengths, sink, out, max_logits, lse, workspace, unit_slots,
-        Float32(1.0), *[Int32(0)] * 4,
+        Float32(1.0), *[Int32(0)] * 7,
     )  # fmt: skip

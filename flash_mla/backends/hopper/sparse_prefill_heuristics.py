@@ -17,16 +17,26 @@ MERGE_COST = 1.0
 MERGE_SLOT_COST = 0.02
 LATE_MERGE_COST = 1.0
 MOST_SMS = 0.9  # that leave room for combine
+# Tiles of an SM from which on it pays to list tokens by their length, which takes the time of one; and to look for
+# lengths that are not given, which takes that of two, and often finds that all are equal.
+LIST_TILES = 4
+LOOK_TILES = 192
 
 
 @dataclass(frozen=True)
 class SparsePrefillConfig:
-    """The order of the work: whole tokens first, as many as give every SM the same number, then the rest in splits."""
+    """The order of the work: whole tokens first, as many as give every SM the same number, then the rest in splits.
+
+    Tokens may differ in length. They are then listed by it, the longest first.
+    """
 
     workers: int  # CTAs
     whole_tokens: int  # tokens whose heads are taken 64 at a time, over all of their indices
     splits: int  # pieces of every 64 heads of the other tokens
     split_units: int  # how many such 64 heads there are
+    length_bits: int  # of a word of the list, which says a token and its length; 0: tokens are taken as they come
+    round_tokens: int  # of the list
+    finds_lengths: bool  # whether the list's are looked for, in the indices
 
     @property
     def slots(self) -> int:
@@ -35,8 +45,10 @@ class SparsePrefillConfig:
 
 
 @functools.lru_cache(maxsize=1024)
-def sparse_prefill_config(s_q: int, h_q: int, topk: int, num_sms: int) -> SparsePrefillConfig:
-    """The layout of a call.
+def sparse_prefill_config(
+    s_q: int, h_q: int, topk: int, num_sms: int, *, has_lengths: bool = False
+) -> SparsePrefillConfig:
+    """The layout of a call, given whether the caller says tokens' lengths.
 
     Work that does not fill the SMs, all of a small call or what is left over of a large one, is split over its indices.
     """
@@ -54,8 +66,12 @@ def sparse_prefill_config(s_q: int, h_q: int, topk: int, num_sms: int) -> Sparse
         late = whole_tokens > 0 or slots >= MOST_SMS * num_sms
         return attention + MERGE_COST + slots * MERGE_SLOT_COST + late * LATE_MERGE_COST
 
+    bits = topk.bit_length()
+    pays = units > num_sms and units // num_sms * tiles >= (LIST_TILES if has_lengths else LOOK_TILES)
+    is_listed = pays and s_q << bits < 1 << 31  # in a word
+    order = (bits, max(1, num_sms // head_tiles), not has_lengths) if is_listed else (0, 1, False)
     splits = min(range(1, tiles + 1), key=cost)
     if rest == 0 or splits == 1:
-        return SparsePrefillConfig(min(num_sms, units), s_q, 1, 0)
+        return SparsePrefillConfig(min(num_sms, units), s_q, 1, 0, *order)
     pieces = whole_tokens * head_tiles + rest * splits
-    return SparsePrefillConfig(min(num_sms, pieces), whole_tokens, splits, rest)
+    return SparsePrefillConfig(min(num_sms, pieces), whole_tokens, splits, rest, *order)

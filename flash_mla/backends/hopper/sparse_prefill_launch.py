@@ -24,7 +24,7 @@ from flash_mla.backends.hopper.launch import (
     with_aligned_rows,
 )
 from flash_mla.backends.hopper.recorded_call import CONSTANT, REFUSALS, record_call, workspace_argument
-from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, SparsePrefillConfig, sparse_prefill_config
+from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, sparse_prefill_config
 from flash_mla.problem import SparsePrefillInputs, SparsePrefillProblem
 
 __all__ = ["RecordedPrefill", "record_prefill", "sparse_prefill", "sparse_prefill_kernel"]
@@ -44,46 +44,48 @@ class _Call(NamedTuple):
 
     name: str
     kernel: Callable[..., None]
-    config: SparsePrefillConfig
     out: torch.Tensor  # these three are templates
     max_logits: torch.Tensor
     workspace: torch.Tensor
     unit_slots: torch.Tensor  # [split_units + 1] int32
-    combine_warps: int  # that merge the splits of a row
+    numbers: tuple[int, ...]  # the kernel's integer arguments
     all_indices: torch.Tensor  # [s_q] int32: topk, for calls without topk_length
     no_sink: torch.Tensor  # [h_q] fp32: -inf, for calls without attn_sink
 
 
 @functools.lru_cache(maxsize=1024)
-def _call(device: torch.device, dtype: torch.dtype, s_q: int, h_q: int, d_qk: int, d_v: int, topk: int) -> _Call:
-    config = sparse_prefill_config(s_q, h_q, topk, num_sms(device))
+def _call(
+    device: torch.device, dtype: torch.dtype, s_q: int, h_q: int, d_qk: int, d_v: int, topk: int, has_lengths: bool
+) -> _Call:
+    config = sparse_prefill_config(s_q, h_q, topk, num_sms(device), has_lengths=has_lengths)
     name = sparse_prefill_kernel(dtype, d_qk)
     combine_warps = 1
     if config.splits > 1:
         _, combine_warps = who_merges(config.split_units, config.slots, min(ROWS, h_q), batch_invariant=False)
+    order = (config.length_bits, config.round_tokens, int(config.finds_lengths))
+    words = 2 * s_q if config.length_bits else 0  # of the list of tokens, and of their lengths
     return _Call(
         name=name,
         kernel=kernels.load(name),
-        config=config,
         out=template((s_q, h_q, d_v), dtype, device),
         max_logits=template((s_q, h_q), torch.float32, device),
-        workspace=template((config.slots * ROWS * (d_v + 2),), torch.float32, device),
+        workspace=template((config.slots * ROWS * (d_v + 2) + words,), torch.float32, device),
         unit_slots=torch.arange(config.split_units + 1, dtype=torch.int32, device=device) * config.splits,
-        combine_warps=combine_warps,
+        numbers=(config.workers, config.whole_tokens, config.splits, combine_warps, *order),
         all_indices=constant(topk, torch.int32, device).expand(s_q),
         no_sink=constant(-math.inf, torch.float32, device).expand(h_q),
     )
 
 
-def _call_of(problem: SparsePrefillProblem) -> _Call:
+def _call_of(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> _Call:
     p = problem
-    return _call(p.device, p.dtype, p.s_q, p.h_q, p.d_qk, p.d_v, p.topk)
+    return _call(p.device, p.dtype, p.s_q, p.h_q, p.d_qk, p.d_v, p.topk, inputs.topk_length is not None)
 
 
 @on_its_device
 def sparse_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> Results:
     """(out [s_q, h_q, d_v], max_logits [s_q, h_q] fp32, lse [s_q, h_q] fp32)."""
-    call = _call_of(problem)
+    call = _call_of(problem, inputs)
     out = out_with_aligned_rows(inputs.out, call.out)
     max_logits, lse = torch.empty_like(call.max_logits), torch.empty_like(call.max_logits)
     if problem.s_kv == 0 or problem.topk == 0:
@@ -101,7 +103,6 @@ def _launch(
     call: _Call, inputs: SparsePrefillInputs, out: torch.Tensor, max_logits: torch.Tensor, lse: torch.Tensor
 ) -> None:
     q, scale = positive_scale(with_aligned_rows(inputs.q), inputs.sm_scale)
-    config = call.config
     call.kernel(
         q,
         with_aligned_rows(inputs.kv.select(1, 0)),
@@ -114,10 +115,7 @@ def _launch(
         torch.empty_like(call.workspace),
         call.unit_slots,
         scale * LOG2_E,
-        config.workers,
-        config.whole_tokens,
-        config.splits,
-        call.combine_warps,
+        *call.numbers,
     )
 
 
@@ -130,8 +128,7 @@ def record_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -
     copied = not all(tensor is None or rows_aligned(tensor) for tensor in (q, rows, given_out))
     if copied or scale <= 0.0:
         return None
-    call = _call_of(problem)
-    layout = (call.config.workers, call.config.whole_tokens, call.config.splits, call.combine_warps)
+    call = _call_of(problem, inputs)
     out = torch.empty_like(call.out) if given_out is None else given_out
     max_logits, lse = torch.empty_like(call.max_logits), torch.empty_like(call.max_logits)
     given = (q, kv, indices, sink, lengths, out, max_logits, lse, 1.0)
@@ -147,7 +144,7 @@ def record_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -
         workspace_argument(call.workspace),
         (CONSTANT, call.unit_slots),
         (8, 1.0),
-        *((CONSTANT, number) for number in layout),
+        *((CONSTANT, number) for number in call.numbers),
     )
     replay = record_call(call.name, call.kernel, given, arguments)
     if replay is None:
