@@ -13,6 +13,7 @@ import cutlass.cute as cute
 import cutlass.utils as utils
 from cutlass import Int32, range_constexpr
 
+from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.seesaw import TILE
 
 LANES = 32
@@ -21,6 +22,7 @@ LOADS = 4  # indices that a lane reads at once
 WARPS = 16  # of the one CTA that sorts, each thread for tokens that follow each other
 BATCH = 8  # of these, whose lengths it reads at once
 LEVELS = 32  # that lengths are told apart by
+FRACTION_BITS = 20
 SHARE = WARPS  # threads whose counts of a level a lane adds up
 PITCH = SHARE + 1  # of these, so that lanes read different banks
 
@@ -61,7 +63,9 @@ class TokenOrder:
             totals: cute.struct.MemRange[Int32, LEVELS]
 
         self.Shared = Shared
-        self.sort(lengths, words, topk, length_bits, whole_tokens, round_tokens).launch(
+        # Tiles of a token to levels, without a division for each.
+        scale = ((LEVELS - 1) << FRACTION_BITS) // ceil_div(topk, TILE)
+        self.sort(lengths, words, topk, scale, length_bits, whole_tokens, Divisor.of(round_tokens)).launch(
             grid=(1, 1, 1), block=(WARPS * LANES, 1, 1), stream=stream, use_pdl=finds_lengths
         )
 
@@ -95,9 +99,10 @@ class TokenOrder:
         lengths: cute.Tensor,
         words: cute.Tensor,
         topk: Int32,
+        scale: Int32,
         length_bits: Int32,
         whole_tokens: Int32,
-        round_tokens: Int32,
+        rounds: Divisor,
     ):
         """A stable counting sort: of each level, what each thread's tokens have of it, and where these go."""
         cute.arch.griddepcontrol_launch_dependents()
@@ -115,10 +120,10 @@ class TokenOrder:
             mine[level] = 0
         cute.arch.griddepcontrol_wait()
         for begin in cutlass.range(first, after, BATCH, unroll=1):
-            batch = self.batch(lengths, begin, after)
+            batch = self.batch(lengths, begin, after, topk)
             for i in range_constexpr(BATCH):
                 if begin + i < after:
-                    level = self.level(batch[i], topk)
+                    level = self.level(batch[i], scale)
                     mine[level] = mine[level] + 1
         cute.arch.sync_threads()
 
@@ -144,34 +149,30 @@ class TokenOrder:
         cute.arch.sync_threads()
 
         for begin in cutlass.range(first, after, BATCH, unroll=1):
-            batch = self.batch(lengths, begin, after)
+            batch = self.batch(lengths, begin, after, topk)
             for i in range_constexpr(BATCH):
                 if begin + i < after:
-                    level = self.level(batch[i], topk)
+                    level = self.level(batch[i], scale)
                     place = mine[level]
                     mine[level] = place + 1
-                    number, within = place // round_tokens, place % round_tokens
-                    backwards = (number % 2 == 1) & ((number + 1) * round_tokens <= whole_tokens)
-                    within = cutlass.select_(backwards, round_tokens - 1 - within, within)
-                    word = ((begin + i) << length_bits) + self.counting(batch[i], topk)
-                    words[number * round_tokens + within] = word
+                    number = rounds.quotient(place)
+                    opens, closes = number * rounds.value, (number + 1) * rounds.value - 1
+                    backwards = (number % 2 == 1) & (closes < whole_tokens)
+                    place = cutlass.select_(backwards, opens + closes - place, place)
+                    words[place] = ((begin + i) << length_bits) + batch[i]
 
     @cute.jit
-    def batch(self, lengths: cute.Tensor, begin: Int32, after: Int32) -> cute.Tensor:
-        """Lengths of some tokens from `begin` on, as the caller says them."""
+    def batch(self, lengths: cute.Tensor, begin: Int32, after: Int32, topk: Int32) -> cute.Tensor:
+        """How many indices count, of some tokens from `begin` on."""
         batch = cute.make_rmem_tensor(BATCH, Int32)
         for i in range_constexpr(BATCH):
             if begin + i < after:
-                batch[i] = lengths[begin + i]
+                batch[i] = cutlass.min(cutlass.max(lengths[begin + i], 0), topk)
         return batch
 
-    def counting(self, length: Int32, topk: Int32) -> Int32:
-        """How many indices count."""
-        return cutlass.min(cutlass.max(length, 0), topk)
-
-    def level(self, length: Int32, topk: Int32) -> Int32:
+    def level(self, length: Int32, scale: Int32) -> Int32:
         """By tiles; 0 for the longest."""
-        return LEVELS - 1 - ceil_div(self.counting(length, topk), TILE) * (LEVELS - 1) // ceil_div(topk, TILE)
+        return LEVELS - 1 - (ceil_div(length, TILE) * scale >> FRACTION_BITS)
 
     def scan(self, value: Int32, lane: Int32) -> tuple[Int32, Int32]:
         """(sum of the values of the lanes before, sum over the warp)."""
