@@ -90,6 +90,7 @@ def split_plan(
     even_workers: int | None = None,
     units_per_request: int = 1,
     min_cost: int = 1,
+    cut_cost: int = 0,
     batch_invariant: bool = False,
 ) -> SplitPlan:
     """Plan a call.
@@ -105,11 +106,13 @@ def split_plan(
             cut such units alike, or not at all.
         units_per_request: each request makes this many consecutive units of its length.
         min_cost: fewer workers are used rather than giving each a range of less than this, in tiles.
+        cut_cost: what cutting units costs a call besides starting pieces, in tiles. Units that differ are kept whole,
+            if there is a worker for each, where the longest takes less than an equal share and this.
         batch_invariant: cut a unit only at places that depend on its own length.
 
     Returns:
         A SplitPlan on the device of `lengths`. Loads differ by at most one tile plus the fixed cost from their mean,
-        or by one piece in a batch-invariant plan.
+        or by one piece in a batch-invariant plan, unless units are kept whole.
     """
     tiles = (lengths.long() + (tile - 1)) // tile
     if extra_lengths is not None:
@@ -123,12 +126,19 @@ def split_plan(
 
     step = torch.clamp((tiles + (MAX_INVARIANT_PIECES - 1)) // MAX_INVARIANT_PIECES, min=INVARIANT_PIECE_TILES)
     num_pieces = torch.clamp((tiles + step - 1) // step, min=1) if batch_invariant else torch.ones_like(tiles)
-    begins = torch.nn.functional.pad((tiles + fixed * num_pieces).cumsum(0), (1, 0))
-    total = begins[-1]
-
-    # Worker w's range of the cost axis begins at floor(w * total / workers); workers beyond that number stay idle.
+    costs = tiles + fixed * num_pieces
+    total = costs.sum()
     most = torch.where(alike, even_workers, num_workers)
     workers = torch.minimum(torch.clamp(total // min_cost, min=1), most)
+    if not batch_invariant:
+        # Kept whole, units count alike.
+        is_short = (tiles.max() + fixed - cut_cost) * workers < total
+        whole = ~alike & (tiles.numel() <= workers) & is_short
+        costs, fixed = torch.where(whole, 1, costs), torch.where(whole, 0, fixed)
+        total, workers = (torch.where(whole, tiles.numel(), value) for value in (total, workers))
+    begins = torch.nn.functional.pad(costs.cumsum(0), (1, 0))
+
+    # Worker w's range of the cost axis begins at floor(w * total / workers); workers beyond that number stay idle.
     worker = torch.arange(num_workers + 1, device=lengths.device)
     cut = torch.minimum(worker * total // workers, total)
     unit = torch.searchsorted(begins[1:], cut, right=True)

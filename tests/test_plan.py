@@ -17,6 +17,7 @@ schedules = st.fixed_dictionaries(
         "num_workers": st.integers(1, 140),
         "units_per_request": st.integers(1, 4),
         "min_cost": st.integers(1, 8),
+        "cut_cost": st.integers(0, 12),
     }
 )
 
@@ -30,6 +31,12 @@ def make(lengths, **schedule):
     tiles = tile_counts(lengths, schedule["units_per_request"])
     pieces = list(plan.pieces(tiles, batch_invariant=schedule.get("batch_invariant", False)))
     return plan, tiles, pieces
+
+
+def counted_cost(tiles, schedule):
+    """What starting a piece costs: it does not count where units are cut alike."""
+    cut_alike = len(set(tiles)) == 1 and tiles[0] > 0 and schedule["num_workers"] % len(tiles) == 0
+    return 0 if cut_alike else schedule["fixed_cost"]
 
 
 @given(lengths_lists, schedules, st.booleans())
@@ -66,10 +73,10 @@ def test_slots_are_dense_and_bounded(lengths, schedule, batch_invariant):
 
 @given(lengths_lists, schedules)
 def test_loads_are_balanced(lengths, schedule):
+    schedule["cut_cost"] = 0
     _, tiles, pieces = make(lengths, **schedule)
-    fixed = schedule["fixed_cost"]
-    cut_alike = len(set(tiles)) == 1 and tiles[0] > 0 and schedule["num_workers"] % len(tiles) == 0
-    total = sum(tiles) + (0 if cut_alike else fixed * len(tiles))
+    fixed = counted_cost(tiles, schedule)
+    total = sum(tiles) + fixed * len(tiles)
     workers = min(schedule["num_workers"], max(1, total // schedule["min_cost"]))
     load = [0] * schedule["num_workers"]
     for piece in pieces:
@@ -92,7 +99,7 @@ def test_batch_invariant_pieces_depend_on_the_request_alone(lengths, schedule):
 @given(lengths_lists, schedules)
 def test_batch_invariant_loads_differ_by_a_piece(lengths, schedule):
     _, tiles, pieces = make(lengths, batch_invariant=True, **schedule)
-    fixed = schedule["fixed_cost"]
+    fixed = counted_cost(tiles, schedule)
     largest = max(INVARIANT_PIECE_TILES, -(-max(tiles) // MAX_INVARIANT_PIECES)) + fixed
     total = sum(piece.end - piece.begin + fixed for piece in pieces)
     workers = min(schedule["num_workers"], max(1, total // schedule["min_cost"]))
@@ -145,6 +152,22 @@ def test_units_that_differ_take_all_workers(lengths, schedule):
     plan, _, _ = make(lengths, even_workers=1, **schedule)
     expected, _, _ = make(lengths, **schedule)
     assert torch.equal(plan.work, expected.work)
+
+
+@given(st.lists(st.integers(0, 20), min_size=2, max_size=40), st.integers(1, 9), st.integers(0, 3))
+def test_units_are_kept_whole_unless_cutting_them_gains_more_than_it_costs(tiles, fixed_cost, spare):
+    lengths = torch.tensor(tiles, dtype=torch.int32) * TILE
+    workers, total = len(tiles) + spare, sum(tiles) + fixed_cost * len(tiles)
+    for cut_cost in (0, 1, 5, 30):
+        plan = split_plan(lengths, fixed_cost=fixed_cost, num_workers=workers, cut_cost=cut_cost)
+        used = min(total, workers)
+        if len(set(tiles)) > 1 and len(tiles) <= used and max(tiles) + fixed_cost < total / used + cut_cost:
+            pieces = list(plan.pieces(tiles))
+            assert [(piece.worker, piece.unit, piece.end) for piece in pieces] == list(
+                zip(range(len(tiles)), range(len(tiles)), tiles, strict=True)
+            )
+        else:
+            assert torch.equal(plan.work, split_plan(lengths, fixed_cost=fixed_cost, num_workers=workers).work)
 
 
 def test_plan_is_deterministic_int32():

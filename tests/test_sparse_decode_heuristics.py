@@ -109,3 +109,20 @@ def test_lengths_that_only_the_device_knows_may_be_equal(num_sms):
     assert (config.num_workers, config.even_workers) == (num_sms, num_sms - 4)
     config = sparse_decode_config(num_sms // 9, 64, None, num_sms)
     assert config.even_workers == num_sms, "of many pieces none need be equal"
+
+
+@GPUS
+@pytest.mark.parametrize(("shortest", "longest", "whole"), [(1700, 2048, True), (300, 640, True), (1, 2048, False)])
+def test_units_of_similar_length_are_kept_whole(num_sms, shortest, longest, whole):
+    queries = num_sms - 4
+    config = sparse_decode_config(queries, 64, None, num_sms)
+    plan = split_plan(
+        torch.linspace(shortest, longest, queries).int(),
+        tile=TILE,
+        fixed_cost=config.fixed_cost,
+        num_workers=config.num_workers,
+        even_workers=config.even_workers,
+        min_cost=config.min_cost,
+        cut_cost=config.cut_cost,
+    )
+    assert (int(plan.splits[-1]) == 0) == whole

@@ -19,6 +19,9 @@ def random_schedule(rng):
         lengths = torch.full_like(lengths, rng.randint(0, longest))
         if rng.random() < 0.3:
             lengths[rng.randrange(b)] = 0
+    elif rng.random() < 0.3:
+        longest = min(longest, 1 << 15)
+        lengths = torch.randint(longest - longest // 9, longest + 1, (b,), dtype=torch.int32)
     extra = torch.randint(0, 2048, (b,), dtype=torch.int32) if rng.random() < 0.4 else None
     num_workers = rng.choice([1, 2, 33, 66, 132, 600])
     return lengths, {
@@ -29,6 +32,7 @@ def random_schedule(rng):
         "even_workers": rng.choice([None, rng.randint(1, num_workers)]),
         "units_per_request": rng.choice([1, 1, 2, 5]),
         "min_cost": rng.randint(1, 8),
+        "cut_cost": rng.choice([0, 1, 3, 50]),
         "batch_invariant": rng.random() < 0.4,
     }
 

@@ -23,6 +23,8 @@ READ = 4.4
 # compute and merge pieces of them.
 LEAST_BUSY, LEAST_BUSY_WITH_UNITS = 0.9, 0.96
 
+CUT_COST = 4  # in tiles: what cutting units that differ adds to an equal share of them
+
 
 @dataclass(frozen=True)
 class DenseDecodeConfig:
@@ -39,6 +41,7 @@ class DenseDecodeConfig:
     even_workers: int  # that are used where the device finds units of equal length
     fixed_cost: int  # of starting a piece, in tiles
     min_cost: int  # range of the plan that is worth a worker, in tiles
+    cut_cost: int  # of cutting units that differ, in tiles
 
     @property
     def unit_rows(self) -> int:
@@ -65,6 +68,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
             **_workers(num_pairs, num_sms, LEAST_BUSY),
             fixed_cost=2,
             min_cost=2,
+            cut_cost=CUT_COST,
         )
     tiles = -(-rows // ROWS)
 
@@ -88,6 +92,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
         **_workers(units, num_workers, LEAST_BUSY if row_tiles == 1 else LEAST_BUSY_WITH_UNITS),
         fixed_cost=2 if row_tiles == 1 or units <= num_workers else 4,
         min_cost=1,
+        cut_cost=CUT_COST,
     )
 
 

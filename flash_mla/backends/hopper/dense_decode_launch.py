@@ -70,6 +70,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
         even_workers=config.even_workers,
         units_per_request=problem.h_kv * config.passes,
         min_cost=config.min_cost,
+        cut_cost=config.cut_cost,
         batch_invariant=problem.batch_invariant,
     )
 

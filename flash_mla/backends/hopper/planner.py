@@ -33,6 +33,7 @@ class Planner:
         tile: Int32,
         fixed_cost: Int32,
         min_cost: Int32,
+        cut_cost: Int32,
         even_workers: Int32,
         units_per_request: Int32,
         stream,
@@ -46,7 +47,7 @@ class Planner:
 
         self.Shared = Shared
         self.kernel(
-            lengths, extra_lengths, work, splits, tile, fixed_cost, min_cost, even_workers, units_per_request
+            lengths, extra_lengths, work, splits, tile, fixed_cost, min_cost, cut_cost, even_workers, units_per_request
         ).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
     @cute.kernel
@@ -59,6 +60,7 @@ class Planner:
         tile: Int32,
         fixed_cost: Int32,
         min_cost: Int32,
+        cut_cost: Int32,
         even_workers: Int32,
         units_per_request: Int32,
     ):
@@ -73,10 +75,11 @@ class Planner:
         num_workers = work.shape[0] - 1
 
         first = self.request_tiles(lengths, extra_lengths, Int32(0), tile)
-        total, others = Int32(0), Int32(0)  # others: requests that are not as long as the first
+        total, longest, others = Int32(0), Int32(0), Int32(0)  # others: requests that are not as long as the first
         for request in cutlass.range(thread, requests, THREADS):
             n = self.request_tiles(lengths, extra_lengths, request, tile)
             total += self.cost(n, fixed_cost) * units_per_request
+            longest = cutlass.max(longest, n)
             others += cutlass.select_(n != first, Int32(1), Int32(0))
         _, total = self.scan(total, warp_sums)
         _, others = self.scan(others, warp_sums)
@@ -87,6 +90,13 @@ class Planner:
                 fixed_cost = Int32(0)
                 total = self.cost(first, fixed_cost) * units
         workers = cutlass.min(cutlass.max(1, total // min_cost), most)
+        whole = Int32(0)
+        if const_expr(not self.batch_invariant):
+            longest = self.largest(longest, warp_sums)
+            is_short = Int64(longest + fixed_cost - cut_cost) * Int64(workers) < Int64(total)
+            if (others > 0) & (units <= workers) & is_short:
+                whole = Int32(1)
+                fixed_cost, total, workers = Int32(0), units, units
 
         begin = Int32(0)  # of the first unit of the block, on the cost axis
         slot = Int32(0)
@@ -96,7 +106,7 @@ class Planner:
             cost = Int32(0)
             if unit < units:
                 n = self.request_tiles(lengths, extra_lengths, unit // units_per_request, tile)
-                cost = self.cost(n, fixed_cost)
+                cost = cutlass.select_(whole != 0, Int32(1), self.cost(n, fixed_cost))
             before, block_cost = self.scan(cost, warp_sums)
             unit_begin = begin + before
             count = Int32(0)
@@ -230,6 +240,18 @@ class Planner:
             total += warp_sums[w]
         return before, total
 
+    @cute.jit
+    def largest(self, value: Int32, warp_values: cute.Tensor) -> Int32:
+        """The largest value of the CTA's threads."""
+        value = cute.arch.warp_redux_sync(value, "max")
+        cute.arch.sync_threads()
+        if cute.arch.lane_idx() == 0:
+            warp_values[cute.arch.warp_idx()] = value
+        cute.arch.sync_threads()
+        for w in range_constexpr(WARPS):
+            value = cutlass.max(value, warp_values[w])
+        return value
+
 
 def compile_variant(batch_invariant: bool) -> aot.Compiled:
     """Compile for any number of requests, units and workers."""
@@ -238,5 +260,5 @@ def compile_variant(batch_invariant: bool) -> aot.Compiled:
     extra_lengths = aot.strided(Int32, (b,))
     work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
     splits = aot.compact(Int32, (cute.sym_int(),))
-    scalars = [Int32(1)] * 5
+    scalars = [Int32(1)] * 6
     return aot.compile_kernel(Planner(batch_invariant), lengths, extra_lengths, work, splits, *scalars)

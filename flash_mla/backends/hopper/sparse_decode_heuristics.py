@@ -24,9 +24,11 @@ TILE = 128  # tokens in a tile of the plan
 
 LONG = 16  # tiles of a unit that make up for what its start costs
 
-# In tiles: what starting a piece costs, and what merging split units adds to a call.
+# In tiles: what starting a piece costs, what merging split units adds to a call, and what cutting units that differ
+# adds to an equal share of them.
 FIXED_COST = 2
 COMBINE_COST = 3
+CUT_COST = 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class SparseDecodeConfig:
     even_workers: int  # that are used where the device finds units of equal length
     fixed_cost: int  # of starting a piece, in tiles; 0 only if no unit is empty
     min_cost: int  # range of the plan that is worth a worker, in tiles
+    cut_cost: int  # of cutting units that differ, in tiles
     unsplit: bool  # whether every cut of the plan falls between units
 
     @property
@@ -86,7 +89,7 @@ def sparse_decode_config(
     row_tiles = cluster_size(h_q)
     passes = -(-h_q // (row_tiles * rows))
     units, workers = queries * passes, num_sms // row_tiles
-    balanced = SparseDecodeConfig(rows, row_tiles, passes, workers, workers, FIXED_COST, min_cost=1, unsplit=False)
+    balanced = SparseDecodeConfig(rows, row_tiles, passes, workers, workers, FIXED_COST, 1, CUT_COST, unsplit=False)
     if not tiles:
         if rows == ROWS:  # their tiles take so long that a piece's start is worth less than two
             balanced = replace(balanced, fixed_cost=1)

@@ -155,6 +155,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
         even_workers=config.even_workers,
         units_per_request=problem.s_q * config.passes,
         min_cost=config.min_cost,
+        cut_cost=config.cut_cost,
         batch_invariant=problem.batch_invariant,
     )
 
