@@ -2,7 +2,7 @@
 
 import pytest
 
-from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, TILE, sparse_prefill_config
+from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, TILE, is_short, sparse_prefill_config
 
 H200, H800_PCIE, H20 = 132, 114, 78  # SMs
 GPUS = pytest.mark.parametrize("num_sms", [H200, H800_PCIE, H20])
@@ -109,3 +109,11 @@ def test_a_list_changes_no_split():
     for s_q, h_q, topk in SHAPES:
         plain, listed = (sparse_prefill_config(s_q, h_q, topk, H200, has_lengths=has) for has in (False, True))
         assert (plain.workers, plain.whole_tokens, plain.splits) == (listed.workers, listed.whole_tokens, listed.splits)
+
+
+def test_short_calls_take_less_code():
+    for s_q, h_q, topk, short in (
+        (1, 128, 2048, True), (16, 128, 2048, True), (132, 128, 512, True), (200, 128, 512, True), (300, 64, 512, True),
+        (64, 128, 2048, False), (132, 64, 2048, False), (512, 64, 1024, False), (4096, 64, 512, False),
+    ):  # fmt: skip
+        assert is_short(s_q, h_q, topk, H200) == short, (s_q, h_q, topk)

@@ -42,7 +42,7 @@ def why_not(problem: Problem) -> str | None:
     if (major, minor) != (9, 0):
         return f"{problem.device} is an sm_{major}{minor} GPU, not Hopper (sm_90)"
     if isinstance(problem, SparsePrefillProblem):
-        return kernels.unavailable(sparse_prefill_kernel(problem.dtype, problem.d_qk))
+        return kernels.unavailable(sparse_prefill_kernel(problem))
     if isinstance(problem, MHAProblem):
         return mha_launch.why_not(problem)
     return _of_its_mode(problem).why_not(problem)

@@ -145,15 +145,17 @@ class Arguments:
 
 
 class SparsePrefill(Seesaw):
-    def __init__(self, dtype: type[cutlass.Numeric], d: int):
+    def __init__(self, dtype: type[cutlass.Numeric], d: int, short: bool):
         # Without RoPE a producer warp's 16 rows come as soon as they are free. With it that gained nothing.
         super().__init__(dtype, d, steps=1 if d > D_V else BLOCK // WARP_ROWS)
         # The end of a piece overlaps with the next one's begin. With RoPE there is room for a single stage of output,
         # by which that gained nothing.
         self.overlaps = not self.has_rope
+        # In short calls code is read once or twice, from memory: less of it is faster.
+        self.short = short
         # Where RoPE takes its registers, the loop over pairs is faster without what closes a piece. That is then code
         # of its own, for both sides.
-        self.peels = self.has_rope
+        self.peels = self.has_rope and not short
 
     @cute.jit
     def __call__(
@@ -472,7 +474,7 @@ class SparsePrefill(Seesaw):
     def consume(self, side: Int32, args, shared, barriers, thread: Int32):
         """One consumer warpgroup: scores of block `side` of each pair, half `side` of the output columns.
 
-        The sides have code of their own for pairs in a loop alone.
+        The sides have code of their own for pairs in a loop alone, and not in short calls.
         """
         c = Consumer(
             side, shared, barriers, Registers.allocate(self.dtype), Running.allocate(), args.scale_log2, thread
@@ -496,7 +498,9 @@ class SparsePrefill(Seesaw):
                 self.issue_scores(c, self.qk_order, parity)
                 warpgroup.wait_group(0)
             work = (args, number + workers, following)
-            if side == LEFT:
+            if const_expr(self.short):
+                parity = self.pairs(c, parity, piece, work)
+            elif side == LEFT:
                 parity = self.pairs(replace(c, side=LEFT), parity, piece, work)
             else:
                 parity = self.pairs(replace(c, side=RIGHT), parity, piece, work)
@@ -717,7 +721,7 @@ def either(condition, first: cute.Tensor, second: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(start, cute.make_layout((first.shape[0],), stride=(stride,)))
 
 
-def compile_variant(dtype: str, d: int) -> aot.Compiled:
+def compile_variant(dtype: str, d: int, *, short: bool = False) -> aot.Compiled:
     """Compile for tensors of any extents whose rows of q, kv and out are 16-byte aligned."""
     element = getattr(cutlass, dtype)
     s_q, h_q = cute.sym_int(), cute.sym_int()
@@ -732,6 +736,6 @@ def compile_variant(dtype: str, d: int) -> aot.Compiled:
     workspace = aot.compact(Float32, (cute.sym_int(),), align=16)
     unit_slots = aot.compact(Int32, (cute.sym_int(),))
     return aot.compile_kernel(
-        SparsePrefill(element, d), q, kv, indices, lengths, sink, out, max_logits, lse, workspace, unit_slots,
+        SparsePrefill(element, d, short), q, kv, indices, lengths, sink, out, max_logits, lse, workspace, unit_slots,
         Float32(1.0), *[Int32(0)] * 7,
     )  # fmt: skip

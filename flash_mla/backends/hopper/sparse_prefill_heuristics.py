@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["SparsePrefillConfig", "sparse_prefill_config"]
+__all__ = ["SparsePrefillConfig", "is_short", "sparse_prefill_config"]
 
 ROWS = 64  # heads of a piece of work
 TILE = 128  # indices in a tile
@@ -21,6 +21,9 @@ MOST_SMS = 0.9  # that leave room for combine
 # lengths that are not given, which takes that of two, and often finds that all are equal.
 LIST_TILES = 4
 LOOK_TILES = 192
+
+# Tiles of an SM up to which less code is faster than code that is faster once it is in the caches.
+SHORT_TILES = 14
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,7 @@ def sparse_prefill_config(
 
     Work that does not fill the SMs, all of a small call or what is left over of a large one, is split over its indices.
     """
-    head_tiles = -(-h_q // ROWS)
-    tiles = max(1, -(-topk // TILE))
+    head_tiles, tiles = _tiles(h_q, topk)
     units = s_q * head_tiles
     whole_tokens = units // num_sms * num_sms // head_tiles
     rest = units - whole_tokens * head_tiles
@@ -75,3 +77,14 @@ def sparse_prefill_config(
         return SparsePrefillConfig(min(num_sms, units), s_q, 1, 0, *order)
     pieces = whole_tokens * head_tiles + rest * splits
     return SparsePrefillConfig(min(num_sms, pieces), whole_tokens, splits, rest, *order)
+
+
+def is_short(s_q: int, h_q: int, topk: int, num_sms: int) -> bool:
+    """Whether a call is so short that less code is faster."""
+    head_tiles, tiles = _tiles(h_q, topk)
+    return s_q * head_tiles * tiles <= SHORT_TILES * num_sms
+
+
+def _tiles(h_q: int, topk: int) -> tuple[int, int]:
+    """Of a query token: (tiles of heads, tiles of indices)."""
+    return -(-h_q // ROWS), max(1, -(-topk // TILE))

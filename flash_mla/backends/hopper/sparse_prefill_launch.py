@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from flash_mla.backends.hopper.launch import (
     with_aligned_rows,
 )
 from flash_mla.backends.hopper.recorded_call import CONSTANT, REFUSALS, record_call, workspace_argument
-from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, sparse_prefill_config
+from flash_mla.backends.hopper.sparse_prefill_heuristics import ROWS, is_short, sparse_prefill_config
 from flash_mla.problem import SparsePrefillInputs, SparsePrefillProblem
 
 __all__ = ["RecordedPrefill", "record_prefill", "sparse_prefill", "sparse_prefill_kernel"]
@@ -34,9 +35,11 @@ Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 RecordedPrefill = Callable[[SparsePrefillInputs], Results | None]
 
 
-def sparse_prefill_kernel(dtype: torch.dtype, d: int) -> str:
-    """Name of the sparse prefill variant."""
-    return f"sparse_prefill_{SHORT_NAME[dtype]}_{d}"
+def sparse_prefill_kernel(problem: SparsePrefillProblem) -> str:
+    """Name of the variant that serves a problem; with RoPE there is one for short calls."""
+    p = problem
+    short = p.d_qk > p.d_v and is_short(p.s_q, p.h_q, p.topk, num_sms(p.device))
+    return f"sparse_prefill_{SHORT_NAME[p.dtype]}_{p.d_qk}{'_short' if short else ''}"
 
 
 class _Call(NamedTuple):
@@ -54,11 +57,10 @@ class _Call(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _call(
-    device: torch.device, dtype: torch.dtype, s_q: int, h_q: int, d_qk: int, d_v: int, topk: int, has_lengths: bool
-) -> _Call:
+def _call(problem: SparsePrefillProblem, has_lengths: bool) -> _Call:
+    device, s_q, h_q, d_v, topk = problem.device, problem.s_q, problem.h_q, problem.d_v, problem.topk
     config = sparse_prefill_config(s_q, h_q, topk, num_sms(device), has_lengths=has_lengths)
-    name = sparse_prefill_kernel(dtype, d_qk)
+    name = sparse_prefill_kernel(problem)
     combine_warps = 1
     if config.splits > 1:
         _, combine_warps = who_merges(config.split_units, config.slots, min(ROWS, h_q), batch_invariant=False)
@@ -67,7 +69,7 @@ def _call(
     return _Call(
         name=name,
         kernel=kernels.load(name),
-        out=template((s_q, h_q, d_v), dtype, device),
+        out=template((s_q, h_q, d_v), problem.dtype, device),
         max_logits=template((s_q, h_q), torch.float32, device),
         workspace=template((config.slots * ROWS * (d_v + 2) + words,), torch.float32, device),
         unit_slots=torch.arange(config.split_units + 1, dtype=torch.int32, device=device) * config.splits,
@@ -78,8 +80,7 @@ def _call(
 
 
 def _call_of(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> _Call:
-    p = problem
-    return _call(p.device, p.dtype, p.s_q, p.h_q, p.d_qk, p.d_v, p.topk, inputs.topk_length is not None)
+    return _call(replace(problem, s_kv=0), inputs.topk_length is not None)
 
 
 @on_its_device

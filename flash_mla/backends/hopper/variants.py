@@ -51,9 +51,11 @@ DENSE_DECODE |= {
 }
 
 SPARSE_PREFILL = {
-    f"sparse_prefill_{short}_{d}": Variant("flash_mla.backends.hopper.sparse_prefill", 168, {"dtype": dtype, "d": d})
+    f"sparse_prefill_{short}_{name}": Variant(
+        "flash_mla.backends.hopper.sparse_prefill", 168, {"dtype": dtype, **config}
+    )
     for short, dtype in (("bf16", "BFloat16"), ("fp16", "Float16"))
-    for d in (576, 512)
+    for name, config in (("576", {"d": 576}), ("576_short", {"d": 576, "short": True}), ("512", {"d": 512}))
 }
 
 # What quantised caches hold: of one format, or of another one in the extra cache.
