@@ -23,7 +23,9 @@ READ = 4.4
 # compute and merge pieces of them.
 LEAST_BUSY, LEAST_BUSY_WITH_UNITS = 0.9, 0.96
 
-CUT_COST = 4  # in tiles: what cutting units that differ adds to an equal share of them
+# In tiles: what starting a piece costs, and what cutting units that differ adds to an equal share of them.
+FIXED_COST = 2
+CUT_COST = 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
             row_tiles=1,
             passes=1,
             **_workers(num_pairs, num_sms, LEAST_BUSY),
-            fixed_cost=2,
+            fixed_cost=FIXED_COST,
             min_cost=2,
             cut_cost=CUT_COST,
         )
@@ -90,7 +92,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
         row_tiles=row_tiles,
         passes=passes,
         **_workers(units, num_workers, LEAST_BUSY if row_tiles == 1 else LEAST_BUSY_WITH_UNITS),
-        fixed_cost=2 if row_tiles == 1 or units <= num_workers else 4,
+        fixed_cost=FIXED_COST,
         min_cost=1,
         cut_cost=CUT_COST,
     )
