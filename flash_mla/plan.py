@@ -106,8 +106,8 @@ def split_plan(
             cut such units alike, or not at all.
         units_per_request: each request makes this many consecutive units of its length.
         min_cost: fewer workers are used rather than giving each a range of less than this, in tiles.
-        cut_cost: what cutting units costs a call besides starting pieces, in tiles. Units that differ are kept whole,
-            if there is a worker for each, where the longest takes less than an equal share and this.
+        cut_cost: what cutting units costs a call besides starting pieces, in tiles. Units that are not cut alike are
+            kept whole, if there is a worker for each, where the longest takes less than an equal share and this.
         batch_invariant: cut a unit only at places that depend on its own length.
 
     Returns:
@@ -122,7 +122,8 @@ def split_plan(
 
     even_workers = num_workers if even_workers is None else even_workers
     alike = (tiles == tiles[0]).all()
-    fixed = torch.where(alike & (tiles[0] > 0) & (even_workers % tiles.numel() == 0), 0, fixed_cost)
+    cut_alike = alike & (tiles[0] > 0) & (even_workers % tiles.numel() == 0)
+    fixed = torch.where(cut_alike, 0, fixed_cost)
 
     step = torch.clamp((tiles + (MAX_INVARIANT_PIECES - 1)) // MAX_INVARIANT_PIECES, min=INVARIANT_PIECE_TILES)
     num_pieces = torch.clamp((tiles + step - 1) // step, min=1) if batch_invariant else torch.ones_like(tiles)
@@ -133,7 +134,7 @@ def split_plan(
     if not batch_invariant:
         # Kept whole, units count alike.
         is_short = (tiles.max() + fixed - cut_cost) * workers < total
-        whole = ~alike & (tiles.numel() <= workers) & is_short
+        whole = ~cut_alike & (tiles.numel() <= workers) & is_short
         costs, fixed = torch.where(whole, 1, costs), torch.where(whole, 0, fixed)
         total, workers = (torch.where(whole, tiles.numel(), value) for value in (total, workers))
     begins = torch.nn.functional.pad(costs.cumsum(0), (1, 0))

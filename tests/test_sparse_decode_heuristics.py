@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
+    CUT_COST,
     FEW_HEADS,
     ROWS,
     TILE,
@@ -123,6 +124,6 @@ def test_units_of_similar_length_are_kept_whole(num_sms, shortest, longest, whol
         num_workers=config.num_workers,
         even_workers=config.even_workers,
         min_cost=config.min_cost,
-        cut_cost=config.cut_cost,
+        cut_cost=CUT_COST,
     )
     assert (int(plan.splits[-1]) == 0) == whole

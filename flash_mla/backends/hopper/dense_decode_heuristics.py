@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["BOXES", "DenseDecodeConfig", "box_of_pages", "dense_decode_config", "gathers"]
+__all__ = ["BOXES", "CUT_COST", "FIXED_COST", "DenseDecodeConfig", "box_of_pages", "dense_decode_config", "gathers"]
 
 ROWS = 64  # query rows of a CTA
 BLOCK = 64  # tokens in a KV block
@@ -23,7 +23,7 @@ READ = 4.4
 # compute and merge pieces of them.
 LEAST_BUSY, LEAST_BUSY_WITH_UNITS = 0.9, 0.96
 
-# In tiles: what starting a piece costs, and what cutting units that differ adds to an equal share of them.
+# In tiles: what starting a piece costs, and what cutting units otherwise than alike adds to an equal share of them.
 FIXED_COST = 2
 CUT_COST = 4
 
@@ -41,9 +41,7 @@ class DenseDecodeConfig:
     passes: int  # turns a worker takes over the rows of a request and KV head
     num_workers: int
     even_workers: int  # that are used where the device finds units of equal length
-    fixed_cost: int  # of starting a piece, in tiles
     min_cost: int  # range of the plan that is worth a worker, in tiles
-    cut_cost: int  # of cutting units that differ, in tiles
 
     @property
     def unit_rows(self) -> int:
@@ -68,9 +66,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
             row_tiles=1,
             passes=1,
             **_workers(num_pairs, num_sms, LEAST_BUSY),
-            fixed_cost=FIXED_COST,
             min_cost=2,
-            cut_cost=CUT_COST,
         )
     tiles = -(-rows // ROWS)
 
@@ -92,9 +88,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
         row_tiles=row_tiles,
         passes=passes,
         **_workers(units, num_workers, LEAST_BUSY if row_tiles == 1 else LEAST_BUSY_WITH_UNITS),
-        fixed_cost=FIXED_COST,
         min_cost=1,
-        cut_cost=CUT_COST,
     )
 
 

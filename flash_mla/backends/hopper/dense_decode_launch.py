@@ -9,6 +9,8 @@ import torch
 from flash_mla import kernels
 from flash_mla.backends.hopper.dense_decode_heuristics import (
     BOXES,
+    CUT_COST,
+    FIXED_COST,
     DenseDecodeConfig,
     box_of_pages,
     dense_decode_config,
@@ -65,12 +67,12 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
     return plan(
         inputs.cache_seqlens,
         tile=config.tile,
-        fixed_cost=config.fixed_cost,
+        fixed_cost=FIXED_COST,
         num_workers=config.num_workers,
         even_workers=config.even_workers,
         units_per_request=problem.h_kv * config.passes,
         min_cost=config.min_cost,
-        cut_cost=config.cut_cost,
+        cut_cost=CUT_COST,
         batch_invariant=problem.batch_invariant,
     )
 

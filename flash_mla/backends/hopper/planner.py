@@ -84,9 +84,11 @@ class Planner:
         _, total = self.scan(total, warp_sums)
         _, others = self.scan(others, warp_sums)
         most = num_workers
+        cut_alike = Int32(0)
         if others == 0:
             most = even_workers
             if (first > 0) & (even_workers % units == 0):  # no unit without cost, and each worker starts one piece
+                cut_alike = Int32(1)
                 fixed_cost = Int32(0)
                 total = self.cost(first, fixed_cost) * units
         workers = cutlass.min(cutlass.max(1, total // min_cost), most)
@@ -94,7 +96,7 @@ class Planner:
         if const_expr(not self.batch_invariant):
             longest = self.largest(longest, warp_sums)
             is_short = Int64(longest + fixed_cost - cut_cost) * Int64(workers) < Int64(total)
-            if (others > 0) & (units <= workers) & is_short:
+            if (cut_alike == 0) & (units <= workers) & is_short:
                 whole = Int32(1)
                 fixed_cost, total, workers = Int32(0), units, units
 

@@ -10,7 +10,7 @@ from typing import Any
 from flash_mla.backends.hopper.dense_decode_heuristics import even_workers
 from flash_mla.kv_cache import KVCacheFormat
 
-__all__ = ["SparseDecodeConfig", "cluster_size", "few_heads", "is_compute_bound", "sparse_decode_config"]
+__all__ = ["CUT_COST", "SparseDecodeConfig", "cluster_size", "few_heads", "is_compute_bound", "sparse_decode_config"]
 
 ROWS = 64  # query heads of a CTA, unless there are few
 
@@ -24,8 +24,8 @@ TILE = 128  # tokens in a tile of the plan
 
 LONG = 16  # tiles of a unit that make up for what its start costs
 
-# In tiles: what starting a piece costs, what merging split units adds to a call, and what cutting units that differ
-# adds to an equal share of them.
+# In tiles: what starting a piece costs, what merging split units adds to a call, and what cutting units otherwise than
+# alike adds to an equal share of them.
 FIXED_COST = 2
 COMBINE_COST = 3
 CUT_COST = 2
@@ -42,7 +42,6 @@ class SparseDecodeConfig:
     even_workers: int  # that are used where the device finds units of equal length
     fixed_cost: int  # of starting a piece, in tiles; 0 only if no unit is empty
     min_cost: int  # range of the plan that is worth a worker, in tiles
-    cut_cost: int  # of cutting units that differ, in tiles
     unsplit: bool  # whether every cut of the plan falls between units
 
     @property
@@ -89,7 +88,7 @@ def sparse_decode_config(
     row_tiles = cluster_size(h_q)
     passes = -(-h_q // (row_tiles * rows))
     units, workers = queries * passes, num_sms // row_tiles
-    balanced = SparseDecodeConfig(rows, row_tiles, passes, workers, workers, FIXED_COST, 1, CUT_COST, unsplit=False)
+    balanced = SparseDecodeConfig(rows, row_tiles, passes, workers, workers, FIXED_COST, 1, unsplit=False)
     if not tiles:
         if rows == ROWS:  # their tiles take so long that a piece's start is worth less than two
             balanced = replace(balanced, fixed_cost=1)

@@ -24,6 +24,7 @@ from flash_mla.backends.hopper.launch import (
 )
 from flash_mla.backends.hopper.recorded_call import RecordedCall, recorded
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
+    CUT_COST,
     ROWS,
     TILE,
     SparseDecodeConfig,
@@ -155,7 +156,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
         even_workers=config.even_workers,
         units_per_request=problem.s_q * config.passes,
         min_cost=config.min_cost,
-        cut_cost=config.cut_cost,
+        cut_cost=CUT_COST,
         batch_invariant=problem.batch_invariant,
     )
 
