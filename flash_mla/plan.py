@@ -18,12 +18,22 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["INVARIANT_PIECE_TILES", "MAX_INVARIANT_PIECES", "Piece", "SplitPlan", "max_slots", "split_plan"]
+__all__ = [
+    "FEW_PIECES",
+    "INVARIANT_PIECE_TILES",
+    "MAX_INVARIANT_PIECES",
+    "Piece",
+    "SplitPlan",
+    "max_slots",
+    "split_plan",
+]
 
 # Batch-invariant plans cut a unit into pieces of this many tiles, or into this many pieces if that makes larger ones:
 # sizes that depend on the unit's own length alone.
 INVARIANT_PIECE_TILES = 32
 MAX_INVARIANT_PIECES = 32
+
+FEW_PIECES = 64  # of a unit, which are merged in little time
 
 
 class Piece(NamedTuple):
@@ -105,7 +115,8 @@ def split_plan(
         even_workers: as many of them as are used where all units have as many tiles; num_workers by default. Fewer may
             cut such units alike, or not at all.
         units_per_request: each request makes this many consecutive units of its length.
-        min_cost: fewer workers are used rather than giving each a range of less than this, in tiles.
+        min_cost: beyond FEW_PIECES for each unit, fewer workers are used rather than giving each a range of less than
+            this, in tiles.
         cut_cost: what cutting units costs a call besides starting pieces, in tiles. Units that are not cut alike are
             kept whole, if there is a worker for each, where the longest takes less than an equal share and this.
         batch_invariant: cut a unit only at places that depend on its own length.
@@ -130,7 +141,8 @@ def split_plan(
     costs = tiles + fixed * num_pieces
     total = costs.sum()
     most = torch.where(alike, even_workers, num_workers)
-    workers = torch.minimum(torch.clamp(total // min_cost, min=1), most)
+    wanted = torch.maximum(total // min_cost, torch.clamp(total, min=1, max=FEW_PIECES * tiles.numel()))
+    workers = torch.minimum(wanted, most)
     if not batch_invariant:
         # Kept whole, units count alike.
         is_short = (tiles.max() + fixed - cut_cost) * workers < total

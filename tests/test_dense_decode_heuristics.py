@@ -145,7 +145,14 @@ def test_even_workers_are_never_too_few_nor_too_many():
 
 @pytest.mark.parametrize(
     ("rows", "requests", "workers", "even"),
-    [(64, 128, 128, 128), (64, 256, 132, 128), (16, 256, 132, 128), (128, 128, 66, 64), (128, 120, 66, 66)],
+    [
+        (64, 128, 128, 128),
+        (64, 256, 132, 128),
+        (16, 256, 132, 128),
+        (16, 20, 132, 132),
+        (128, 128, 66, 64),
+        (128, 120, 66, 66),
+    ],
 )
 def test_of_many_units_equal_ones_alone_leave_sms_idle(rows, requests, workers, even):
     config = dense_decode_config(rows, requests, H200)

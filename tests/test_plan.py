@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_mla.plan import INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES, max_slots, split_plan
+from flash_mla.plan import FEW_PIECES, INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES, max_slots, split_plan
 
 TILE = 64
 
@@ -31,6 +31,12 @@ def make(lengths, **schedule):
     tiles = tile_counts(lengths, schedule["units_per_request"])
     pieces = list(plan.pieces(tiles, batch_invariant=schedule.get("batch_invariant", False)))
     return plan, tiles, pieces
+
+
+def used_workers(total, tiles, schedule):
+    """How many get a range of the cost axis."""
+    few = max(1, min(total, FEW_PIECES * len(tiles)))
+    return min(schedule["num_workers"], max(total // schedule["min_cost"], few))
 
 
 def counted_cost(tiles, schedule):
@@ -77,7 +83,7 @@ def test_loads_are_balanced(lengths, schedule):
     _, tiles, pieces = make(lengths, **schedule)
     fixed = counted_cost(tiles, schedule)
     total = sum(tiles) + fixed * len(tiles)
-    workers = min(schedule["num_workers"], max(1, total // schedule["min_cost"]))
+    workers = used_workers(total, tiles, schedule)
     load = [0] * schedule["num_workers"]
     for piece in pieces:
         load[piece.worker] += piece.end - piece.begin + fixed
@@ -102,7 +108,7 @@ def test_batch_invariant_loads_differ_by_a_piece(lengths, schedule):
     fixed = counted_cost(tiles, schedule)
     largest = max(INVARIANT_PIECE_TILES, -(-max(tiles) // MAX_INVARIANT_PIECES)) + fixed
     total = sum(piece.end - piece.begin + fixed for piece in pieces)
-    workers = min(schedule["num_workers"], max(1, total // schedule["min_cost"]))
+    workers = used_workers(total, tiles, schedule)
     load = [0] * schedule["num_workers"]
     for piece in pieces:
         load[piece.worker] += piece.end - piece.begin + fixed
@@ -184,6 +190,12 @@ def test_plan_is_deterministic_int32():
 def test_one_short_request_is_cut_into_tiles():
     plan = split_plan(torch.tensor([640], dtype=torch.int32), fixed_cost=3, num_workers=132)
     assert plan.splits.tolist() == [0, 10]
+
+
+def test_a_lone_request_is_cut_into_short_pieces_while_they_are_few():
+    for tiles, pieces in ((30, 30), (64, 64), (100, 64), (200, 100), (1000, 132)):
+        plan = split_plan(torch.tensor([tiles * TILE], dtype=torch.int32), fixed_cost=2, num_workers=132, min_cost=2)
+        assert plan.splits.tolist() == [0, pieces]
 
 
 def test_one_long_request_uses_every_worker():

@@ -19,9 +19,9 @@ COMPUTE_ALONE = 2.55
 COMPUTE_CLUSTER = 2.4
 READ = 4.4
 
-# Parts of the SMs that suffice: to draw all of HBM's bandwidth, or to compute units kept whole as fast as all would
-# compute and merge pieces of them.
-LEAST_BUSY, LEAST_BUSY_WITH_UNITS = 0.9, 0.96
+# Parts of the SMs that suffice: to draw all of HBM's bandwidth, with few units of few rows, or to compute units kept
+# whole as fast as all would compute and merge pieces of them.
+LEAST_BUSY, LEAST_BUSY_WITH_FEW_ROWS, LEAST_BUSY_WITH_UNITS = 0.9, 0.95, 0.96
 
 # In tiles: what starting a piece costs, and what cutting units otherwise than alike adds to an equal share of them.
 FIXED_COST = 2
@@ -65,7 +65,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
             cluster=1,
             row_tiles=1,
             passes=1,
-            **_workers(num_pairs, num_sms, LEAST_BUSY),
+            **_workers(num_pairs, num_sms, LEAST_BUSY_WITH_FEW_ROWS, LEAST_BUSY),
             min_cost=2,
         )
     tiles = -(-rows // ROWS)
@@ -87,7 +87,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
         cluster=2 if row_tiles % 2 == 0 else 1,
         row_tiles=row_tiles,
         passes=passes,
-        **_workers(units, num_workers, LEAST_BUSY if row_tiles == 1 else LEAST_BUSY_WITH_UNITS),
+        **_workers(units, num_workers, LEAST_BUSY, LEAST_BUSY if row_tiles == 1 else LEAST_BUSY_WITH_UNITS),
         min_cost=1,
     )
 
@@ -111,11 +111,10 @@ def gathers(s_q: int, h_q: int, h_kv: int, page_size: int) -> bool:
     return rows <= ROWS and not (box == BLOCK and rows <= FEW_ROWS[-1])
 
 
-def _workers(units: int, num_workers: int, least_busy: float) -> dict[str, int]:
+def _workers(units: int, num_workers: int, few_busy: float, many_busy: float) -> dict[str, int]:
     """Few units are cut alike as if they were equal; with more of them, that depends on their lengths."""
-    if units <= num_workers:
-        num_workers = even_workers(units, num_workers)
-    return {"num_workers": num_workers, "even_workers": even_workers(units, num_workers, least_busy)}
+    even = even_workers(units, num_workers, few_busy if units <= num_workers else many_busy)
+    return {"num_workers": even if units <= num_workers else num_workers, "even_workers": even}
 
 
 def even_workers(units: int, num_workers: int, least_busy: float = LEAST_BUSY) -> int:

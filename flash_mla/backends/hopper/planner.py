@@ -6,7 +6,7 @@ import cutlass.utils as utils
 from cutlass import Int32, Int64, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot
-from flash_mla.plan import INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES
+from flash_mla.plan import FEW_PIECES, INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES
 
 LANES = 32
 WARPS = 16
@@ -91,7 +91,8 @@ class Planner:
                 cut_alike = Int32(1)
                 fixed_cost = Int32(0)
                 total = self.cost(first, fixed_cost) * units
-        workers = cutlass.min(cutlass.max(1, total // min_cost), most)
+        wanted = cutlass.max(total // min_cost, cutlass.max(1, cutlass.min(total, FEW_PIECES * units)))
+        workers = cutlass.min(wanted, most)
         whole = Int32(0)
         if const_expr(not self.batch_invariant):
             longest = self.largest(longest, warp_sums)

@@ -10,7 +10,15 @@ from typing import Any
 from flash_mla.backends.hopper.dense_decode_heuristics import even_workers
 from flash_mla.kv_cache import KVCacheFormat
 
-__all__ = ["CUT_COST", "SparseDecodeConfig", "cluster_size", "few_heads", "is_compute_bound", "sparse_decode_config"]
+__all__ = [
+    "CUT_COST",
+    "CUT_COST_PLAIN",
+    "SparseDecodeConfig",
+    "cluster_size",
+    "few_heads",
+    "is_compute_bound",
+    "sparse_decode_config",
+]
 
 ROWS = 64  # query heads of a CTA, unless there are few
 
@@ -25,10 +33,10 @@ TILE = 128  # tokens in a tile of the plan
 LONG = 16  # tiles of a unit that make up for what its start costs
 
 # In tiles: what starting a piece costs, what merging split units adds to a call, and what cutting units otherwise than
-# alike adds to an equal share of them.
+# alike adds to an equal share of them; tiles of a plain cache take less time.
 FIXED_COST = 2
 COMBINE_COST = 3
-CUT_COST = 2
+CUT_COST, CUT_COST_PLAIN = 2, 5
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,8 @@ def sparse_decode_config(
     if not tiles:
         if rows == ROWS:  # their tiles take so long that a piece's start is worth less than two
             balanced = replace(balanced, fixed_cost=1)
-        # Cut alike or kept whole, equal units are up to a fifth faster; cut into many pieces, they rather use all SMs.
-        return replace(balanced, even_workers=even_workers(units, workers)) if workers < 3 * units else balanced
+        # Cut alike or kept whole, equal units are up to a fifth faster.
+        return replace(balanced, even_workers=even_workers(units, workers))
     rounds = -(-units // workers)
     piece = -(-tiles // max(1, workers // units))
     whole = rounds * (tiles + FIXED_COST)

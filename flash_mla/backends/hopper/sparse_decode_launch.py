@@ -25,6 +25,7 @@ from flash_mla.backends.hopper.launch import (
 from flash_mla.backends.hopper.recorded_call import RecordedCall, recorded
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
     CUT_COST,
+    CUT_COST_PLAIN,
     ROWS,
     TILE,
     SparseDecodeConfig,
@@ -156,7 +157,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
         even_workers=config.even_workers,
         units_per_request=problem.s_q * config.passes,
         min_cost=config.min_cost,
-        cut_cost=CUT_COST,
+        cut_cost=CUT_COST if problem.kv_format.is_quantised else CUT_COST_PLAIN,
         batch_invariant=problem.batch_invariant,
     )
 
