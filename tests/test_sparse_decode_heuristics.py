@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
-    CUT_COST,
     FEW_HEADS,
     ROWS,
     TILE,
@@ -88,7 +87,6 @@ def test_few_equal_units_are_cut_alike(num_sms, queries, h_q, tiles):
         tile=TILE,
         fixed_cost=config.fixed_cost,
         num_workers=config.num_workers,
-        min_cost=config.min_cost,
     )
     pieces = list(plan.pieces([tiles] * queries))
     assert len({piece.worker for piece in pieces}) == len(pieces), "a worker starts once"
@@ -100,7 +98,7 @@ def test_few_equal_units_are_cut_alike(num_sms, queries, h_q, tiles):
 @GPUS
 def test_few_units_are_spread_over_the_gpu(num_sms):
     for queries, h_q in ((1, 16), (2, 128), (num_sms // 4, 64)):
-        config = sparse_decode_config(queries, h_q, 128, num_sms)
+        config = sparse_decode_config(queries, h_q, 1000, num_sms)
         assert config.num_workers > num_sms // config.row_tiles * 0.9
 
 
@@ -123,7 +121,6 @@ def test_units_of_similar_length_are_kept_whole(num_sms, shortest, longest, whol
         fixed_cost=config.fixed_cost,
         num_workers=config.num_workers,
         even_workers=config.even_workers,
-        min_cost=config.min_cost,
-        cut_cost=CUT_COST,
+        cut_cost=config.cut_cost,
     )
     assert (int(plan.splits[-1]) == 0) == whole

@@ -5,20 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from flash_mla.backends.hopper.dense_decode_heuristics import even_workers
 from flash_mla.kv_cache import KVCacheFormat
 
-__all__ = [
-    "CUT_COST",
-    "CUT_COST_PLAIN",
-    "SparseDecodeConfig",
-    "cluster_size",
-    "few_heads",
-    "is_compute_bound",
-    "sparse_decode_config",
-]
+__all__ = ["SparseDecodeConfig", "cluster_size", "few_heads", "is_compute_bound", "sparse_decode_config"]
 
 ROWS = 64  # query heads of a CTA, unless there are few
 
@@ -32,11 +24,16 @@ TILE = 128  # tokens in a tile of the plan
 
 LONG = 16  # tiles of a unit that make up for what its start costs
 
-# In tiles: what starting a piece costs, what merging split units adds to a call, and what cutting units otherwise than
-# alike adds to an equal share of them; tiles of a plain cache take less time.
-FIXED_COST = 2
-COMBINE_COST = 3
-CUT_COST, CUT_COST_PLAIN = 2, 5
+
+class Costs(NamedTuple):
+    """What work costs besides its tiles, in the time of one; in microseconds it is much the same for all kernels."""
+
+    start: int  # starting a piece
+    merge: int  # merging pieces
+    cut: int  # of lengths that only the device knows: what cutting otherwise than alike adds to an equal share
+
+
+FEW_HEADS_COSTS, QUANTISED_COSTS, PLAIN_COSTS = Costs(2, 3, 4), Costs(1, 2, 3), Costs(1, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class SparseDecodeConfig:
     num_workers: int
     even_workers: int  # that are used where the device finds units of equal length
     fixed_cost: int  # of starting a piece, in tiles; 0 only if no unit is empty
-    min_cost: int  # range of the plan that is worth a worker, in tiles
+    cut_cost: int  # of cutting units otherwise than alike, in tiles
     unsplit: bool  # whether every cut of the plan falls between units
 
     @property
@@ -85,29 +82,32 @@ def is_compute_bound(b: int, s_q: int, h_q: int, tiles: int | None, num_sms: int
 
 @functools.lru_cache(maxsize=1024)
 def sparse_decode_config(
-    queries: int, h_q: int, tiles: int | None, num_sms: int, rows: int = ROWS
+    queries: int, h_q: int, tiles: int | None, num_sms: int, rows: int = ROWS, *, plain: bool = False
 ) -> SparseDecodeConfig:
     """The layout for `queries` query tokens of h_q heads, of `tiles` tiles each, or None where lengths differ.
 
-    A CTA takes `rows` heads. Units of equal length are best kept whole if that leaves few SMs idle for not too long.
-    Fewer units than workers are cut alike into pieces of at most so many tiles, one for each worker, whose starting
-    costs then do not count.
+    A CTA takes `rows` heads; the cache is `plain` or quantised. Units of equal length are best kept whole if that
+    leaves few SMs idle for not too long. Fewer units than workers are cut alike into pieces of at most so many tiles,
+    one for each worker, whose starting costs then do not count.
     """
     row_tiles = cluster_size(h_q)
     passes = -(-h_q // (row_tiles * rows))
     units, workers = queries * passes, num_sms // row_tiles
-    balanced = SparseDecodeConfig(rows, row_tiles, passes, workers, workers, FIXED_COST, 1, unsplit=False)
+    costs = FEW_HEADS_COSTS if rows < ROWS else PLAIN_COSTS if plain else QUANTISED_COSTS
+    balanced = SparseDecodeConfig(
+        rows, row_tiles, passes, workers, workers, fixed_cost=costs.start, cut_cost=costs.cut, unsplit=False
+    )
     if not tiles:
-        if rows == ROWS:  # their tiles take so long that a piece's start is worth less than two
-            balanced = replace(balanced, fixed_cost=1)
         # Cut alike or kept whole, equal units are up to a fifth faster.
         return replace(balanced, even_workers=even_workers(units, workers))
     rounds = -(-units // workers)
     piece = -(-tiles // max(1, workers // units))
-    whole = rounds * (tiles + FIXED_COST)
-    alike = FIXED_COST + piece + COMBINE_COST if piece < tiles else math.inf
-    split = max(1.0, units * (tiles + FIXED_COST) / workers) + FIXED_COST + COMBINE_COST
-    if alike <= min(whole, split):
+    whole = rounds * (tiles + costs.start)
+    alike = costs.start + piece + costs.merge
+    share = max(1.0, units * (tiles + costs.start) / workers)
+    split = share + costs.start + costs.merge
+    # A worker has whole tiles.
+    if piece < tiles and alike < whole and alike <= split + math.ceil(share) - share:
         return balanced.of_workers(units * -(-tiles // piece), fixed_cost=0)
     # Cuts fall on units only if every worker gets as many.
     if whole <= split and units % rounds == 0:

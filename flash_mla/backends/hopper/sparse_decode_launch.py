@@ -24,8 +24,6 @@ from flash_mla.backends.hopper.launch import (
 )
 from flash_mla.backends.hopper.recorded_call import RecordedCall, recorded
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
-    CUT_COST,
-    CUT_COST_PLAIN,
     ROWS,
     TILE,
     SparseDecodeConfig,
@@ -107,7 +105,8 @@ def _layout(problem: DecodeProblem) -> SparseDecodeConfig:
     equal = problem.topk is not None and not (problem.has_topk_length or problem.has_extra_topk_length)
     tiles = _tiles(problem.topk or 0, problem.extra_topk or 0) if equal else None
     rows = _few_heads(problem) or ROWS
-    return sparse_decode_config(problem.b * problem.s_q, problem.h_q, tiles, num_sms(problem.device), rows)
+    queries, sms, plain = problem.b * problem.s_q, num_sms(problem.device), not problem.kv_format.is_quantised
+    return sparse_decode_config(queries, problem.h_q, tiles, sms, rows, plain=plain)
 
 
 def _names(problem: DecodeProblem, inputs: DecodeInputs) -> tuple[_Names, _Names]:
@@ -156,8 +155,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
         num_workers=config.num_workers,
         even_workers=config.even_workers,
         units_per_request=problem.s_q * config.passes,
-        min_cost=config.min_cost,
-        cut_cost=CUT_COST if problem.kv_format.is_quantised else CUT_COST_PLAIN,
+        cut_cost=config.cut_cost,
         batch_invariant=problem.batch_invariant,
     )
 
