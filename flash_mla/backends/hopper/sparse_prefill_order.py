@@ -22,8 +22,8 @@ LOADS = 4  # indices that a lane reads at once
 WARPS = 16  # of the one CTA that sorts, each thread for tokens that follow each other
 BATCH = 8  # of these, whose lengths it reads at once
 LEVELS = 32  # that lengths are told apart by
-FRACTION_BITS = 20
-SHARE = WARPS  # threads whose counts of a level a lane adds up
+FRACTION_BITS = 20  # of what turns tiles into levels
+SHARE = WARPS  # threads, of whose counts of a level a lane takes the sum
 PITCH = SHARE + 1  # of these, so that lanes read different banks
 
 
