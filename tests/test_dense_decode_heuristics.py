@@ -145,18 +145,17 @@ def test_even_workers_are_never_too_few_nor_too_many():
 
 @pytest.mark.parametrize(
     ("rows", "requests", "workers", "even"),
-    [
-        (64, 128, 128, 128),
-        (64, 256, 132, 128),
-        (16, 256, 132, 128),
-        (16, 20, 132, 132),
-        (128, 128, 66, 64),
-        (128, 120, 66, 66),
-    ],
+    [(64, 128, 128, 128), (64, 256, 132, 128), (16, 256, 132, 128), (128, 128, 66, 64), (128, 120, 66, 66)],
 )
 def test_of_many_units_equal_ones_alone_leave_sms_idle(rows, requests, workers, even):
     config = dense_decode_config(rows, requests, H200)
     assert (config.num_workers, config.even_workers) == (workers, even)
+
+
+def test_few_units_of_few_rows_leave_fewer_sms_idle():
+    for rows, workers in ((16, 132), (64, 120)):
+        config = dense_decode_config(rows, 20, H200)
+        assert (config.num_workers, config.even_workers) == (workers, workers)
 
 
 def test_boxes_fit_into_pages_and_tiles():

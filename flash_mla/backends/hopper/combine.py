@@ -15,7 +15,7 @@ from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.copies import discard_line, pointer_at
 from flash_mla.backends.hopper.divisor import Divisor
 from flash_mla.backends.hopper.epilogue import trade_words
-from flash_mla.backends.hopper.token_list import TokenList
+from flash_mla.backends.hopper.sparse_prefill_tokens import TokenList
 
 LANES = 32
 WARPS = 8

@@ -13,6 +13,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from flash_mla.backends.hopper.schedule import uniform
+from flash_mla.backends.hopper.warp_sums import inclusive_sum
 
 LANES = 32
 TILE_Q = 128  # query rows of a CTA, forward
@@ -238,11 +239,3 @@ def take_number(next_tile: cute.Tensor) -> Int32:
     if cute.arch.lane_idx() == 0:
         number = cute.arch.atomic_add(next_tile.iterator, Int32(1))
     return cute.arch.shuffle_sync(number, 0) + cute.arch.grid_dim()[0]
-
-
-def inclusive_sum(value: Int32, lane: Int32) -> Int32:
-    """Sum over this lane and those before it."""
-    for i in range(5):
-        other = cute.arch.shuffle_sync_up(value, 1 << i, mask_and_clamp=0)
-        value = value + cutlass.select_(lane >= (1 << i), other, Int32(0))
-    return value

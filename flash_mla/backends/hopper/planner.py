@@ -6,15 +6,13 @@ import cutlass.utils as utils
 from cutlass import Int32, Int64, const_expr, range_constexpr
 
 from flash_mla.backends.hopper import aot
+from flash_mla.backends.hopper.divisor import ceil_div
+from flash_mla.backends.hopper.warp_sums import inclusive_sum
 from flash_mla.plan import FEW_PIECES, INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES
 
 LANES = 32
 WARPS = 16
 THREADS = WARPS * LANES  # units planned at a time
-
-
-def ceil_div(a, b):
-    return (a + b - 1) // b
 
 
 class Planner:
@@ -228,10 +226,7 @@ class Planner:
         """(sum of the values of the threads before, sum over the CTA)."""
         lane = cute.arch.lane_idx()
         warp = cute.arch.warp_idx()
-        inclusive = value
-        for i in range_constexpr(5):
-            other = cute.arch.shuffle_sync_up(inclusive, 1 << i, mask_and_clamp=0)
-            inclusive += cutlass.select_(lane >= (1 << i), other, Int32(0))
+        inclusive = inclusive_sum(value, lane)
         cute.arch.sync_threads()
         if lane == LANES - 1:
             warp_sums[warp] = inclusive

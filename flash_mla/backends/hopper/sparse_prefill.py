@@ -35,7 +35,7 @@ from flash_mla.backends.hopper.seesaw import (
 )
 from flash_mla.backends.hopper.softmax import LN2, LOG2_E, THRESHOLD, exponentials, quad_max, row_max
 from flash_mla.backends.hopper.sparse_prefill_order import TokenOrder
-from flash_mla.backends.hopper.token_list import TokenList
+from flash_mla.backends.hopper.sparse_prefill_tokens import TokenList
 from flash_mla.backends.hopper.wgmma import CHUNK, ROWS, k_major_layout
 
 CONSUMER_REGISTERS = 232
@@ -176,7 +176,7 @@ class SparsePrefill(Seesaw):
         whole_tokens: Int32,  # tokens before this one are not split
         splits: Int32,  # pieces of the others
         combine_warps: Int32,  # that merge the splits of a row
-        length_bits: Int32,  # of the list of tokens (token_list); 0: they are taken as they come
+        length_bits: Int32,  # of the list of tokens (sparse_prefill_tokens); 0: they are taken as they come
         round_tokens: Int32,  # of the list
         finds_lengths: Int32,  # whether they are looked for, in the indices
         stream,

@@ -13,8 +13,9 @@ import cutlass.cute as cute
 import cutlass.utils as utils
 from cutlass import Int32, range_constexpr
 
-from flash_mla.backends.hopper.divisor import Divisor
+from flash_mla.backends.hopper.divisor import Divisor, ceil_div
 from flash_mla.backends.hopper.seesaw import TILE
+from flash_mla.backends.hopper.warp_sums import inclusive_sum
 
 LANES = 32
 TOKENS = 8  # of a CTA that looks for lengths, a warp each
@@ -25,10 +26,6 @@ LEVELS = 32  # that lengths are told apart by
 FRACTION_BITS = 20  # of what turns tiles into levels
 SHARE = WARPS  # threads, of whose counts of a level a lane takes the sum
 PITCH = SHARE + 1  # of these, so that lanes read different banks
-
-
-def ceil_div(a, b):
-    return (a + b - 1) // b
 
 
 class TokenOrder:
@@ -87,7 +84,7 @@ class TokenOrder:
                         found[i] = indices[token, begin + i * LANES + lane]
                 for i in range_constexpr(LOADS):
                     named = cute.arch.vote_ballot_sync((found[i] >= 0) & (found[i] < s_kv))
-                    last = begin + i * LANES + (LANES - count_leading_zeros(named))
+                    last = begin + i * LANES + (LANES - Int32(cute.arch.clz(named)))
                     length = cutlass.select_(named != 0, last, length)
                 end = begin
             if lane == 0:
@@ -176,12 +173,5 @@ class TokenOrder:
 
     def scan(self, value: Int32, lane: Int32) -> tuple[Int32, Int32]:
         """(sum of the values of the lanes before, sum over the warp)."""
-        through = value
-        for i in range(5):
-            other = cute.arch.shuffle_sync_up(through, 1 << i, mask_and_clamp=0)
-            through += cutlass.select_(lane >= (1 << i), other, Int32(0))
+        through = inclusive_sum(value, lane)
         return through - value, cute.arch.shuffle_sync(through, LANES - 1)
-
-
-def count_leading_zeros(bits: Int32) -> Int32:
-    return cute.arch.inline_ptx("clz.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[bits])
