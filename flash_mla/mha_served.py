@@ -63,7 +63,7 @@ class Served:
             q, k, v, *_ = tensors
             self.default_scale, self.max_seqlens, self.flags = q.shape[-1] ** -0.5, max_seqlens, flags
             problem = problem_of(q, k, v, *flags)
-            self.forward = _record("record_mha_forward", problem, tensors, results, max_seqlens)
+            self.forward = _record("record_mha_forward", problem, tensors, results)
 
     def gradients(self, dout: torch.Tensor, dlse: torch.Tensor | None, saved: Tensors, scale: float) -> Tensors:
         """Those by q, k and v; saved: these, out, lse and both offsets."""

@@ -95,7 +95,7 @@ def _forward_flags(problem: MHAProblem, total_q: int, b: int) -> tuple[int, ...]
 
 
 def record_mha_forward(
-    problem: MHAProblem, tensors: Tensors, results: Tensors, max_seqlens: tuple[int, int]
+    problem: MHAProblem, tensors: Tensors, results: Tensors
 ) -> Callable[[Tensors, float], tuple[torch.Tensor, torch.Tensor] | None] | None:
     """What repeats a call on its device that `mha_forward` has run; None if its kernel read copies, or nothing.
 
