@@ -4,7 +4,8 @@ The work of a decode call is a row of *units* (a request, or a KV head or query 
 their lengths need. A unit costs its tiles plus a fixed cost (loading Q, writing out). Laid end to end, the units fill a
 cost axis that is cut into equal ranges, one a *worker* (a CTA, or the CTAs that share a unit's KV). A range that ends
 inside a unit splits it: each of its pieces is then a partial result in a *slot* of the workspace, and a combine pass
-merges them.
+merges them. Where pieces become hardly longer by it, each unit has workers of its own instead, of which none starts a
+second piece.
 
 Every cut is a closed form of the prefix sum of the costs, so the plan is a few vectorised operations on the lengths,
 on whatever device they are, without synchronising it. The Hopper planner kernel computes the same integers.
@@ -22,6 +23,7 @@ __all__ = [
     "FEW_PIECES",
     "INVARIANT_PIECE_TILES",
     "MAX_INVARIANT_PIECES",
+    "PIECE_SIZES",
     "Piece",
     "SplitPlan",
     "max_slots",
@@ -34,6 +36,8 @@ INVARIANT_PIECE_TILES = 32
 MAX_INVARIANT_PIECES = 32
 
 FEW_PIECES = 64  # of a unit, which are merged in little time
+
+PIECE_SIZES = 3  # that are tried, the largest first, where each unit may have workers of its own
 
 
 class Piece(NamedTuple):
@@ -101,6 +105,7 @@ def split_plan(
     units_per_request: int = 1,
     min_cost: int = 1,
     cut_cost: int = 0,
+    slack: int = 0,
     batch_invariant: bool = False,
 ) -> SplitPlan:
     """Plan a call.
@@ -119,6 +124,8 @@ def split_plan(
             this, in tiles.
         cut_cost: what cutting units costs a call besides starting pieces, in tiles. Units that are not cut alike are
             kept whole, if there is a worker for each, where the longest takes less than an equal share and this.
+        slack: how much more than an equal share the largest piece may be for each unit to have workers of its own,
+            which then start one piece each; in quarters of a tile, 0 for never.
         batch_invariant: cut a unit only at places that depend on its own length.
 
     Returns:
@@ -132,31 +139,43 @@ def split_plan(
         tiles = tiles.repeat_interleave(units_per_request, output_size=tiles.numel() * units_per_request)
 
     even_workers = num_workers if even_workers is None else even_workers
-    alike = (tiles == tiles[0]).all()
-    cut_alike = alike & (tiles[0] > 0) & (even_workers % tiles.numel() == 0)
-    fixed = torch.where(cut_alike, 0, fixed_cost)
-
+    units = tiles.numel()
     step = torch.clamp((tiles + (MAX_INVARIANT_PIECES - 1)) // MAX_INVARIANT_PIECES, min=INVARIANT_PIECE_TILES)
     num_pieces = torch.clamp((tiles + step - 1) // step, min=1) if batch_invariant else torch.ones_like(tiles)
-    costs = tiles + fixed * num_pieces
-    total = costs.sum()
-    most = torch.where(alike, even_workers, num_workers)
-    wanted = torch.maximum(total // min_cost, torch.clamp(total, min=1, max=FEW_PIECES * tiles.numel()))
-    workers = torch.minimum(wanted, most)
+
+    def shared(fixed: torch.Tensor | int, most: torch.Tensor | int) -> tuple[torch.Tensor, ...]:
+        """(costs of the units, their sum, workers that share it)."""
+        costs = tiles + fixed * num_pieces
+        total = costs.sum()
+        wanted = torch.maximum(total // min_cost, torch.clamp(total, min=1, max=FEW_PIECES * units))
+        return costs, total, torch.clamp(wanted, max=most)
+
+    alike = (tiles == tiles[0]).all()
+    cut_alike = alike & (tiles[0] > 0) & (even_workers % units == 0)
+    fixed = torch.where(cut_alike, 0, fixed_cost)
+    costs, total, workers = shared(fixed, torch.where(alike, even_workers, num_workers))
+    has_own = torch.tensor(False, device=lengths.device)  # whether each unit has workers of its own
     if not batch_invariant:
-        # Kept whole, units count alike.
+        _, cost, most = shared(fixed_cost, num_workers)
+        sizes = (4 * cost + slack * most - 1) // (4 * most) - torch.arange(PIECE_SIZES, device=lengths.device)
+        sizes = torch.clamp(sizes, min=1)
+        counts = torch.clamp((tiles + sizes[:, None] - 1) // sizes[:, None], min=1)
+        suffices = (counts.sum(1) <= most) & (slack > 0)
+        own = counts[torch.clamp(suffices.sum() - 1, min=0)]
         is_short = (tiles.max() + fixed - cut_cost) * workers < total
-        whole = ~cut_alike & (tiles.numel() <= workers) & is_short
-        costs, fixed = torch.where(whole, 1, costs), torch.where(whole, 0, fixed)
-        total, workers = (torch.where(whole, tiles.numel(), value) for value in (total, workers))
+        whole = ~suffices[0] & ~cut_alike & (units <= workers) & is_short
+        own = torch.where(whole, 1, own)
+        has_own = suffices[0] | whole
+        costs, fixed = torch.where(has_own, own, costs), torch.where(has_own, 0, fixed)
+        total, workers = (torch.where(has_own, own.sum(), value) for value in (total, workers))
     begins = torch.nn.functional.pad(costs.cumsum(0), (1, 0))
 
     # Worker w's range of the cost axis begins at floor(w * total / workers); workers beyond that number stay idle.
     worker = torch.arange(num_workers + 1, device=lengths.device)
     cut = torch.minimum(worker * total // workers, total)
     unit = torch.searchsorted(begins[1:], cut, right=True)
-    at_end = unit == tiles.numel()
-    inside = unit.clamp(max=tiles.numel() - 1)
+    at_end = unit == units
+    inside = unit.clamp(max=units - 1)
     offset = cut - begins[inside]
 
     if batch_invariant:
@@ -168,7 +187,8 @@ def split_plan(
         counts = torch.where(num_pieces > 1, num_pieces, 0)
     else:
         # A cut within the fixed cost moves to the unit's beginning; the first worker cut beyond it begins piece 1.
-        begin_tile = torch.where(at_end, 0, torch.clamp(offset - fixed, min=0))
+        begin_tile = torch.where(has_own, offset * tiles[inside] // costs[inside], offset - fixed)
+        begin_tile = torch.where(at_end, 0, torch.clamp(begin_tile, min=0))
         first = -(-(begins[:-1] + fixed + 1) * workers // total)
         counts = -(-begins[1:] * workers // total) - first
         counts = torch.where(counts > 0, counts + 1, 0)

@@ -4,7 +4,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_mla.plan import FEW_PIECES, INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES, max_slots, split_plan
+from flash_mla.plan import (
+    FEW_PIECES,
+    INVARIANT_PIECE_TILES,
+    MAX_INVARIANT_PIECES,
+    PIECE_SIZES,
+    max_slots,
+    split_plan,
+)
 
 TILE = 64
 
@@ -18,6 +25,7 @@ schedules = st.fixed_dictionaries(
         "units_per_request": st.integers(1, 4),
         "min_cost": st.integers(1, 8),
         "cut_cost": st.integers(0, 12),
+        "slack": st.integers(0, 12),
     }
 )
 
@@ -81,14 +89,16 @@ def test_slots_are_dense_and_bounded(lengths, schedule, batch_invariant):
 def test_loads_are_balanced(lengths, schedule):
     schedule["cut_cost"] = 0
     _, tiles, pieces = make(lengths, **schedule)
-    fixed = counted_cost(tiles, schedule)
-    total = sum(tiles) + fixed * len(tiles)
-    workers = used_workers(total, tiles, schedule)
-    load = [0] * schedule["num_workers"]
+    fixed, load = counted_cost(tiles, schedule), [0] * schedule["num_workers"]
     for piece in pieces:
         load[piece.worker] += piece.end - piece.begin + fixed
-    assert all(one <= total / workers + fixed + 1 for one in load)
-    assert not any(load[workers:])
+    bounds, used = [], []
+    for cost, spare in ((fixed, 1), (schedule["fixed_cost"], schedule["slack"] / 4)):
+        total = sum(tiles) + cost * len(tiles)
+        used.append(used_workers(total, tiles, schedule))
+        bounds.append(total / used[-1] + fixed + spare)
+    assert max(load) <= max(bounds)
+    assert not any(load[max(used) :])
 
 
 @given(lengths_lists, schedules)
@@ -130,6 +140,7 @@ def test_extra_lengths_add_their_tiles(lengths, extra, schedule):
 @given(st.integers(0, 5000), st.integers(1, 60), schedules)
 def test_equal_units_have_workers_of_their_own_number(length, requests, schedule):
     lengths = [length] * requests
+    schedule["slack"] = 0
     schedule["num_workers"] += (fewer := schedule["num_workers"])
     plan, tiles, _ = make(lengths, even_workers=fewer, **schedule)
     expected, _, _ = make(lengths, **{**schedule, "num_workers": fewer})
@@ -175,6 +186,36 @@ def test_units_are_kept_whole_unless_cutting_them_gains_more_than_it_costs(tiles
             )
         else:
             assert torch.equal(plan.work, split_plan(lengths, fixed_cost=fixed_cost, num_workers=workers).work)
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 9), st.integers(0, 100), st.integers(1, 8))
+def test_units_have_workers_of_their_own_where_pieces_are_hardly_more_than_a_share(tiles, fixed_cost, spare, slack):
+    lengths = torch.tensor(tiles, dtype=torch.int32) * TILE
+    workers, total = len(tiles) + spare, sum(tiles) + fixed_cost * len(tiles)
+    schedule = {"fixed_cost": fixed_cost, "num_workers": workers, "cut_cost": 3}
+    plan = split_plan(lengths, slack=slack, **schedule)
+    share = total / min(total, workers)
+    largest = next(size for size in range(total, 0, -1) if size < share + slack / 4)
+    counts = {
+        size: [max(1, -(-n // size)) for n in tiles] for size in range(max(1, largest - PIECE_SIZES + 1), largest + 1)
+    }
+    suffices = [size for size, pieces in counts.items() if sum(pieces) <= min(total, workers)]
+    if not suffices:
+        assert torch.equal(plan.work, split_plan(lengths, **schedule).work)
+        return
+    pieces = list(plan.pieces(tiles))
+    assert [piece.worker for piece in pieces] == list(range(len(pieces)))
+    for unit, (n, count) in enumerate(zip(tiles, counts[min(suffices)], strict=True)):
+        sizes = [piece.end - piece.begin for piece in pieces if piece.unit == unit]
+        assert len(sizes) == count
+        assert sum(sizes) == n
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_few_short_units_are_cut_into_tiles():
+    lengths = torch.tensor([2 * TILE, 1, 3 * TILE], dtype=torch.int32)
+    plan = split_plan(lengths, fixed_cost=1, num_workers=66, cut_cost=3, slack=3)
+    assert plan.splits.tolist() == [0, 2, 2, 5]
 
 
 def test_plan_is_deterministic_int32():

@@ -79,9 +79,13 @@ def test_equal_units_are_kept_whole_where_that_leaves_few_sms_idle(num_sms):
 
 
 @GPUS
-@pytest.mark.parametrize(("queries", "h_q", "tiles"), [(4, 128, 16), (4, 64, 5), (1, 16, 30), (7, 64, 9), (1, 64, 128)])
-def test_few_equal_units_are_cut_alike(num_sms, queries, h_q, tiles):
-    config = sparse_decode_config(queries, h_q, tiles, num_sms)
+@pytest.mark.parametrize(
+    ("queries", "h_q", "tiles"),
+    [(4, 128, 16), (4, 64, 5), (1, 16, 30), (7, 64, 9), (1, 64, 128), (1, 64, 2), (9, 128, 2), (25, 64, 3)],
+)
+@pytest.mark.parametrize("plain", [False, True])
+def test_few_equal_units_are_cut_alike(num_sms, queries, h_q, tiles, plain):
+    config = sparse_decode_config(queries, h_q, tiles, num_sms, plain=plain)
     plan = split_plan(
         torch.full((queries,), tiles * TILE),
         tile=TILE,
@@ -93,6 +97,16 @@ def test_few_equal_units_are_cut_alike(num_sms, queries, h_q, tiles):
     longest = max(piece.end - piece.begin for piece in pieces)
     assert longest == -(-tiles // min(tiles, num_sms // config.row_tiles // queries))
     assert not config.unsplit
+
+
+@pytest.mark.parametrize(
+    ("queries", "tiles", "rows", "whole"),
+    [(4, 2, 64, False), (66, 2, 64, True), (4, 2, 16, False), (33, 2, 16, True), (44, 3, 16, True), (44, 4, 64, False)],
+)
+def test_short_units_are_kept_whole_unless_there_are_few(queries, tiles, rows, whole):
+    config = sparse_decode_config(queries, rows, tiles, H200, rows)
+    assert config.unsplit == whole
+    assert (config.num_workers == queries) == whole
 
 
 @GPUS
@@ -122,5 +136,6 @@ def test_units_of_similar_length_are_kept_whole(num_sms, shortest, longest, whol
         num_workers=config.num_workers,
         even_workers=config.even_workers,
         cut_cost=config.cut_cost,
+        slack=config.slack,
     )
     assert (int(plan.splits[-1]) == 0) == whole

@@ -33,6 +33,7 @@ def random_schedule(rng):
         "units_per_request": rng.choice([1, 1, 2, 5]),
         "min_cost": rng.randint(1, 8),
         "cut_cost": rng.choice([0, 1, 3, 50]),
+        "slack": rng.choice([0, 1, 3, 5, 40]),
         "batch_invariant": rng.random() < 0.4,
     }
 

@@ -27,6 +27,10 @@ LEAST_BUSY, LEAST_BUSY_WITH_FEW_ROWS, LEAST_BUSY_WITH_UNITS = 0.9, 0.95, 0.96
 FIXED_COST = 2
 CUT_COST = 4
 
+# How much more than an equal share pieces may be where each unit has workers of its own, in quarters of a tile. With few
+# rows that gains nothing: pieces start in little time.
+SLACK = 3
+
 
 @dataclass(frozen=True)
 class DenseDecodeConfig:
@@ -42,6 +46,7 @@ class DenseDecodeConfig:
     num_workers: int
     even_workers: int  # that are used where the device finds units of equal length
     min_cost: int  # range of the plan that is worth a worker, in tiles
+    slack: int  # of the pieces of units that have workers of their own, in quarters of a tile
 
     @property
     def unit_rows(self) -> int:
@@ -67,6 +72,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
             passes=1,
             **_workers(num_pairs, num_sms, LEAST_BUSY_WITH_FEW_ROWS, LEAST_BUSY),
             min_cost=2,
+            slack=0,
         )
     tiles = -(-rows // ROWS)
 
@@ -89,6 +95,7 @@ def dense_decode_config(rows: int, num_pairs: int, num_sms: int, box: int = BLOC
         passes=passes,
         **_workers(units, num_workers, LEAST_BUSY, LEAST_BUSY if row_tiles == 1 else LEAST_BUSY_WITH_UNITS),
         min_cost=1,
+        slack=SLACK,
     )
 
 

@@ -73,6 +73,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
         units_per_request=problem.h_kv * config.passes,
         min_cost=config.min_cost,
         cut_cost=CUT_COST,
+        slack=config.slack,
         batch_invariant=problem.batch_invariant,
     )
 

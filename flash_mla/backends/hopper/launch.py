@@ -61,6 +61,7 @@ def plan(
     units_per_request: int = 1,
     min_cost: int = 1,
     cut_cost: int = 0,
+    slack: int = 0,
     batch_invariant: bool = False,
 ) -> SplitPlan:
     """`flash_mla.plan.split_plan` in one kernel launch, without synchronising; can be captured into a CUDA graph."""
@@ -72,7 +73,8 @@ def plan(
     splits = torch.empty(b * units_per_request + 1, dtype=torch.int32, device=device)
     kernel = kernels.load("planner_batch_invariant" if batch_invariant else "planner_balanced")
     even_workers = num_workers if even_workers is None else even_workers
-    kernel(lengths, extra_lengths, work, splits, tile, fixed_cost, min_cost, cut_cost, even_workers, units_per_request)
+    costs = (fixed_cost, min_cost, cut_cost, slack)
+    kernel(lengths, extra_lengths, work, splits, tile, *costs, even_workers, units_per_request)
     return SplitPlan(work, splits)
 
 

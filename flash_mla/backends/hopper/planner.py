@@ -8,7 +8,7 @@ from cutlass import Int32, Int64, const_expr, range_constexpr
 from flash_mla.backends.hopper import aot
 from flash_mla.backends.hopper.divisor import ceil_div
 from flash_mla.backends.hopper.warp_sums import inclusive_sum
-from flash_mla.plan import FEW_PIECES, INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES
+from flash_mla.plan import FEW_PIECES, INVARIANT_PIECE_TILES, MAX_INVARIANT_PIECES, PIECE_SIZES
 
 LANES = 32
 WARPS = 16
@@ -32,6 +32,7 @@ class Planner:
         fixed_cost: Int32,
         min_cost: Int32,
         cut_cost: Int32,
+        slack: Int32,
         even_workers: Int32,
         units_per_request: Int32,
         stream,
@@ -45,8 +46,9 @@ class Planner:
 
         self.Shared = Shared
         self.kernel(
-            lengths, extra_lengths, work, splits, tile, fixed_cost, min_cost, cut_cost, even_workers, units_per_request
-        ).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream)
+            lengths, extra_lengths, work, splits, tile, fixed_cost, min_cost, cut_cost, slack, even_workers,
+            units_per_request,
+        ).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream)  # fmt: skip
 
     @cute.kernel
     def kernel(
@@ -59,6 +61,7 @@ class Planner:
         fixed_cost: Int32,
         min_cost: Int32,
         cut_cost: Int32,
+        slack: Int32,
         even_workers: Int32,
         units_per_request: Int32,
     ):
@@ -81,6 +84,19 @@ class Planner:
             others += cutlass.select_(n != first, Int32(1), Int32(0))
         _, total = self.scan(total, warp_sums)
         _, others = self.scan(others, warp_sums)
+        size, own = Int32(0), Int32(0)  # of the largest piece, and how many, where each unit has workers of its own
+        if const_expr(not self.batch_invariant):
+            if (slack > 0) & (units <= num_workers):
+                workers = self.workers_for(total, units, min_cost, num_workers)
+                largest = (4 * Int64(total) + Int64(slack * workers) - 1) // Int64(4 * workers)
+                for smaller in range_constexpr(PIECE_SIZES):
+                    tried, count = cutlass.max(Int32(largest) - smaller, 1), Int32(0)
+                    for request in cutlass.range(thread, requests, THREADS):
+                        n = self.request_tiles(lengths, extra_lengths, request, tile)
+                        count += self.own_pieces(n, tried) * units_per_request
+                    _, count = self.scan(count, warp_sums)
+                    if count <= workers:
+                        size, own = tried, count
         most = num_workers
         cut_alike = Int32(0)
         if others == 0:
@@ -89,15 +105,14 @@ class Planner:
                 cut_alike = Int32(1)
                 fixed_cost = Int32(0)
                 total = self.cost(first, fixed_cost) * units
-        wanted = cutlass.max(total // min_cost, cutlass.max(1, cutlass.min(total, FEW_PIECES * units)))
-        workers = cutlass.min(wanted, most)
-        whole = Int32(0)
+        workers = self.workers_for(total, units, min_cost, most)
         if const_expr(not self.batch_invariant):
             longest = self.largest(longest, warp_sums)
             is_short = Int64(longest + fixed_cost - cut_cost) * Int64(workers) < Int64(total)
-            if (cut_alike == 0) & (units <= workers) & is_short:
-                whole = Int32(1)
-                fixed_cost, total, workers = Int32(0), units, units
+            if (size == 0) & (cut_alike == 0) & (units <= workers) & is_short:
+                size, own = cutlass.max(longest, 1), units
+            if size > 0:
+                fixed_cost, total, workers = Int32(0), own, own
 
         begin = Int32(0)  # of the first unit of the block, on the cost axis
         slot = Int32(0)
@@ -107,7 +122,7 @@ class Planner:
             cost = Int32(0)
             if unit < units:
                 n = self.request_tiles(lengths, extra_lengths, unit // units_per_request, tile)
-                cost = cutlass.select_(whole != 0, Int32(1), self.cost(n, fixed_cost))
+                cost = cutlass.select_(size > 0, self.own_pieces(n, size), self.cost(n, fixed_cost))
             before, block_cost = self.scan(cost, warp_sums)
             unit_begin = begin + before
             count = Int32(0)
@@ -128,7 +143,7 @@ class Planner:
                     inside = self.bisect(begins, cut, block_units)
                     self.write_worker(
                         work, worker, cut, block + inside, begins[inside], tiles[inside], slots[inside], fixed_cost,
-                        workers, total,
+                        size, workers, total,
                     )  # fmt: skip
             begin += block_cost
             slot += block_slots
@@ -146,6 +161,17 @@ class Planner:
     @cute.jit
     def piece_tiles(self, tiles: Int32) -> Int32:
         return cutlass.max(INVARIANT_PIECE_TILES, ceil_div(tiles, MAX_INVARIANT_PIECES))
+
+    @cute.jit
+    def own_pieces(self, tiles: Int32, size: Int32) -> Int32:
+        """Pieces, of at most `size` tiles, of a unit that has workers of its own."""
+        return cutlass.max(1, ceil_div(tiles, cutlass.max(size, 1)))  # 0 if units have none
+
+    @cute.jit
+    def workers_for(self, total: Int32, units: Int32, min_cost: Int32, most: Int32) -> Int32:
+        """How many of at most `most` workers share a cost."""
+        wanted = cutlass.max(total // min_cost, cutlass.max(1, cutlass.min(total, FEW_PIECES * units)))
+        return cutlass.min(wanted, most)
 
     @cute.jit
     def cost(self, tiles: Int32, fixed_cost: Int32) -> Int32:
@@ -186,6 +212,7 @@ class Planner:
         tiles: Int32,
         unit_slot: Int32,
         fixed_cost: Int32,
+        size: Int32,
         workers: Int32,
         total: Int32,
     ):
@@ -199,7 +226,8 @@ class Planner:
             tile = split * step
             unit = cutlass.select_(next_unit, unit + 1, unit)
         else:
-            tile = cutlass.max(offset - fixed_cost, 0)
+            of_own = Int32(Int64(offset) * Int64(tiles) // Int64(self.own_pieces(tiles, size)))
+            tile = cutlass.select_(size > 0, of_own, cutlass.max(offset - fixed_cost, 0))
             split = worker - self.first_piece_1(unit_begin, fixed_cost, workers, total) + 1
             split = cutlass.select_(tile > 0, split, Int32(0))
         slot = cutlass.select_(split > 0, unit_slot + split, Int32(-1))
@@ -258,5 +286,5 @@ def compile_variant(batch_invariant: bool) -> aot.Compiled:
     extra_lengths = aot.strided(Int32, (b,))
     work = aot.compact(Int32, (cute.sym_int(), 4), align=16)
     splits = aot.compact(Int32, (cute.sym_int(),))
-    scalars = [Int32(1)] * 6
+    scalars = [Int32(1)] * 7
     return aot.compile_kernel(Planner(batch_invariant), lengths, extra_lengths, work, splits, *scalars)

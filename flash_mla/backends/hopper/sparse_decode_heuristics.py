@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -29,11 +28,15 @@ class Costs(NamedTuple):
     """What work costs besides its tiles, in the time of one; in microseconds it is much the same for all kernels."""
 
     start: int  # starting a piece
-    merge: int  # merging pieces
-    cut: int  # of lengths that only the device knows: what cutting otherwise than alike adds to an equal share
+    first_merge: float  # merging hardly any pieces
+    merge: float  # besides, merging a piece of every worker
+    cut: int  # what cutting units otherwise than alike adds to an equal share
+    slack: float  # how much more than an equal share pieces may be where each unit has workers of its own
 
 
-FEW_HEADS_COSTS, QUANTISED_COSTS, PLAIN_COSTS = Costs(2, 3, 4), Costs(1, 2, 3), Costs(1, 4, 5)
+FEW_HEADS_COSTS = Costs(2, 0.75, 1.5, 5, 0.75)
+QUANTISED_COSTS = Costs(1, 0.25, 1.0, 3, 0.75)
+PLAIN_COSTS = Costs(1, 0.25, 1.0, 3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class SparseDecodeConfig:
     even_workers: int  # that are used where the device finds units of equal length
     fixed_cost: int  # of starting a piece, in tiles; 0 only if no unit is empty
     cut_cost: int  # of cutting units otherwise than alike, in tiles
+    slack: int  # of the pieces of units that have workers of their own, in quarters of a tile
     unsplit: bool  # whether every cut of the plan falls between units
 
     @property
@@ -86,30 +90,30 @@ def sparse_decode_config(
 ) -> SparseDecodeConfig:
     """The layout for `queries` query tokens of h_q heads, of `tiles` tiles each, or None where lengths differ.
 
-    A CTA takes `rows` heads; the cache is `plain` or quantised. Units of equal length are best kept whole if that
-    leaves few SMs idle for not too long. Fewer units than workers are cut alike into pieces of at most so many tiles,
-    one for each worker, whose starting costs then do not count.
+    A CTA takes `rows` heads; the cache is `plain` or quantised. Units of equal length are kept whole, cut alike into as
+    many pieces as there are workers for them, whose starting costs then do not count, or cut into equal shares,
+    whichever takes least.
     """
     row_tiles = cluster_size(h_q)
     passes = -(-h_q // (row_tiles * rows))
     units, workers = queries * passes, num_sms // row_tiles
     costs = FEW_HEADS_COSTS if rows < ROWS else PLAIN_COSTS if plain else QUANTISED_COSTS
     balanced = SparseDecodeConfig(
-        rows, row_tiles, passes, workers, workers, fixed_cost=costs.start, cut_cost=costs.cut, unsplit=False
-    )
+        rows, row_tiles, passes, workers, workers, fixed_cost=costs.start, cut_cost=costs.cut,
+        slack=int(4 * costs.slack), unsplit=False,
+    )  # fmt: skip
     if not tiles:
         # Cut alike or kept whole, equal units are up to a fifth faster.
         return replace(balanced, even_workers=even_workers(units, workers))
     rounds = -(-units // workers)
-    piece = -(-tiles // max(1, workers // units))
+    piece = -(-tiles // max(1, workers // units))  # tiles of the largest, cut alike
+    pieces = -(-tiles // piece)
     whole = rounds * (tiles + costs.start)
-    alike = costs.start + piece + costs.merge
-    share = max(1.0, units * (tiles + costs.start) / workers)
-    split = share + costs.start + costs.merge
-    # A worker has whole tiles.
-    if piece < tiles and alike < whole and alike <= split + math.ceil(share) - share:
-        return balanced.of_workers(units * -(-tiles // piece), fixed_cost=0)
+    alike = costs.start + piece + costs.first_merge + costs.merge * units * pieces / workers
+    shares = max(1.0, units * (tiles + costs.start) / workers) + costs.cut
+    if pieces > 1 and alike < min(whole, shares):
+        return balanced.of_workers(units * pieces, fixed_cost=0)
     # Cuts fall on units only if every worker gets as many.
-    if whole <= split and units % rounds == 0:
+    if whole <= shares and units % rounds == 0:
         return balanced.of_workers(units // rounds, unsplit=True)
     return balanced

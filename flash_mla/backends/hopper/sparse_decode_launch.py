@@ -156,6 +156,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
         even_workers=config.even_workers,
         units_per_request=problem.s_q * config.passes,
         cut_cost=config.cut_cost,
+        slack=config.slack,
         batch_invariant=problem.batch_invariant,
     )
 
