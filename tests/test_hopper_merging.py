@@ -24,6 +24,11 @@ def test_several_warps_merge_few_rows_of_many_splits(units, workers, unit_rows, 
     assert who_merges(units, workers, unit_rows, batch_invariant=False) == (units <= workers, warps)
 
 
+@pytest.mark.parametrize(("most_splits", "warps"), [(2, 1), (5, 1), (6, 2), (100, 2), (None, 2)])
+def test_one_warp_merges_splits_that_are_always_few(most_splits, warps):
+    assert who_merges(6, 66, 128, batch_invariant=False, most_splits=most_splits) == (True, warps)
+
+
 def test_the_order_of_summation_does_not_depend_on_the_batch():
     for unit_rows in (16, 64, 128):
         merging = {who_merges(units, 132, unit_rows, batch_invariant=True) for units in (1, 7, 132, 4000)}

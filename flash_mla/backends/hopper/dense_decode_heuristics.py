@@ -27,8 +27,8 @@ LEAST_BUSY, LEAST_BUSY_WITH_FEW_ROWS, LEAST_BUSY_WITH_UNITS = 0.9, 0.95, 0.96
 FIXED_COST = 2
 CUT_COST = 4
 
-# How much more than an equal share pieces may be where each unit has workers of its own, in quarters of a tile. With few
-# rows that gains nothing: pieces start in little time.
+# How much more than an equal share pieces may be where each unit has workers of its own, in quarters of a tile. With
+# few rows, whose pieces start in little time, none has.
 SLACK = 3
 
 

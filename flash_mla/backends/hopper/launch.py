@@ -109,18 +109,23 @@ def combine(
     kernel(*tensors, int(by_unit), warps, None)  # and no maxima
 
 
-def who_merges(num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool) -> tuple[bool, int]:
+def who_merges(
+    num_units: int, num_workers: int, unit_rows: int, batch_invariant: bool, most_splits: int | None = None
+) -> tuple[bool, int]:
     """(whether combine looks at units rather than workers to find splits, warps that share the splits of a row).
 
     One warp takes a whole row. From two on each takes some of its columns, in ever more CTAs: that pays for few
     rows of many splits.
+
+    most_splits: that a unit may have, if they are few whatever the plan.
     """
     if batch_invariant:
         return True, 1  # the order of summation must not depend on the batch
     by_unit = num_units <= num_workers
     candidates = num_units if by_unit else num_workers
     rows, splits = candidates * unit_rows, num_workers // num_units
-    if rows >= MANY_ROWS or num_workers <= FEW_SPLITS * num_units:
+    few_splits = num_workers <= FEW_SPLITS * num_units or (most_splits is not None and most_splits < FEW_SPLITS)
+    if rows >= MANY_ROWS or few_splits:
         return by_unit, 1
     side_by_side = max(2, min(8, MANY_ROWS // rows, splits // SPLITS_OF_A_WARP))
     return by_unit, 1 << (side_by_side.bit_length() - 1)
@@ -146,19 +151,20 @@ class DecodeCall(NamedTuple):
     @staticmethod
     def of(
         problem: DecodeProblem, kernel: str, num_units: int, num_workers: int, *, unit_rows: int, max_tiles: int,
-        flags: tuple[int, ...], scaled: bool, unsplit: bool = False,
+        flags: tuple[int, ...], scaled: bool, unsplit: bool = False, most_splits: int | None = None,
     ) -> DecodeCall:  # fmt: skip
         """The call of a kernel over a plan.
 
         scaled: partial outputs are fp16, with a scale for each half of a row; else fp32.
         flags: those that the kernel's mode alone has.
         unsplit: no unit is ever cut.
+        most_splits: that a unit may have, if they are few whatever the plan.
         """
         slots = 0
         if not unsplit:
             slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
         row_words = problem.d_v // 2 + 2 if scaled else problem.d_v
-        by_unit, warps = who_merges(num_units, num_workers, unit_rows, problem.batch_invariant)
+        by_unit, warps = who_merges(num_units, num_workers, unit_rows, problem.batch_invariant, most_splits)
         device = problem.device
         return DecodeCall(
             name=kernel,

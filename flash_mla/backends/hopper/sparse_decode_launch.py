@@ -180,6 +180,7 @@ def _sparse_decode(problem: DecodeProblem, num_units: int, num_workers: int, max
         ),
         scaled=_few_heads(problem) is None,
         unsplit=config.unsplit and not problem.batch_invariant,
+        most_splits=max_tiles,
     )
 
 
