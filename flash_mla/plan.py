@@ -129,8 +129,8 @@ def split_plan(
         batch_invariant: cut a unit only at places that depend on its own length.
 
     Returns:
-        A SplitPlan on the device of `lengths`. Loads differ by at most one tile plus the fixed cost from their mean,
-        or by one piece in a batch-invariant plan, unless units are kept whole.
+        A SplitPlan on the device of `lengths`. Loads exceed their mean by at most one tile plus the fixed cost, by the
+        slack, or by one piece in a batch-invariant plan, unless units are kept whole.
     """
     tiles = (lengths.long() + (tile - 1)) // tile
     if extra_lengths is not None:
@@ -156,16 +156,12 @@ def split_plan(
     costs, total, workers = shared(fixed, torch.where(alike, even_workers, num_workers))
     has_own = torch.tensor(False, device=lengths.device)  # whether each unit has workers of its own
     if not batch_invariant:
-        _, cost, most = shared(fixed_cost, num_workers)
-        sizes = (4 * cost + slack * most - 1) // (4 * most) - torch.arange(PIECE_SIZES, device=lengths.device)
-        sizes = torch.clamp(sizes, min=1)
-        counts = torch.clamp((tiles + sizes[:, None] - 1) // sizes[:, None], min=1)
-        suffices = (counts.sum(1) <= most) & (slack > 0)
-        own = counts[torch.clamp(suffices.sum() - 1, min=0)]
         is_short = (tiles.max() + fixed - cut_cost) * workers < total
-        whole = ~suffices[0] & ~cut_alike & (units <= workers) & is_short
-        own = torch.where(whole, 1, own)
-        has_own = suffices[0] | whole
+        has_own, own = ~cut_alike & (units <= workers) & is_short, torch.ones_like(tiles)  # kept whole
+        if slack > 0:
+            _, cost, most = shared(fixed_cost, num_workers)
+            suffice, cut = own_pieces(tiles, cost, most, slack)
+            has_own, own = has_own | suffice, torch.where(suffice, cut, own)
         costs, fixed = torch.where(has_own, own, costs), torch.where(has_own, 0, fixed)
         total, workers = (torch.where(has_own, own.sum(), value) for value in (total, workers))
     begins = torch.nn.functional.pad(costs.cumsum(0), (1, 0))
@@ -198,3 +194,17 @@ def split_plan(
     slot = torch.where(split > 0, splits[inside] + split, -1)
     work = torch.stack([unit, begin_tile, split, slot], dim=1)
     return SplitPlan(work.int(), splits.int())
+
+
+def own_pieces(
+    tiles: torch.Tensor, cost: torch.Tensor, workers: torch.Tensor, slack: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(whether the workers suffice for pieces of less than their share of the cost and the slack, pieces of each unit).
+
+    The pieces are those of the least of PIECE_SIZES sizes for which the workers suffice.
+    """
+    largest = (4 * cost + slack * workers - 1) // (4 * workers)
+    sizes = torch.clamp(largest - torch.arange(PIECE_SIZES, device=tiles.device), min=1)[:, None]
+    pieces = torch.clamp((tiles + sizes - 1) // sizes, min=1)
+    suffices = pieces.sum(1) <= workers
+    return suffices[0], pieces[torch.clamp(suffices.sum() - 1, min=0)]

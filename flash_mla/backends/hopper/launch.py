@@ -117,7 +117,7 @@ def who_merges(
     One warp takes a whole row. From two on each takes some of its columns, in ever more CTAs: that pays for few
     rows of many splits.
 
-    most_splits: that a unit may have, if they are few whatever the plan.
+    most_splits: of any unit, if they are bounded.
     """
     if batch_invariant:
         return True, 1  # the order of summation must not depend on the batch
@@ -158,7 +158,7 @@ class DecodeCall(NamedTuple):
         scaled: partial outputs are fp16, with a scale for each half of a row; else fp32.
         flags: those that the kernel's mode alone has.
         unsplit: no unit is ever cut.
-        most_splits: that a unit may have, if they are few whatever the plan.
+        most_splits: of any unit, if they are bounded.
         """
         slots = 0
         if not unsplit:
