@@ -88,15 +88,8 @@ class Planner:
         if const_expr(not self.batch_invariant):
             if (slack > 0) & (units <= num_workers):
                 workers = self.workers_for(total, units, min_cost, num_workers)
-                largest = (4 * Int64(total) + Int64(slack * workers) - 1) // Int64(4 * workers)
-                for smaller in range_constexpr(PIECE_SIZES):
-                    tried, count = cutlass.max(Int32(largest) - smaller, 1), Int32(0)
-                    for request in cutlass.range(thread, requests, THREADS):
-                        n = self.request_tiles(lengths, extra_lengths, request, tile)
-                        count += self.own_pieces(n, tried) * units_per_request
-                    _, count = self.scan(count, warp_sums)
-                    if count <= workers:
-                        size, own = tried, count
+                of_requests = (lengths, extra_lengths, tile, units_per_request)
+                size, own = self.own_workers(of_requests, total, workers, slack, warp_sums)
         most = num_workers
         cut_alike = Int32(0)
         if others == 0:
@@ -166,6 +159,28 @@ class Planner:
     def own_pieces(self, tiles: Int32, size: Int32) -> Int32:
         """Pieces, of at most `size` tiles, of a unit that has workers of its own."""
         return cutlass.max(1, ceil_div(tiles, cutlass.max(size, 1)))  # 0 if units have none
+
+    @cute.jit
+    def own_workers(
+        self, of_requests: tuple, total: Int32, workers: Int32, slack: Int32, warp_sums: cute.Tensor
+    ) -> tuple[Int32, Int32]:
+        """(tiles of the largest piece, number of pieces) of units with workers of their own; 0 if these do not suffice.
+
+        of_requests: their lengths, extra lengths, tile and units.
+        """
+        lengths, extra_lengths, tile, units_per_request = of_requests
+        thread, _, _ = cute.arch.thread_idx()
+        size, pieces = Int32(0), Int32(0)
+        largest = (4 * Int64(total) + Int64(slack * workers) - 1) // Int64(4 * workers)
+        for smaller in range_constexpr(PIECE_SIZES):
+            tried, count = cutlass.max(Int32(largest) - smaller, 1), Int32(0)
+            for request in cutlass.range(thread, lengths.shape[0], THREADS):
+                n = self.request_tiles(lengths, extra_lengths, request, tile)
+                count += self.own_pieces(n, tried) * units_per_request
+            _, count = self.scan(count, warp_sums)
+            if count <= workers:
+                size, pieces = tried, count
+        return size, pieces
 
     @cute.jit
     def workers_for(self, total: Int32, units: Int32, min_cost: Int32, most: Int32) -> Int32:

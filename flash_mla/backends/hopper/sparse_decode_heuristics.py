@@ -31,12 +31,12 @@ class Costs(NamedTuple):
     first_merge: float  # merging hardly any pieces
     merge: float  # besides, merging a piece of every worker
     cut: int  # what cutting units otherwise than alike adds to an equal share
-    slack: float  # how much more than an equal share pieces may be where each unit has workers of its own
+    slack: int  # in quarters: what pieces may be beyond an equal share where each unit has workers of its own
 
 
-FEW_HEADS_COSTS = Costs(2, 0.75, 1.5, 5, 0.75)
-QUANTISED_COSTS = Costs(1, 0.25, 1.0, 3, 0.75)
-PLAIN_COSTS = Costs(1, 0.25, 1.0, 3, 1.0)
+FEW_HEADS_COSTS = Costs(2, 0.75, 1.5, 5, 3)
+QUANTISED_COSTS = Costs(1, 0.25, 1.0, 3, 3)
+PLAIN_COSTS = Costs(1, 0.25, 1.0, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def sparse_decode_config(
     costs = FEW_HEADS_COSTS if rows < ROWS else PLAIN_COSTS if plain else QUANTISED_COSTS
     balanced = SparseDecodeConfig(
         rows, row_tiles, passes, workers, workers, fixed_cost=costs.start, cut_cost=costs.cut,
-        slack=int(4 * costs.slack), unsplit=False,
+        slack=costs.slack, unsplit=False,
     )  # fmt: skip
     if not tiles:
         # Cut alike or kept whole, equal units are up to a fifth faster.
