@@ -27,6 +27,7 @@ __all__ = [
     "max_seqlen",
     "mha_packed",
     "mha_tensors",
+    "mqa_value_dim",
     "no_dropout",
     "no_num_splits",
     "positive_int",

@@ -21,7 +21,25 @@ from typing import Any
 
 from flash_mla.backends.hopper.variants import ARCH, VARIANTS
 
-__all__ = ["KernelUnavailableError", "cache_dir", "find", "load", "package_dir", "source_hash", "unavailable"]
+__all__ = [
+    "DSL",
+    "HOST_SOURCES",
+    "MANIFEST",
+    "MANIFEST_FORMAT",
+    "PACKAGE",
+    "KernelUnavailableError",
+    "Unavailable",
+    "cache_dir",
+    "find",
+    "load",
+    "package_dir",
+    "read_manifest",
+    "refusal",
+    "source_hash",
+    "this_platform",
+    "tvm_ffi_abi",
+    "unavailable",
+]
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -30,6 +48,10 @@ PACKAGE = Path(__file__).parent
 HOST_SOURCES = ("backends/hopper/raise_cuda_error.c", "backends/hopper/recorded_call.c")  # are part of every kernel
 
 _loaded: set[str] = set()  # kernels whose files need no second look: reading and hashing one takes a millisecond
+
+
+class Unavailable(str):
+    """Why a kernel cannot be loaded: the user can mend that, unlike other reasons why one does not serve."""
 
 
 class KernelUnavailableError(RuntimeError):
@@ -155,7 +177,7 @@ def _places(name: str) -> Iterator[Path]:
         yield cache_dir(name)
 
 
-def unavailable(name: str) -> str | None:
+def unavailable(name: str) -> Unavailable | None:
     """Why `load(name)` would fail, without loading or compiling; None if it would not."""
     if name in _loaded:
         return None
@@ -167,9 +189,9 @@ def unavailable(name: str) -> str | None:
     missing = "FLASH_MLA_KERNELS is set" if os.environ.get("FLASH_MLA_KERNELS") else build.missing_tool()
     if missing is None:
         return None
-    return (
+    return Unavailable(
         f"kernel {name} is in no bundle ({'; '.join(refusals)}) and is not compiled here: {missing}. Either install a "
-        "wheel that carries the kernels (pip install flash-mla), or compile them once: "
+        "wheel that carries the kernels (`make wheel` in a clone makes one), or compile them once: "
         "pip install 'flash-mla[build]' && flash-mla build"
     )
 

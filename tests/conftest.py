@@ -6,6 +6,7 @@ run on CPU tensors in its interpreter, which Triton is told when it is first imp
 their tensors on the GPU if there is one, and are the same tests for both.
 """
 
+import importlib.util
 import os
 import random
 import zlib
@@ -13,6 +14,9 @@ import zlib
 import pytest
 import torch
 from hypothesis import settings
+
+# Compiles against tvm-ffi, which is there on Linux alone.
+collect_ignore = ["repeated_calls"] if importlib.util.find_spec("tvm_ffi") is None else []
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -17,7 +17,7 @@ SKIPPED = (-1, -7, -(2**31))
 def assert_close(name: str, got: torch.Tensor, want: torch.Tensor, *, atol: float, rtol: float, cos: float) -> None:
     """No NaN, the same infinities, each error < atol or relatively < rtol, and a cosine difference < cos."""
     assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, expected {list(want.shape)}"
-    got, want = got.double().cpu(), want.double().cpu()
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
     assert not want.isnan().any(), f"{name}: the reference has {int(want.isnan().sum())} NaNs"
     assert not got.isnan().any(), f"{name}: {int(got.isnan().sum())} of {got.numel()} values are NaN"
     assert torch.equal(got.isinf() * got.sign(), want.isinf() * want.sign()), f"{name}: infinities differ"

@@ -11,8 +11,9 @@ from flash_mla import KVCacheFormat, kernels
 from flash_mla.backends import hopper, triton
 from flash_mla.backends.hopper import dense_decode_launch, mha_launch, sparse_decode_launch, sparse_prefill_launch
 from flash_mla.backends.hopper.dense_decode_heuristics import BLOCK
-from flash_mla.backends.hopper.launch import LOG2_E
+from flash_mla.backends.hopper.launch import LOG2_E, DecodeCall
 from flash_mla.backends.hopper.mha_launch import FEW_QUERIES
+from flash_mla.backends.hopper.sparse_prefill_heuristics import sparse_prefill_config
 from flash_mla.backends.hopper.variants import VARIANTS
 from flash_mla.problem import DecodeInputs, DecodeProblem, MHAProblem, SparsePrefillInputs, SparsePrefillProblem
 
@@ -246,6 +247,50 @@ def test_rows_of_a_plain_cache_that_copies_cannot_read_are_refused(launched, nam
     plan = sparse_decode_launch.plan_decode(problem, inputs)
     with pytest.raises(ValueError, match=rf"^{name}: got strides \[36928, 577, 577, 1\] .* multiples of 16 bytes"):
         sparse_decode_launch.decode(problem, inputs, plan.work, plan.splits)
+
+
+@pytest.mark.parametrize(("s_q", "h_q"), [(1, 16), (3, 64), (16, 128), (70, 128), (1, 1024), (17, 1024)])
+def test_slots_of_split_prefill_are_numbered_in_memory_that_outlives_a_forgotten_call(monkeypatch, launched, s_q, h_q):
+    """A CUDA graph refers to it, and nothing tells how long."""
+    problem = SparsePrefillProblem(CPU, torch.bfloat16, s_q, 50, h_q, 576, 512, 2048)
+    config = sparse_prefill_config(s_q, h_q, 2048, 132)
+    assert config.splits > 1
+    addresses = set()
+    for _ in range(2):
+        slots = sparse_prefill_launch._call(problem, has_lengths=False).unit_slots
+        assert slots.tolist() == [unit * config.splits for unit in range(config.split_units + 1)]
+        addresses.add(slots.data_ptr())
+        del slots
+        sparse_prefill_launch._call.cache_clear()
+    assert len(addresses) == 1
+
+
+def invariant_call(b, h_kv, topk, max_tiles):
+    kv_format = KVCacheFormat.BF16 if topk is None else KVCacheFormat.FP8_V32
+    problem = DecodeProblem(
+        CPU, torch.bfloat16, b, 1, 128, h_kv, 576, 512, kv_format, 64, topk=topk, batch_invariant=True
+    )
+    return DecodeCall.of(
+        problem, "kernel", b * h_kv, 132, unit_rows=128 // h_kv, max_tiles=max_tiles, flags=(), scaled=True
+    )  # fmt: skip
+
+
+# Of a unit with so many tiles that it is cut at all, there may be 32 pieces.
+@pytest.mark.parametrize(
+    ("b", "h_kv", "topk", "max_tiles"),
+    [(1000, 1, None, 1000), (4096, 1, None, 32), (4095, 16, None, 1), (70000, 1, 9, 1)],
+)
+def test_a_batch_invariant_call_may_be_large(launched, b, h_kv, topk, max_tiles):
+    assert invariant_call(b, h_kv, topk, max_tiles)
+
+
+@pytest.mark.parametrize(
+    ("b", "h_kv", "topk", "max_tiles", "tokens"),
+    [(1024, 1, None, 1000, "block_table"), (4096, 16, None, 1, "block_table"), (70000, 1, 9999, 79, "indices")],
+)
+def test_more_partial_results_than_kernels_can_count_are_refused(launched, b, h_kv, topk, max_tiles, tokens):
+    with pytest.raises(ValueError, match=rf"enable_batch_invariant: got b={b}, .* width of {tokens}, .* need at most"):
+        invariant_call(b, h_kv, topk, max_tiles)
 
 
 @pytest.mark.parametrize(

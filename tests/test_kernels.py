@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tvm_ffi
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -186,7 +186,8 @@ class TestUnavailable:
         expected = (
             f"kernel {NAME} is in no bundle ({places.package}: made for arch sm_100a, need {ARCH}; {places.cache}: "
             f"not there) and is not compiled here: {NO_DSL}. Either install a wheel that carries the kernels "
-            "(pip install flash-mla), or compile them once: pip install 'flash-mla[build]' && flash-mla build"
+            "(`make wheel` in a clone makes one), or compile them once: "
+            "pip install 'flash-mla[build]' && flash-mla build"
         )
         assert kernels.unavailable(NAME) == expected
         with pytest.raises(kernels.KernelUnavailableError) as raised:
@@ -203,7 +204,8 @@ class TestLoad:
     @pytest.fixture(autouse=True)
     def loader(self, monkeypatch) -> None:
         """A loader that gives a module whose functions are strings."""
-        monkeypatch.setattr(tvm_ffi, "load_module", lambda path: SimpleNamespace(**{NAME: f"function of {path}"}))
+        library = SimpleNamespace(load_module=lambda path: SimpleNamespace(**{NAME: f"function of {path}"}))
+        monkeypatch.setitem(sys.modules, "tvm_ffi", library)
 
     def test_gives_the_function_of_the_kernel_s_name(self, places):
         make_bundle(places.package, NAME)
@@ -233,7 +235,7 @@ class TestLoad:
     def test_gives_other_functions_of_the_shared_object(self, places, monkeypatch):
         make_bundle(places.package, NAME)
         module = SimpleNamespace(**{NAME: "kernel", "record_call": "recorder"})
-        monkeypatch.setattr(tvm_ffi, "load_module", lambda path: module)
+        monkeypatch.setitem(sys.modules, "tvm_ffi", SimpleNamespace(load_module=lambda path: module))
         assert kernels.load(NAME) == "kernel"
         assert kernels.load(NAME, "record_call") == "recorder"
 

@@ -12,14 +12,14 @@ pytest.importorskip("triton")
 import triton
 
 from flash_mla.backends.triton import check, mha
-from flash_mla.backends.triton.check import SHARED_MEMORY, Report, complaints
+from flash_mla.backends.triton.check import ARCHITECTURES, Report, complaints
 from flash_mla.backends.triton.variants import Variant, variants
 
 GOOD = Report(registers=128, spill=0, shared_memory=64 << 10, tensor_cores=True, serialised=False)
 VARIANT = Variant("a kernel", kernel=None, types={}, constants={}, num_warps=4)
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_a_good_kernel_passes(capability):
     assert complaints(VARIANT, capability, GOOD) == []
 
@@ -43,7 +43,7 @@ def test_a_variant_may_spill_or_not_multiply():
     assert complaints(replace(VARIANT, multiplies=False), (9, 0), replace(GOOD, tensor_cores=False)) == []
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_every_argument_of_every_variant_is_known(capability):
     names = set()
     for variant in variants(capability):

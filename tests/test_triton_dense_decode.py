@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 from helpers import assert_close_lse, assert_close_out, dense_inputs, poisoned_out
 from triton_device import DEVICE
 

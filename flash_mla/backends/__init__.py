@@ -4,18 +4,21 @@ Each backend is a module with a `NAME` and `why_not(problem) -> str | None`: the
 None when it can. `choose` takes the first that can, in order of speed; `explain` tells the reasons of all.
 One that has a `record`, `record_prefill`, `record_mha_forward` or `record_mha_backward` as well can repeat calls of
 `decode`, `sparse_prefill`, `mha_forward` or `mha_backward` at less host time than these take.
-`FLASH_MLA_BACKEND=hopper|cpu|triton` forces one.
+Being served by a slower one for want of compiled kernels gets a warning. `FLASH_MLA_BACKEND=hopper|cpu|triton` forces
+one.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from types import ModuleType
 
 from flash_mla.backends import cpu, hopper, triton
+from flash_mla.kernels import Unavailable
 from flash_mla.problem import Problem
 
-__all__ = ["BACKENDS", "choose", "explain"]
+__all__ = ["BACKENDS", "choose", "explain", "forced"]
 
 # Triton's interpreter serves CPU tensors too, but only when forced, as the CPU backend comes first.
 BACKENDS: tuple[ModuleType, ...] = (hopper, cpu, triton)
@@ -43,11 +46,15 @@ def choose(problem: Problem) -> ModuleType:
     if name and not candidates:
         names = ", ".join(backend.NAME for backend in BACKENDS)
         raise ValueError(f"FLASH_MLA_BACKEND: got {name!r}, need one of {names}")
-    reasons = []
+    reasons: dict[str, str] = {}
     for backend in candidates:
         reason = backend.why_not(problem)
         if reason is None:
+            for better, why in reasons.items():
+                if isinstance(why, Unavailable):
+                    warnings.warn(f"{problem.mode} runs on {backend.NAME}, slower than {better}: {why}", stacklevel=2)
             return backend
-        reasons.append(f"{backend.NAME}: {reason}")
+        reasons[backend.NAME] = reason
     which = "the forced backend cannot serve" if name else "no backend serves"
-    raise RuntimeError(f"{which} {problem.mode} on {problem.device}: {'; '.join(reasons)}")
+    told = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+    raise RuntimeError(f"{which} {problem.mode} on {problem.device}: {told}")

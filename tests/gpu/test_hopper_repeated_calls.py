@@ -49,9 +49,9 @@ def fresh(arguments, **options):
     return flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=get_mla_metadata()[0], **options)
 
 
-def assert_same(got, want):
+def assert_same(got, want, what=""):
     for one, other in zip(got, want, strict=True):
-        assert torch.equal(one, other)
+        assert torch.equal(one, other), what
 
 
 @pytest.fixture
@@ -141,7 +141,6 @@ def changes(arguments):
         yield "pages", {"k_cache": pages}
         table = arguments["block_table"]
         yield "width of the table", {"block_table": torch.cat([table, table], 1)}
-        yield "stride of the lengths", {"cache_seqlens": arguments["cache_seqlens"].clone()}
     else:
         yield "class of the bytes", {"k_cache": cache.view(torch.int8)}
         yield "class of the bytes", {"k_cache": cache.view(torch.float8_e4m3fn)}
@@ -150,16 +149,16 @@ def changes(arguments):
 
 
 @MODES
-def test_calls_that_look_different_are_not_repeated(make):
+def test_a_call_that_looks_different_gets_results_of_its_own(make):
     arguments = make()
     meta, _ = get_mla_metadata()
     want = fresh(arguments)
     for what, change in changes(arguments):
         for _ in range(2):
-            assert_same(flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=meta), want)
+            assert_same(flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=meta), want, what)
         for _ in range(2):
             got = flash_mla_with_kvcache(**(arguments | change), tile_scheduler_metadata=meta)
-            assert_same(got, fresh(arguments | change)), what
+            assert_same(got, fresh(arguments | change), what)
 
 
 @MODES

@@ -5,7 +5,16 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["BOXES", "CUT_COST", "FIXED_COST", "DenseDecodeConfig", "box_of_pages", "dense_decode_config", "gathers"]
+__all__ = [
+    "BOXES",
+    "CUT_COST",
+    "FIXED_COST",
+    "DenseDecodeConfig",
+    "box_of_pages",
+    "dense_decode_config",
+    "even_workers",
+    "gathers",
+]
 
 ROWS = 64  # query rows of a CTA
 BLOCK = 64  # tokens in a KV block

@@ -41,6 +41,8 @@ FEW_SPLITS = 6
 SPLITS_OF_A_WARP = 4  # at least, where several merge a row: more CTAs take longer to start than they save
 LOG2_E = math.log2(math.e)
 TINY_SCALE = 1e-30  # stands for 0, which would turn the -inf of a masked score into NaN
+INT32_RANGE = 2**31  # kernels count elements of partial results in it
+MOST_UNITS = 65535  # of a batch-invariant plan, of which each has CTAs of combine in a grid's second dimension
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -159,10 +161,15 @@ class DecodeCall(NamedTuple):
         flags: those that the kernel's mode alone has.
         unsplit: no unit is ever cut.
         most_splits: of any unit, if they are bounded.
+
+        Raises:
+            ValueError: a batch-invariant call with more partial results than kernels can tell apart.
         """
         slots = 0
         if not unsplit:
             slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
+        if problem.batch_invariant:
+            _check_partial_results(problem, num_units, slots * unit_rows, max_tiles)
         row_words = problem.d_v // 2 + 2 if scaled else problem.d_v
         by_unit, warps = who_merges(num_units, num_workers, unit_rows, problem.batch_invariant, most_splits)
         device = problem.device
@@ -184,6 +191,21 @@ class DecodeCall(NamedTuple):
         tensors = (*(argument.tensor for argument in arguments), work, splits, torch.empty_like(self.workspace))
         self.kernel(*tensors, written, lse, scale * LOG2_E, *self.flags)
         return (written if out is None or out is written else out.copy_(written)), lse
+
+
+def _check_partial_results(problem: DecodeProblem, num_units: int, rows: int, max_tiles: int) -> None:
+    """Raise a ValueError if kernels could not tell partial results apart, or combine could not look at all units."""
+    most_rows = (INT32_RANGE - 1) // (problem.d_v + 1)
+    merges = rows > 0 or problem.topk is None
+    if rows <= most_rows and (num_units <= MOST_UNITS or not merges):
+        return
+    tokens = "block_table" if problem.topk is None else "indices"
+    raise ValueError(
+        f"enable_batch_invariant: got b={problem.b}, s_q={problem.s_q}, h_q={problem.h_q} and, by the width of {tokens}, "
+        f"up to {max_tiles} tiles of tokens each: {num_units} units of work with {rows} rows of partial results; need at "
+        f"most {MOST_UNITS} units and {most_rows} rows, so fewer requests in a call, or {tokens} no wider than what is "
+        "attended to"
+    )
 
 
 def template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 from flash_mla.backends.hopper.dense_decode_heuristics import even_workers
 from flash_mla.kv_cache import KVCacheFormat
 
-__all__ = ["SparseDecodeConfig", "cluster_size", "few_heads", "is_compute_bound", "sparse_decode_config"]
+__all__ = [
+    "ROWS",
+    "TILE",
+    "SparseDecodeConfig",
+    "cluster_size",
+    "few_heads",
+    "is_compute_bound",
+    "sparse_decode_config",
+]
 
 ROWS = 64  # query heads of a CTA, unless there are few
 

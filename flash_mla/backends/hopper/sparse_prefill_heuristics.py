@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["SparsePrefillConfig", "is_short", "sparse_prefill_config"]
+__all__ = ["ROWS", "SparsePrefillConfig", "is_short", "sparse_prefill_config"]
 
 ROWS = 64  # heads of a piece of work
 TILE = 128  # indices in a tile

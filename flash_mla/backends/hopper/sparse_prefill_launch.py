@@ -56,6 +56,17 @@ class _Call(NamedTuple):
     no_sink: torch.Tensor  # [h_q] fp32: -inf, for calls without attn_sink
 
 
+def _multiples(largest: int, device: torch.device) -> torch.Tensor:
+    """[n, n] int32 on the device, n > largest: row i holds the multiples of i, from 0 on."""
+    return _table_of_multiples(max(2 * num_sms(device), 1 << largest.bit_length()), device)
+
+
+@functools.cache  # for good: CUDA graphs refer to it; and copied from the host, which any stream waits for
+def _table_of_multiples(n: int, device: torch.device) -> torch.Tensor:
+    numbers = torch.arange(n, dtype=torch.int32)
+    return torch.outer(numbers, numbers).to(device)
+
+
 @functools.lru_cache(maxsize=1024)
 def _call(problem: SparsePrefillProblem, has_lengths: bool) -> _Call:
     device, s_q, h_q, d_v, topk = problem.device, problem.s_q, problem.h_q, problem.d_v, problem.topk
@@ -72,7 +83,7 @@ def _call(problem: SparsePrefillProblem, has_lengths: bool) -> _Call:
         out=template((s_q, h_q, d_v), problem.dtype, device),
         max_logits=template((s_q, h_q), torch.float32, device),
         workspace=template((config.slots * ROWS * (d_v + 2) + words,), torch.float32, device),
-        unit_slots=torch.arange(config.split_units + 1, dtype=torch.int32, device=device) * config.splits,
+        unit_slots=_multiples(max(config.splits, config.split_units), device)[config.splits, : config.split_units + 1],
         numbers=(config.workers, config.whole_tokens, config.splits, combine_warps, *order),
         all_indices=constant(topk, torch.int32, device).expand(s_q),
         no_sink=constant(-math.inf, torch.float32, device).expand(h_q),

@@ -18,13 +18,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from flash_mla.backends.triton.heuristics import gpu_of_arch
 from flash_mla.backends.triton.variants import COMPILE_OPTIONS, Capability, Variant, variants
 
-__all__ = ["Report", "compile_variant", "complaints"]
+__all__ = ["ARCHITECTURES", "Report", "compile_variant", "complaints"]
 
-# Bytes of shared memory a block may have (CUDA programming guide, technical specifications), and the PTX instruction
-# that multiplies matrices best.
-SHARED_MEMORY = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (12, 0): 99 << 10}
+ARCHITECTURES: tuple[Capability, ...] = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
+# The PTX instruction that multiplies matrices best.
 TENSOR_CORES = {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma", 12: "mma.sync"}
 
 
@@ -42,8 +42,9 @@ class Report:
 def complaints(variant: Variant, capability: Capability, report: Report) -> list[str]:
     """What is wrong with a compiled kernel."""
     found = []
-    if report.shared_memory > SHARED_MEMORY[capability]:
-        found.append(f"needs {report.shared_memory} bytes of shared memory, a block has {SHARED_MEMORY[capability]}")
+    room = gpu_of_arch(*capability, num_sms=1).shared_memory
+    if report.shared_memory > room:
+        found.append(f"needs {report.shared_memory} bytes of shared memory, a block has {room}")
     if report.spill > variant.spill:
         found.append(f"spills {report.spill} bytes, may spill {variant.spill}")
     if variant.multiplies and not report.tensor_cores:
@@ -101,7 +102,7 @@ def main() -> int:
     options = parser.parse_args()
     jobs = [
         (variant, capability)
-        for capability in SHARED_MEMORY
+        for capability in ARCHITECTURES
         if not options.arch or "sm_{}{}".format(*capability) in options.arch
         for variant in variants(capability)
         if options.only in variant.name

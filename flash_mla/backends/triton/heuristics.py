@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "START_COST",
     "DenseDecodeConfig",
     "Gpu",
     "SparseConfig",
@@ -17,7 +18,8 @@ __all__ = [
 ]
 
 KB = 1024
-# Shared memory that a program can have, by compute capability.
+# Bytes of shared memory that a program can have, by compute capability (CUDA programming guide, technical
+# specifications).
 SHARED_MEMORY = {(8, 0): 163 * KB, (8, 7): 163 * KB, (9, 0): 227 * KB, (10, 0): 227 * KB, (10, 3): 227 * KB}
 LEAST_SHARED_MEMORY = 99 * KB
 
