@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +85,17 @@ def same_device(name: str, value: torch.Tensor, device: torch.device, *, like: s
         raise ValueError(f"{name}: got a tensor on {value.device}, need it on {device} like {like}")
 
 
+def _class_of(value: object) -> str:
+    """Its name, with the module's if it is no builtin: NumPy has a bool, too."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
 def integer(name: str, value: object, *, least: int) -> int:
-    """Require an int >= `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, need an int")
+    """Require an int >= `least`, of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise TypeError(f"{name}: got {_class_of(value)}, need an int")
+    value = int(value)
     if value < least:
         raise ValueError(f"{name}: got {value}, need at least {least}")
     return value
@@ -99,10 +107,10 @@ def positive_int(name: str, value: object) -> int:
 
 
 def real_number(name: str, value: object) -> float:
-    """Require a finite float or int."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, need a float")
-    if not -math.inf < value < math.inf:  # which torch.compile can trace, unlike math.isfinite
+    """Require a finite float or int, of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: got {_class_of(value)}, need a float")
+    if not -math.inf < float(value) < math.inf:  # which torch.compile can trace, unlike math.isfinite
         raise ValueError(f"{name}: got {value}, need a finite number")
     return float(value)
 
@@ -182,7 +190,7 @@ def instance(name: str, value: object, kind: type, hint: str) -> None:
 def flag(name: str, value: object) -> bool:
     """Require a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, need a bool")
+        raise TypeError(f"{name}: got {_class_of(value)}, need a bool")
     return value
 
 
@@ -197,7 +205,14 @@ def no_num_splits(value: object) -> None:
 
 def writable(name: str, value: torch.Tensor) -> None:
     """Require every element of `value` to have memory of its own."""
-    if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
+    behind = 1  # elements from the first to beyond the last, in the dimensions of smaller strides
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride < behind:
+            break
+        behind += (size - 1) * stride
+    else:
+        return
+    if value.numel():
         raise ValueError(f"{name}: got strides {list(value.stride())}, need memory of its own for every element")
 
 

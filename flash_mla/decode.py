@@ -7,13 +7,14 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from flash_mla import backends, checks
 from flash_mla.decode_ops import Flags, problem_of
 from flash_mla.kv_cache import KVCacheFormat
-from flash_mla.problem import DecodeInputs, DecodeProblem
+from flash_mla.problem import PLAIN_TENSORS, DecodeInputs, DecodeProblem
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 
@@ -25,7 +26,7 @@ class FlashMLASchedMeta:
     """The schedule of decode calls: empty when made, filled by the first call, good for calls of one configuration.
 
     Attributes:
-        have_initialized: whether a call has fixed the configuration.
+        have_initialized: whether a call has fixed the configuration. Setting it to False empties the schedule.
         config: that configuration.
         tile_scheduler_metadata: int32, which worker attends to which tiles; None until planned. Setting it to None has
             the next call plan again.
@@ -165,33 +166,47 @@ def flash_mla_with_kvcache(
         extra_topk_length,
         out,
     )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(q) not in PLAIN_TENSORS:
         named = Flags(head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
         return _traced(meta, DecodeInputs(*tensors, softmax_scale=1.0), named, softmax_scale)
     # A call that looks like an earlier one is like it. Checking everything takes longer than launching kernels does,
     # comparing layouts does not; hence also a plain tuple here, which equals a named one.
     flags = (head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
     served = meta._served
-    if served is not None and served.flags == flags:
+    if served is not None and served.flags == flags and meta.have_initialized:
         results = served.repeated(meta, tensors, softmax_scale)
         if results is not None:
             return results
-    layouts = _layouts(tensors)
+    before = dict(meta.__dict__)
+    try:
+        return _checked(meta, tensors, flags, softmax_scale)
+    except BaseException:
+        meta.__dict__.update(before)  # what failed has planned nothing
+        raise
+
+
+def _checked(
+    meta: FlashMLASchedMeta, tensors: tuple[torch.Tensor | None, ...], flags: tuple[Any, ...], scale: float | None
+) -> Results:
+    """A call that is not known to look like one before."""
+    if not meta.have_initialized:
+        meta.config = meta.tile_scheduler_metadata = meta.num_splits = meta._served = None
+    layouts, served = _layouts(tensors), meta._served
     if served is None or served.layouts != layouts or served.flags != flags:
-        inputs = DecodeInputs(*tensors, softmax_scale=1.0)  # stands in, as checks read the tensors alone
+        inputs = DecodeInputs._make((*tensors, 1.0))  # whose scale stands in, as checks read the tensors alone
         served = _serve(meta, inputs, Flags(*flags), layouts)
     problem, backend = served.problem, served.backend
-    inputs = DecodeInputs(*tensors, served.default_scale if softmax_scale is None else softmax_scale)
+    inputs = DecodeInputs._make((*tensors, served.default_scale if scale is None else scale))
     if problem.b == 0 or problem.s_q == 0:
         return _no_rows(problem, inputs)
     if meta.tile_scheduler_metadata is None or meta.num_splits is None:
         plan = backend.plan_decode(problem, inputs)
         meta.tile_scheduler_metadata, meta.num_splits = plan.work, plan.splits
-    results = served.repeated(meta, tensors, softmax_scale)  # now that fresh metadata has a plan
+    results = served.repeated(meta, tensors, scale)  # now that fresh metadata has a plan
     if results is not None:
         return results
     results = backend.decode(problem, inputs, meta.tile_scheduler_metadata, meta.num_splits)
-    served.record(inputs, meta.tile_scheduler_metadata, meta.num_splits)
+    served.record(inputs, meta.tile_scheduler_metadata, meta.num_splits, results)
     return results
 
 
@@ -208,11 +223,14 @@ class _Served:
     repeat: Callable[..., Results | None] | None = None
     is_recorded: bool = False
 
-    def record(self, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> None:
-        """Have the backend, if it can, repeat calls like this one, which has run."""
+    def record(self, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor, results: Results) -> None:
+        """Have the backend, if it can, repeat calls like this one, which has run and given `results`."""
         if not self.is_recorded:
             record = getattr(self.backend, "record", None)
-            self.repeat = None if record is None else record(self.problem, inputs, work, splits)
+            try:
+                self.repeat = None if record is None else record(self.problem, inputs, work, splits, results)
+            except torch.OutOfMemoryError:  # the call itself has succeeded
+                return
             self.is_recorded = True
 
     def repeated(

@@ -45,7 +45,7 @@ def problem_of(inputs: DecodeInputs, flags: Flags) -> DecodeProblem:
         h_q=h_q,
         h_kv=inputs.k_cache.shape[2],
         d_qk=d,
-        d_v=flags.head_dim_v,
+        d_v=int(flags.head_dim_v),
         kv_format=KVCacheFormat.detect(inputs.k_cache, d, is_fp8=flags.is_fp8_kvcache),
         page_size=inputs.k_cache.shape[1],
         causal=flags.causal,

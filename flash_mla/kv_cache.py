@@ -221,6 +221,10 @@ class KVCacheFormat(enum.Enum):
         checks.same_device("slots", slots, cache.device, like="cache")
         if n == 0:
             return
+        if cache.shape[0] == 0:
+            if cache.device.type == "cpu" and bool((slots >= 0).any()):
+                raise IndexError(f"slots: got {int(slots.max())} for a cache without pages, need negative ones")
+            return
         written = slots >= 0
         stand_in = written.to(torch.int32).argmax().view(1)
         stand_in_slot = slots.index_select(0, stand_in).clamp_min(0)

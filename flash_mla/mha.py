@@ -6,6 +6,7 @@ import torch
 from torch.autograd import forward_ad
 
 from flash_mla import checks, mha_ops, mha_served
+from flash_mla.problem import PLAIN_TENSORS
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"]
 
@@ -55,13 +56,11 @@ def flash_attn_varlen_func(
     """
     scale = None if softmax_scale is None else checks.real_number("softmax_scale", softmax_scale)
     tensors = (q, k, v, cu_seqlens_qo, cu_seqlens_kv)
-    is_compiling = torch.compiler.is_compiling()
+    as_operator = torch.compiler.is_compiling() or type(q) not in PLAIN_TENSORS
     # torch.func.grad and the like need what autograd makes of a call, for which none is repeated.
-    is_transformed = not is_compiling and (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    )
+    is_transformed = not as_operator and (forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active())
     served = None
-    if not (is_compiling or is_transformed):
+    if not (as_operator or is_transformed):
         options = (max_seqlen_qo, max_seqlen_kv, dropout_p, causal, deterministic, is_varlen)
         served, results = mha_served.served(tensors, options, scale)
         if results is not None:
@@ -74,7 +73,7 @@ def flash_attn_varlen_func(
     causal, deterministic = checks.flag("causal", causal), checks.flag("deterministic", deterministic)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     args = (*tensors, max_seqlen_qo, max_seqlen_kv, scale, causal, deterministic)
-    if is_compiling:
+    if as_operator:
         return torch.ops.flash_mla.mha_forward(*args)
     if is_transformed or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         out, lse = mha_ops.Attention.apply(*args)

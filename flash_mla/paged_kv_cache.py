@@ -53,6 +53,7 @@ class PagedKVCache:
         self.page_size = checks.positive_int("page_size", page_size)
         if num_pages * page_size > torch.iinfo(torch.int32).max:
             raise ValueError(f"num_pages: got {num_pages} pages of {page_size} tokens, need fewer than 2^31 tokens")
+        checks.instance("kv_format", kv_format, KVCacheFormat, "such as KVCacheFormat.BF16")
         self.kv_format = kv_format
         self.d = kv_format.layout(d).d
         self.cache = kv_format.empty(num_pages, page_size, self.d, device=device)
@@ -105,8 +106,7 @@ class PagedKVCache:
         counts = [1] * len(requests) if counts is None else counts
         if len(counts) != len(requests):
             raise ValueError(f"counts: got {len(counts)} of them, need {len(requests)}, one for each request")
-        if any(count < 0 for count in counts):
-            raise ValueError(f"counts: got {min(counts)}, need at least 0")
+        counts = [checks.integer("counts", count, least=0) for count in counts]
         if isinstance(kv, torch.Tensor) and kv.dim() and len(kv) != sum(counts):
             raise ValueError(f"kv: got {len(kv)} tokens, need {sum(counts)}, the sum of counts")
         if len(set(requests)) != len(requests):
@@ -169,14 +169,18 @@ class PagedKVCache:
 
         Raises:
             KeyError: the request is not in the cache.
+            TypeError: positions that are no whole numbers.
             ValueError: a position beyond its tokens, or negative.
         """
         holder = self._get(request)
-        wanted = torch.as_tensor(positions, dtype=torch.int64, device="cpu")
+        wanted = torch.as_tensor(positions, device="cpu")
+        if wanted.is_floating_point() and wanted.numel():
+            raise TypeError(f"positions: got {checks.dtype_name(wanted.dtype)}, need whole numbers")
+        wanted = wanted.to(torch.int64)
         wrong = wanted[(wanted < 0) | (wanted >= holder.length)]
         if len(wrong):
             raise ValueError(f"positions: got {int(wrong[0])}, need 0 to {holder.length - 1}, tokens of {request!r}")
-        pages = torch.tensor(holder.pages, dtype=torch.int64)
+        pages = torch.tensor(holder.pages, dtype=torch.int64, device="cpu")
         slots = pages[wanted // self.page_size] * self.page_size + wanted % self.page_size
         return slots.to(self.device, torch.int32)
 

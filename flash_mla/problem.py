@@ -99,4 +99,8 @@ class MHAProblem:
     mode = "dense MHA"
 
 
+# Tensors of other classes, such as fake ones, may have no memory of their own: their calls go through an operator,
+# which PyTorch takes apart.
+PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter}
+
 Problem = DecodeProblem | SparsePrefillProblem | MHAProblem

@@ -428,7 +428,7 @@ def _hopper_kernels(device: torch.device, gen: torch.Generator) -> Iterator[Row]
         ("planner kernel", ("planner_balanced", "planner_batch_invariant"), _planner),
         ("combine kernel", ("combine_bf16",), _combine),
     ):
-        missing = [reason for name in names if (reason := kernels.unavailable(name))]
+        missing: list[str] = [reason for name in names if (reason := kernels.unavailable(name))]
         results = [] if missing else run(device, gen)
         yield _row(mode, [] if missing else [hopper.NAME], missing[:1], results)
 

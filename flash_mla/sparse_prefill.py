@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from flash_mla import backends, checks
-from flash_mla.problem import SparsePrefillInputs
+from flash_mla.problem import PLAIN_TENSORS, SparsePrefillInputs, SparsePrefillProblem
 from flash_mla.sparse_prefill_ops import problem_of, sparse_prefill
 
 __all__ = ["flash_mla_sparse_fwd"]
@@ -54,7 +55,7 @@ def flash_mla_sparse_fwd(
     """
     checks.mqa_value_dim("d_v", d_v)
     inputs = SparsePrefillInputs(q, kv, indices, checks.real_number("sm_scale", sm_scale), attn_sink, topk_length, out)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(q) not in PLAIN_TENSORS:
         checks.sparse_prefill(inputs)
         return _traced(inputs, d_v)
     # A call that looks like an earlier one is like it. Checking everything takes longer than launching kernels, and
@@ -76,8 +77,7 @@ def flash_mla_sparse_fwd(
     backend = backends.choose(problem)
     results = sparse_prefill(problem, backend, inputs)
     if served is not None:
-        record = getattr(backend, "record_prefill", None)
-        served.repeat = None if record is None else record(problem, inputs)
+        served.record(backend, problem, inputs, results)
         _latest = served
     return results
 
@@ -91,6 +91,16 @@ class _Served:
 
     def repeated(self, inputs: SparsePrefillInputs) -> Results | None:
         return None if self.repeat is None else self.repeat(inputs)
+
+    def record(
+        self, backend: ModuleType, problem: SparsePrefillProblem, inputs: SparsePrefillInputs, results: Results
+    ) -> None:
+        """Have the backend, if it can, repeat calls like this one, which has run and given `results`."""
+        record = getattr(backend, "record_prefill", None)
+        try:
+            self.repeat = None if record is None else record(problem, inputs, results)
+        except torch.OutOfMemoryError:  # the call itself has succeeded
+            self.repeat = None
 
 
 _latest: _Served | None = None

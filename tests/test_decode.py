@@ -37,6 +37,7 @@ from flash_mla.backends.cpu import attention
 
 F = KVCacheFormat
 PAGE_SIZES = st.sampled_from([1, 2, 3, 16, 64, 256])
+HALVES = [torch.bfloat16, torch.float16]
 SINKS = [-math.inf, math.inf, -100.0, 100.0, 0.0, 1.5]
 
 
@@ -88,7 +89,7 @@ def dense_cases(draw):
         h_q=h_kv * draw(st.sampled_from([1, 3, 8, 17])),
         h_kv=h_kv,
         d=576 if kv_format is F.FP8_V32 else draw(st.sampled_from([576, 512])),
-        dtype=kv_format.dtype if kv_format is not F.FP8_V32 else torch.bfloat16,
+        dtype=draw(st.sampled_from(HALVES)) if kv_format.is_quantised else kv_format.dtype,
     )
     if draw(st.booleans()):
         args |= {"q": spread(args["q"]), "block_table": spread(args["block_table"])}
@@ -131,7 +132,10 @@ def sparse_cases(draw):
     if draw(st.booleans()):
         extra_formats = [*formats, F.FP4_V41] if kv_format is F.FP8_V41 else formats
         extra = scopes(draw, b, s_q, d, draw(st.sampled_from(extra_formats)))
-    args = sparse_args(randn(gen, b, s_q, h_q, d), scope, extra)
+    # A plain cache among them has q's dtype, bf16.
+    plain = not kv_format.is_quantised or (extra is not None and extra.cache.dtype == torch.bfloat16)
+    dtype = torch.bfloat16 if plain else draw(st.sampled_from(HALVES))
+    args = sparse_args(randn(gen, b, s_q, h_q, d, dtype=dtype), scope, extra)
     if draw(st.booleans()):
         args |= {"q": spread(args["q"]), "indices": spread(args["indices"])}
     if kv_format.is_quantised and draw(st.booleans()):
@@ -146,7 +150,7 @@ def sparse_cases(draw):
 def test_sparse(case):
     args, out = case
     shape = (*args["q"].shape[:3], 512)
-    check(args, None if out == "new" else poisoned_out(*shape, dtype=torch.bfloat16, strided=out == "strided"))
+    check(args, None if out == "new" else poisoned_out(*shape, dtype=args["q"].dtype, strided=out == "strided"))
 
 
 def test_reference_is_scaled_dot_product_attention():
@@ -362,6 +366,31 @@ def test_a_failed_first_call_leaves_metadata_empty():
     check(args, tile_scheduler_metadata=meta)
 
 
+@pytest.mark.parametrize("lengths", [[-64], [-130], [129]])
+def test_a_first_call_that_fails_on_contents_leaves_metadata_empty(lengths):
+    args = dense_inputs(generator(11), F.BF16, [100])
+    wrong = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32), "block_table": args["block_table"][:, :2]}
+    meta, _ = get_mla_metadata()
+    with pytest.raises(ValueError, match=rf"cache_seqlens: got {lengths[0]} for request 0, need 0 to"):
+        call(args | wrong, tile_scheduler_metadata=meta)
+    assert meta == FlashMLASchedMeta()
+    check(dense_inputs(generator(11), F.BF16, [100, 3]), tile_scheduler_metadata=meta)
+
+
+def test_metadata_that_is_said_to_be_empty_is():
+    args = dense_inputs(generator(11), F.BF16, [100])
+    more = dense_inputs(generator(12), F.BF16, [100, 3])
+    meta, _ = get_mla_metadata()
+    for now, other in ((args, more), (more, args), (args, more)):
+        meta.have_initialized = False
+        check(now, tile_scheduler_metadata=meta)
+        assert meta.have_initialized
+        assert meta.config.b == len(now["q"])
+        assert meta.num_splits.shape == (len(now["q"]) + 1,)
+        with pytest.raises(ValueError, match="planned for b="):
+            call(other, tile_scheduler_metadata=meta)
+
+
 @pytest.mark.parametrize(("b", "s_q"), [(0, 1), (2, 0)])
 def test_batches_without_query_tokens(b, s_q):
     args = dense_inputs(generator(12), F.BF16, [3] * b, s_q=s_q)
@@ -473,6 +502,11 @@ DENSE_MISUSE = [
     (to(out=torch.zeros(2, 2, 4, 512)), TypeError, "out: got dtype float32, need bfloat16"),
     (to(out=torch.zeros(2, 2, 4, 576).bfloat16()), ValueError, "out: got shape [2, 2, 4, 576]"),
     (to(out=torch.zeros(512).bfloat16().expand(2, 2, 4, 512)), ValueError, "out: got strides [0, 0, 0, 1]"),
+    (
+        to(out=torch.zeros(9000).bfloat16().as_strided((2, 2, 4, 512), (4096, 2048, 511, 1))),
+        ValueError,
+        "out: got strides [4096, 2048, 511, 1], need memory of its own",
+    ),
 ]
 
 SPARSE_MISUSE = [
@@ -530,6 +564,17 @@ def test_fp4_needs_v41_beside_it():
     args |= {"k_cache": F.BF16.pack(torch.zeros(4, 64, 1, 512)), "is_fp8_kvcache": False}
     with pytest.raises(ValueError, match="extra_k_cache: got format FP4_V41 beside a BF16 k_cache"):
         call(args)
+
+
+def test_numbers_may_be_numpy_s():
+    numpy = pytest.importorskip("numpy")
+    args = dense_inputs(generator(22), F.BF16, [30])
+    want = call(args, softmax_scale=0.125)
+    named = args | {"head_dim_v": numpy.int64(512), "softmax_scale": numpy.float32(0.125)}
+    got = flash_mla_with_kvcache(**named, tile_scheduler_metadata=get_mla_metadata()[0])
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    with pytest.raises(TypeError, match=r"causal: got numpy\.bool_?, need a bool"):
+        call(args, causal=numpy.bool_(True))
 
 
 def test_head_dim_v():

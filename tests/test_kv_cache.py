@@ -407,6 +407,14 @@ def test_detect_errors(cache, d, is_fp8, error, message):
         KVCacheFormat.detect(cache, d, is_fp8=is_fp8, name="the_cache")
 
 
+@pytest.mark.parametrize("kv_format", list(KVCacheFormat))
+def test_nothing_is_appended_to_a_cache_without_pages(kv_format):
+    cache, kv = kv_format.empty(0, 4), torch.zeros(2, kv_format.head_dims[0])
+    kv_format.append(cache, kv, torch.tensor([-1, -5]))
+    with pytest.raises(IndexError, match="slots: got 3 for a cache without pages"):
+        kv_format.append(cache, kv, torch.tensor([-1, 3]))
+
+
 def test_misuse_is_named():
     v32, cache = KVCacheFormat.FP8_V32, KVCacheFormat.FP8_V32.empty(2, 4)
     with pytest.raises(ValueError, match=r"cache: got shape .*need .*584.* for FP8_V4"):

@@ -180,6 +180,12 @@ def test_misuse_is_named():
         pool.append(["a"], torch.zeros(2, 576), [1, 1])
     with pytest.raises(ValueError, match="counts: got -1"):
         pool.append(["a"], torch.zeros(0, 576), [-1])
+    with pytest.raises(TypeError, match="counts: got float, need an int"):
+        pool.append(["a"], torch.zeros(2, 512), [2.0])
+    with pytest.raises(TypeError, match="positions: got float32, need whole numbers"):
+        pool.slots("a", [0.5, 1])
+    with pytest.raises(TypeError, match="kv_format: got str, need a KVCacheFormat"):
+        PagedKVCache(1, 4, "bf16")
     with pytest.raises(ValueError, match="positions: got 3, need 0 to 2, tokens of 'a'"):
         pool.slots("a", [0, 3])
     with pytest.raises(ValueError, match="positions: got -1"):

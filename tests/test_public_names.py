@@ -35,6 +35,13 @@ def test_parameters_and_their_defaults_are_those_of_flashmla_in_order(name):
     assert told == SIGNATURES[name].split()
 
 
+def test_the_names_are_also_where_flashmla_defines_them():
+    from flash_mla import flash_mla_interface
+
+    for name in {*SIGNATURES, "get_mla_metadata", "FlashMLASchedMeta"}:
+        assert getattr(flash_mla_interface, name) is getattr(flash_mla, name)
+
+
 def test_import_loads_no_compiler_and_no_terminal_library():
     heavy = "{'rich', 'cutlass', 'tvm_ffi', 'triton'}"
     code = (

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from flash_mla.backends import hopper
 from flash_mla.backends.hopper.launch import LOG2_E
 
 
@@ -45,6 +46,43 @@ def test_a_call_like_the_last_one_is_repeated_with_its_own_tensors(calls, make):
         run(meta, make(softmax_scale=scale))
     assert len(calls.checked) == 1
     assert len(calls.launched) == 3
+
+
+@MODES
+def test_a_cache_without_pages_gets_one_and_is_not_recorded(calls, make):
+    arguments = make()
+    empty = arguments | {"k_cache": arguments["k_cache"][:0]}
+    meta, _ = get_mla_metadata()
+    for _ in range(2):
+        run(meta, empty)
+    assert len(calls.checked) == 2
+    assert all(arguments[1].shape[0] == 1 for arguments in calls.launched)
+
+
+@MODES
+def test_metadata_that_is_said_to_be_empty_is_planned_for_the_next_call(calls, make):
+    arguments = make()
+    half = {name: x[:2] if isinstance(x, torch.Tensor) and len(x) == 4 else x for name, x in arguments.items()}
+    meta, _ = get_mla_metadata()
+    run(meta, arguments)
+    meta.have_initialized = False
+    out, _ = flash_mla_with_kvcache(**half, tile_scheduler_metadata=meta)
+    assert len(out) == 2
+    assert meta.config.b == 2
+    with pytest.raises(ValueError, match="planned for b=2, but this call has b=4"):
+        run(meta, arguments)
+
+
+@MODES
+def test_memory_that_is_short_keeps_calls_from_being_recorded_alone(calls, make, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(hopper, "record", fail)
+    meta, _ = get_mla_metadata()
+    for _ in range(3):
+        run(meta, make())
+    assert len(calls.checked) == 3
 
 
 @MODES

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
-__all__ = ["OnlineSoftmax", "keys_per_chunk", "scale_by_sink"]
+__all__ = ["OnlineSoftmax", "in_fp32", "keys_per_chunk", "scale_by_sink"]
+
+Result = TypeVar("Result")
 
 # Long enough that the matmuls take nearly all the time, short enough that a chunk of fp32 keys (4.7 MB) stays in cache.
 MAX_KEYS_PER_CHUNK = 2048
 MIN_KEYS_PER_CHUNK = 64
 # 16 MB of fp32 scores: with more query rows the chunks of keys get shorter.
 MAX_SCORES = 1 << 22
+
+
+def in_fp32(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorates what computes in the dtypes that it says, whatever torch.autocast would rather have."""
+
+    @functools.wraps(compute)
+    def without_autocast(*arguments: object) -> Result:
+        with torch.autocast("cpu", enabled=False):
+            return compute(*arguments)
+
+    return without_autocast
 
 
 def keys_per_chunk(rows: int) -> int:

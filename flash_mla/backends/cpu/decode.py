@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flash_mla.backends.cpu.attention import OnlineSoftmax, keys_per_chunk, scale_by_sink
+from flash_mla.backends.cpu.attention import OnlineSoftmax, in_fp32, keys_per_chunk, scale_by_sink
 from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.plan import SplitPlan, split_plan
 from flash_mla.problem import DecodeInputs, DecodeProblem
@@ -15,8 +15,13 @@ __all__ = ["decode", "plan_decode"]
 
 
 def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
-    """The schedule of one worker that does everything: the CPU does not split, but clients look for the tensors."""
-    if inputs.cache_seqlens is not None and problem.topk is None:
+    """The schedule of one worker that does everything: the CPU does not split, but clients look for the tensors.
+
+    Raises:
+        ValueError: a length or a page in use is out of range.
+    """
+    if inputs.block_table is not None and inputs.cache_seqlens is not None and problem.topk is None:
+        _check_pages(inputs.block_table, inputs.cache_seqlens, len(inputs.k_cache), problem.page_size)
         return split_plan(inputs.cache_seqlens, fixed_cost=1, num_workers=1)
     lengths = [scope.lengths for scope in _scopes(problem, inputs)]
     return split_plan(
@@ -29,6 +34,7 @@ def plan_decode(problem: DecodeProblem, inputs: DecodeInputs) -> SplitPlan:
 
 
 @torch.no_grad()
+@in_fp32
 def decode(
     problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +96,7 @@ def _slots(pages: torch.Tensor, page_size: int, start: int, stop: int) -> torch.
     """Slots of the tokens `start` to `stop` of a request whose `pages` [n] int64 these are."""
     first = start // page_size
     last = -(-stop // page_size)
-    slots = pages[first:last, None] * page_size + torch.arange(page_size)
+    slots = pages[first:last, None] * page_size + torch.arange(page_size, device=pages.device)
     return slots.view(-1)[start - first * page_size : stop - first * page_size]
 
 
@@ -129,7 +135,7 @@ class _Scope:
 
     def check_slots(self) -> None:
         num_slots = self.cache.shape[0] * self.cache.shape[1]
-        counts = torch.arange(self.indices.shape[-1]) < self.lengths[:, None, None]
+        counts = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.lengths[:, None, None]
         wrong = torch.nonzero(counts & (self.indices >= num_slots))
         if len(wrong):
             request, token, entry = wrong[0].tolist()
@@ -153,8 +159,9 @@ def _scopes(problem: DecodeProblem, inputs: DecodeInputs) -> list[_Scope]:
     ):
         if cache is not None and kv_format is not None and indices is not None:
             topk = indices.shape[-1]
-            lengths = torch.full((problem.b,), topk, dtype=torch.int32) if topk_length is None else topk_length
-            scopes.append(_Scope(name, cache, kv_format, indices, lengths.clamp(0, topk)))
+            if topk_length is None:
+                topk_length = indices.new_full((problem.b,), topk)
+            scopes.append(_Scope(name, cache, kv_format, indices, topk_length.clamp(0, topk)))
     return scopes
 
 
@@ -168,7 +175,7 @@ def _check_pages(block_table: torch.Tensor, cache_seqlens: torch.Tensor, num_pag
             f"cache_seqlens: got {int(cache_seqlens[request])} for request {request}, need 0 to "
             f"{max_pages * page_size} (block_table has {max_pages} pages of {page_size} tokens a request)"
         )
-    used = torch.arange(max_pages) * page_size < cache_seqlens[:, None]
+    used = torch.arange(max_pages, device=block_table.device) * page_size < cache_seqlens[:, None]
     wrong = torch.nonzero(used & ((block_table < 0) | (block_table >= num_pages)))
     if len(wrong):
         request, page = wrong[0].tolist()

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 
+from flash_mla.backends.cpu.attention import in_fp32
 from flash_mla.problem import MHAProblem
 
 __all__ = ["mha_backward", "mha_forward"]
@@ -29,6 +30,7 @@ class _Tile:
     queries: slice  # rows of q
     q_heads: slice
     kv_heads: slice
+    device: torch.device
     key_0: int  # row of k and v that holds the sequence's first key
     seen_by_first: int  # keys that the first query sees; under a causal mask, each next query sees one more
     seen_by_last: int
@@ -39,8 +41,9 @@ class _Tile:
             stop = min(start + K_CHUNK, self.seen_by_last)
             hidden = None
             if stop > self.seen_by_first:
-                seen = self.seen_by_first + torch.arange(self.queries.stop - self.queries.start)
-                hidden = torch.arange(start, stop) >= seen[:, None]
+                queries = torch.arange(self.queries.stop - self.queries.start, device=self.device)
+                keys = torch.arange(start, stop, device=self.device)
+                hidden = keys >= self.seen_by_first + queries[:, None]
             yield slice(self.key_0 + start, self.key_0 + stop), hidden
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,6 +101,7 @@ def _tiles(problem: MHAProblem, offsets_qo: list[int], offsets_kv: list[int]) ->
                     queries=slice(q_0 + start, q_0 + stop),
                     q_heads=slice(head * group, head_end * group),
                     kv_heads=slice(head, head_end),
+                    device=problem.device,
                     key_0=key_0,
                     seen_by_first=s_kv - s_q + start + 1 if problem.causal else s_kv,
                     seen_by_last=s_kv - s_q + stop if problem.causal else s_kv,
@@ -112,6 +116,7 @@ def _scores(q: torch.Tensor, k: torch.Tensor, hidden: torch.Tensor | None) -> to
     return scores
 
 
+@in_fp32
 def mha_forward(
     problem: MHAProblem,
     q: torch.Tensor,
@@ -138,7 +143,7 @@ def mha_forward(
     offsets_qo = _lengths("qo", cu_seqlens_qo, q.shape[0], max_seqlen_qo)
     offsets_kv = _lengths("kv", cu_seqlens_kv, k.shape[0], max_seqlen_kv)
     out = q.new_zeros(q.shape[0], problem.h_q, problem.d_v)
-    lse = torch.full((problem.h_q, q.shape[0]), float("-inf")).T
+    lse = q.new_full((problem.h_q, q.shape[0]), float("-inf"), dtype=torch.float32).T
     for tile in _tiles(problem, offsets_qo, offsets_kv):
         q_rows = tile.rows(q) * softmax_scale
         # Key 0 is in the first chunk and every row sees it, so the maximum is finite from then on.
@@ -158,6 +163,7 @@ def mha_forward(
     return out, lse
 
 
+@in_fp32
 def mha_backward(
     problem: MHAProblem,
     dout: torch.Tensor,
@@ -183,9 +189,9 @@ def mha_backward(
     """
     offsets_qo = _lengths("qo", cu_seqlens_qo, q.shape[0], max_seqlen_qo)
     offsets_kv = _lengths("kv", cu_seqlens_kv, k.shape[0], max_seqlen_kv)
-    dq = torch.zeros(q.shape, dtype=q.dtype)
-    dk = torch.zeros(k.shape)  # fp32: queries of many tiles add up in dk and dv
-    dv = torch.zeros(v.shape)
+    dq = q.new_zeros(q.shape)
+    # Queries of many tiles add up in these.
+    dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
     for tile in _tiles(problem, offsets_qo, offsets_kv):
         q_rows = tile.rows(q) * softmax_scale
         dout_rows = tile.rows(dout)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from flash_mla.backends.cpu.attention import OnlineSoftmax, keys_per_chunk, scale_by_sink
+from flash_mla.backends.cpu.attention import OnlineSoftmax, in_fp32, keys_per_chunk, scale_by_sink
 from flash_mla.problem import SparsePrefillInputs, SparsePrefillProblem
 
 __all__ = ["sparse_prefill"]
 
 
 @torch.no_grad()
+@in_fp32
 def sparse_prefill(
     problem: SparsePrefillProblem, inputs: SparsePrefillInputs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from flash_mla import kernels
 from flash_mla.backends.hopper import dense_decode_launch, mha_launch, sparse_decode_launch
 from flash_mla.backends.hopper.dense_decode_heuristics import gathers
+from flash_mla.backends.hopper.launch import Results
 from flash_mla.backends.hopper.mha_launch import mha_backward, mha_forward, record_mha_backward, record_mha_forward
 from flash_mla.backends.hopper.recorded_call import RecordedCall
 from flash_mla.backends.hopper.sparse_prefill_launch import record_prefill, sparse_prefill, sparse_prefill_kernel
@@ -57,14 +58,25 @@ def decode(
     problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [b, s_q, h_q, d_v], lse [b, h_q, s_q] fp32) of a planned call."""
-    return _of_its_mode(problem).decode(problem, inputs, work, splits)
+    return _of_its_mode(problem).decode(problem, _with_pages(inputs), work, splits)
 
 
 def record(
-    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
+    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor, results: Results
 ) -> RecordedCall | None:
-    """What repeats a call that `decode` has run, if it can be repeated."""
-    return _of_its_mode(problem).record(problem, inputs, work, splits)
+    """What repeats a call that `decode` has run with these results, if it can be repeated."""
+    if _with_pages(inputs) is not inputs:
+        return None
+    return _of_its_mode(problem).record(problem, inputs, work, splits, results)
+
+
+def _with_pages(inputs: DecodeInputs) -> DecodeInputs:
+    """The same for kernels, which also load a row in place of one that there is not: a cache has at least a page."""
+    caches = {name: getattr(inputs, name) for name in ("k_cache", "extra_k_cache")}
+    empty = {name: cache for name, cache in caches.items() if cache is not None and cache.shape[0] == 0}
+    if not empty:
+        return inputs
+    return inputs._replace(**{name: cache.new_zeros(1, *cache.shape[1:]) for name, cache in empty.items()})
 
 
 def _of_its_mode(problem: DecodeProblem) -> ModuleType:

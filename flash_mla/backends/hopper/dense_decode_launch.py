@@ -102,10 +102,11 @@ def decode(problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, spl
 
 @on_its_device
 def record(
-    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor
+    problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor, results: Results
 ) -> RecordedCall | None:
-    """What repeats a call that `decode` has run, if it can be repeated."""
-    return recorded(_call(problem, inputs, work, splits), inputs, work, splits, *_arguments(inputs, inputs.q))
+    """What repeats a call that `decode` has run with these results, if it can be repeated."""
+    call, arguments = _call(problem, inputs, work, splits), _arguments(inputs, inputs.q)
+    return recorded(call, inputs, work, splits, results, *arguments)
 
 
 def _call(problem: DecodeProblem, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor) -> DecodeCall:

@@ -201,10 +201,10 @@ def _check_partial_results(problem: DecodeProblem, num_units: int, rows: int, ma
         return
     tokens = "block_table" if problem.topk is None else "indices"
     raise ValueError(
-        f"enable_batch_invariant: got b={problem.b}, s_q={problem.s_q}, h_q={problem.h_q} and, by the width of {tokens}, "
-        f"up to {max_tiles} tiles of tokens each: {num_units} units of work with {rows} rows of partial results; need at "
-        f"most {MOST_UNITS} units and {most_rows} rows, so fewer requests in a call, or {tokens} no wider than what is "
-        "attended to"
+        f"enable_batch_invariant: got b={problem.b}, s_q={problem.s_q}, h_q={problem.h_q} and, by the width of "
+        f"{tokens}, up to {max_tiles} tiles of tokens each: {num_units} units of work with {rows} rows of partial "
+        f"results; need at most {MOST_UNITS} units and {most_rows} rows, so fewer requests in a call, or {tokens} no "
+        "wider than what is attended to"
     )
 
 

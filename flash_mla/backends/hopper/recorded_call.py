@@ -56,7 +56,12 @@ def workspace_argument(template: torch.Tensor) -> tuple[int, torch.Tensor]:
 
 
 def recorded(
-    call: DecodeCall, inputs: DecodeInputs, work: torch.Tensor, splits: torch.Tensor, *arguments: Argument
+    call: DecodeCall,
+    inputs: DecodeInputs,
+    work: torch.Tensor,
+    splits: torch.Tensor,
+    results: Results,
+    *arguments: Argument,
 ) -> RecordedCall | None:
     """What repeats a call on its device, the current one.
 
@@ -64,15 +69,15 @@ def recorded(
         call: launched before.
         inputs: its inputs.
         work, splits: its plan.
+        results: what it gave, which stand for those of a repeated call.
         arguments: what its kernel reads before the plan, but with q as in `inputs`.
 
     Returns:
         None if the kernel read or wrote copies of q or out, or if a tensor cannot be handed over.
     """
-    out = torch.empty_like(call.out) if inputs.out is None else inputs.out
+    out, lse = results
     if not (rows_aligned(inputs.q) and rows_aligned(out) and inputs.softmax_scale > 0.0):
         return None
-    lse = torch.empty_like(call.lse)
     given = (*inputs[:OUT], work, splits, out, lse, 1.0)
     kernel_arguments = (
         *((CONSTANT if source is None else GIVEN.index(source), tensor) for source, tensor in arguments),

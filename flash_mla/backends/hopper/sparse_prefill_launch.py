@@ -131,8 +131,13 @@ def _launch(
     )
 
 
-def record_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -> RecordedPrefill | None:
-    """What repeats a call on its device that `sparse_prefill` has run; None if its kernel read or wrote copies."""
+def record_prefill(
+    problem: SparsePrefillProblem, inputs: SparsePrefillInputs, results: Results
+) -> RecordedPrefill | None:
+    """What repeats a call on its device that `sparse_prefill` has run; None if its kernel read or wrote copies.
+
+    Its results stand for those of a repeated call: memory that is short is not taken twice.
+    """
     if problem.s_kv == 0 or problem.topk == 0 or problem.device.index != torch.cuda.current_device():
         return None
     q, kv, indices, scale, sink, lengths, given_out = inputs
@@ -141,8 +146,7 @@ def record_prefill(problem: SparsePrefillProblem, inputs: SparsePrefillInputs) -
     if copied or scale <= 0.0:
         return None
     call = _call_of(problem, inputs)
-    out = torch.empty_like(call.out) if given_out is None else given_out
-    max_logits, lse = torch.empty_like(call.max_logits), torch.empty_like(call.max_logits)
+    out, max_logits, lse = results
     given = (q, kv, indices, sink, lengths, out, max_logits, lse, 1.0)
     arguments = (
         (0, q),
