@@ -56,7 +56,17 @@ def problem_of(inputs: DecodeInputs, flags: Flags) -> DecodeProblem:
         has_topk_length=inputs.topk_length is not None,
         has_extra_topk_length=inputs.extra_topk_length is not None,
         batch_invariant=flags.enable_batch_invariant,
+        aligned=all(map(_is_aligned, (inputs.k_cache, inputs.extra_k_cache))),
     )
+
+
+def _is_aligned(cache: torch.Tensor | None) -> bool:
+    """Whether pages of a quantised cache or rows of a plain one may begin at multiples of 16 bytes, each at its own."""
+    if cache is None:
+        return True
+    if cache.element_size() == 1:
+        return cache.shape[0] == 1 or cache.stride(0) % 16 == 0
+    return all(stride % 8 == 0 and stride > 0 for stride in cache.stride()[:-1])
 
 
 def _decode(*arguments: Any) -> torch.Tensor:

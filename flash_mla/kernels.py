@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flash_mla.backends.hopper.variants import ARCH, VARIANTS
+from flash_mla.problem import Mendable
 
 __all__ = [
     "DSL",
@@ -28,7 +29,6 @@ __all__ = [
     "MANIFEST_FORMAT",
     "PACKAGE",
     "KernelUnavailableError",
-    "Unavailable",
     "cache_dir",
     "find",
     "load",
@@ -48,10 +48,6 @@ PACKAGE = Path(__file__).parent
 HOST_SOURCES = ("backends/hopper/raise_cuda_error.c", "backends/hopper/recorded_call.c")  # are part of every kernel
 
 _loaded: set[str] = set()  # kernels whose files need no second look: reading and hashing one takes a millisecond
-
-
-class Unavailable(str):
-    """Why a kernel cannot be loaded: the user can mend that, unlike other reasons why one does not serve."""
 
 
 class KernelUnavailableError(RuntimeError):
@@ -177,7 +173,7 @@ def _places(name: str) -> Iterator[Path]:
         yield cache_dir(name)
 
 
-def unavailable(name: str) -> Unavailable | None:
+def unavailable(name: str) -> Mendable | None:
     """Why `load(name)` would fail, without loading or compiling; None if it would not."""
     if name in _loaded:
         return None
@@ -189,7 +185,7 @@ def unavailable(name: str) -> Unavailable | None:
     missing = "FLASH_MLA_KERNELS is set" if os.environ.get("FLASH_MLA_KERNELS") else build.missing_tool()
     if missing is None:
         return None
-    return Unavailable(
+    return Mendable(
         f"kernel {name} is in no bundle ({'; '.join(refusals)}) and is not compiled here: {missing}. Either install a "
         "wheel that carries the kernels (`make wheel` in a clone makes one), or compile them once: "
         "pip install 'flash-mla[build]' && flash-mla build"

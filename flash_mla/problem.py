@@ -32,6 +32,9 @@ class DecodeProblem:
     has_topk_length: bool = False
     has_extra_topk_length: bool = False
     batch_invariant: bool = False
+    aligned: bool = (
+        True  # whether pages of caches, of plain ones rows, begin at multiples of 16 bytes, by their strides
+    )
 
     @property
     def mode(self) -> str:
@@ -97,6 +100,10 @@ class MHAProblem:
     deterministic: bool = False
 
     mode = "dense MHA"
+
+
+class Mendable(str):
+    """Why a backend does not serve a problem, where its user can change that: a slower one that does is warned of."""
 
 
 # Tensors of other classes, such as fake ones, may have no memory of their own: their calls go through an operator,

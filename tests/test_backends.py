@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from flash_mla import backends
-from flash_mla.kernels import Unavailable
-from flash_mla.problem import SparsePrefillProblem
+from flash_mla.problem import Mendable, SparsePrefillProblem
 
 PROBLEM = SparsePrefillProblem(torch.device("cpu"), torch.bfloat16, 1, 1, 1, 576, 512, 1)
 
@@ -37,14 +36,14 @@ def test_the_first_that_can_serve_is_chosen(offer):
     assert backends.explain(PROBLEM) == {"fast": "cannot", "middle": None, "slow": None}
 
 
-def test_a_slower_one_for_want_of_a_compiled_kernel_gets_a_warning(offer):
-    offer(fast=Unavailable("its kernel is not compiled"), slow=None)
+def test_a_slower_one_for_a_reason_that_can_be_mended_gets_a_warning(offer):
+    offer(fast=Mendable("its kernel is not compiled"), slow=None)
     with pytest.warns(UserWarning, match="sparse prefill runs on slow, slower than fast: its kernel is not compiled"):
         assert chosen() == "slow"
 
 
 def test_a_forced_one_is_chosen_without_a_word(offer, monkeypatch):
-    offer(fast=Unavailable("its kernel is not compiled"), slow=None)
+    offer(fast=Mendable("its kernel is not compiled"), slow=None)
     monkeypatch.setenv("FLASH_MLA_BACKEND", "slow")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -59,7 +58,7 @@ def test_an_unknown_name_is_refused_and_the_known_ones_told(offer, monkeypatch):
 
 
 def test_where_none_serves_each_tells_why(offer, monkeypatch):
-    offer(fast="too old", slow=Unavailable("its kernel is not compiled"))
+    offer(fast="too old", slow=Mendable("its kernel is not compiled"))
     with pytest.raises(RuntimeError, match="no backend serves sparse prefill on cpu: fast: too old; slow: its kernel"):
         chosen()
     monkeypatch.setenv("FLASH_MLA_BACKEND", "fast")

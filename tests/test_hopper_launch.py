@@ -15,7 +15,15 @@ from flash_mla.backends.hopper.launch import LOG2_E, DecodeCall
 from flash_mla.backends.hopper.mha_launch import FEW_QUERIES
 from flash_mla.backends.hopper.sparse_prefill_heuristics import sparse_prefill_config
 from flash_mla.backends.hopper.variants import VARIANTS
-from flash_mla.problem import DecodeInputs, DecodeProblem, MHAProblem, SparsePrefillInputs, SparsePrefillProblem
+from flash_mla.decode_ops import Flags, problem_of
+from flash_mla.problem import (
+    DecodeInputs,
+    DecodeProblem,
+    Mendable,
+    MHAProblem,
+    SparsePrefillInputs,
+    SparsePrefillProblem,
+)
 
 CPU = torch.device("cpu")
 
@@ -291,6 +299,32 @@ def test_a_batch_invariant_call_may_be_large(launched, b, h_kv, topk, max_tiles)
 def test_more_partial_results_than_kernels_can_count_are_refused(launched, b, h_kv, topk, max_tiles, tokens):
     with pytest.raises(ValueError, match=rf"enable_batch_invariant: got b={b}, .* width of {tokens}, .* need at most"):
         invariant_call(b, h_kv, topk, max_tiles)
+
+
+@pytest.mark.parametrize(
+    ("cache", "aligned"),
+    [
+        (torch.zeros(4, 64, 1, 576, dtype=torch.bfloat16), True),
+        (torch.zeros(4, 64, 1, 640, dtype=torch.bfloat16)[..., :576], True),
+        (torch.zeros(4, 64, 1, 577, dtype=torch.bfloat16)[..., :576], False),
+        (torch.zeros(1, 64, 1, 576, dtype=torch.bfloat16).expand(4, -1, -1, -1), False),
+        (torch.zeros(4, 64, 1, 656, dtype=torch.uint8), True),
+        (torch.zeros(4 * 42000, dtype=torch.uint8).as_strided((4, 64, 1, 656), (42000, 656, 656, 1)), True),
+        (torch.zeros(4 * 42000, dtype=torch.uint8).as_strided((4, 64, 1, 656), (41992, 656, 656, 1)), False),
+        (torch.zeros(42000, dtype=torch.uint8).as_strided((1, 64, 1, 656), (7, 656, 656, 1)), True),
+    ],
+)
+def test_caches_whose_strides_kernels_cannot_follow_are_left_to_others(monkeypatch, cache, aligned):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(kernels, "unavailable", lambda name: None)
+    hopper.why_not.cache_clear()
+    q, indices = torch.ones(4, 1, 16, 576, dtype=torch.bfloat16), torch.zeros(4, 1, 9, dtype=torch.int32)
+    inputs = DecodeInputs(q, cache, None, None, indices, None, None, None, None, None, None, 0.1)
+    problem = problem_of(inputs, Flags(512, False, cache.element_size() == 1, False))
+    reason = hopper.why_not(dataclasses.replace(problem, device=torch.device("cuda", 98)))
+    assert reason is None if aligned else "multiples of 16 bytes" in reason
+    assert isinstance(reason, Mendable) == (not aligned)
 
 
 @pytest.mark.parametrize(

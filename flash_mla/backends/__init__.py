@@ -4,8 +4,8 @@ Each backend is a module with a `NAME` and `why_not(problem) -> str | None`: the
 None when it can. `choose` takes the first that can, in order of speed; `explain` tells the reasons of all.
 One that has a `record`, `record_prefill`, `record_mha_forward` or `record_mha_backward` as well can repeat calls of
 `decode`, `sparse_prefill`, `mha_forward` or `mha_backward` at less host time than these take.
-Being served by a slower one for want of compiled kernels gets a warning. `FLASH_MLA_BACKEND=hopper|cpu|triton` forces
-one.
+Being served by a slower one for a reason that the user can mend, such as kernels that are not compiled, gets a warning.
+`FLASH_MLA_BACKEND=hopper|cpu|triton` forces one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import warnings
 from types import ModuleType
 
 from flash_mla.backends import cpu, hopper, triton
-from flash_mla.kernels import Unavailable
-from flash_mla.problem import Problem
+from flash_mla.problem import Mendable, Problem
 
 __all__ = ["BACKENDS", "choose", "explain", "forced"]
 
@@ -51,7 +50,7 @@ def choose(problem: Problem) -> ModuleType:
         reason = backend.why_not(problem)
         if reason is None:
             for better, why in reasons.items():
-                if isinstance(why, Unavailable):
+                if isinstance(why, Mendable):
                     warnings.warn(f"{problem.mode} runs on {backend.NAME}, slower than {better}: {why}", stacklevel=2)
             return backend
         reasons[backend.NAME] = reason

@@ -15,7 +15,7 @@ from flash_mla.backends.hopper.mha_launch import mha_backward, mha_forward, reco
 from flash_mla.backends.hopper.recorded_call import RecordedCall
 from flash_mla.backends.hopper.sparse_prefill_launch import record_prefill, sparse_prefill, sparse_prefill_kernel
 from flash_mla.plan import SplitPlan
-from flash_mla.problem import DecodeInputs, DecodeProblem, MHAProblem, Problem, SparsePrefillProblem
+from flash_mla.problem import DecodeInputs, DecodeProblem, Mendable, MHAProblem, Problem, SparsePrefillProblem
 
 __all__ = [
     "NAME",
@@ -46,6 +46,10 @@ def why_not(problem: Problem) -> str | None:
         return kernels.unavailable(sparse_prefill_kernel(problem))
     if isinstance(problem, MHAProblem):
         return mha_launch.why_not(problem)
+    if not problem.aligned:
+        return Mendable(
+            "by its strides, pages of a cache, or rows of a plain one, do not begin at multiples of 16 bytes"
+        )
     return _of_its_mode(problem).why_not(problem)
 
 
