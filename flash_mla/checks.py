@@ -11,6 +11,8 @@ import dataclasses
 import math
 import numbers
 import operator
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +35,7 @@ __all__ = [
     "no_num_splits",
     "positive_int",
     "real_number",
+    "renamed",
     "same_device",
     "same_plan",
     "sparse_prefill",
@@ -167,6 +170,11 @@ def max_seqlen(name: str, value: object, *, b: int, total: int, is_varlen: bool)
     if bound < 0 or bound * b < total:
         raise ValueError(f"{name}: got {bound}, need at least {-(-total // b)}: {b} sequences hold {total} tokens")
     return bound
+
+
+def renamed(error: Exception, names: Mapping[str, str]) -> Exception:
+    """The same error of a function whose arguments have other names."""
+    return type(error)(re.sub(rf"\b({'|'.join(names)})\b", lambda name: names[name[0]], str(error)))
 
 
 def no_dropout(dropout_p: object) -> None:

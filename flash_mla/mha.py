@@ -84,6 +84,15 @@ def flash_attn_varlen_func(
     return out, lse
 
 
+# What a packed form calls an argument of flash_attn_varlen_func.
+_OF_KV = {"k": "kv", "v": "kv"}
+_OF_QKV = {
+    **dict.fromkeys(("q", "k", "v"), "qkv"),
+    **dict.fromkeys(("cu_seqlens_qo", "cu_seqlens_kv"), "cu_seqlens"),
+    **dict.fromkeys(("max_seqlen_qo", "max_seqlen_kv"), "max_seqlen"),
+}
+
+
 def flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -108,20 +117,23 @@ def flash_attn_varlen_qkvpacked_func(
     """
     d_v = checks.mha_packed("qkv", qkv, head_dim_qk, qk_parts=2)
     q, k, v = qkv.split([head_dim_qk, head_dim_qk, d_v], dim=-1)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        deterministic=deterministic,
-        is_varlen=is_varlen,
-    )
+    try:
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            dropout_p=dropout_p,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            deterministic=deterministic,
+            is_varlen=is_varlen,
+        )
+    except (TypeError, ValueError) as error:
+        raise checks.renamed(error, _OF_QKV) from error
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -150,17 +162,20 @@ def flash_attn_varlen_kvpacked_func(
     """
     d_v = checks.mha_packed("kv", kv, head_dim_qk, qk_parts=1)
     k, v = kv.split([head_dim_qk, d_v], dim=-1)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_qo,
-        cu_seqlens_kv,
-        max_seqlen_qo,
-        max_seqlen_kv,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        deterministic=deterministic,
-        is_varlen=is_varlen,
-    )
+    try:
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_qo,
+            cu_seqlens_kv,
+            max_seqlen_qo,
+            max_seqlen_kv,
+            dropout_p=dropout_p,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            deterministic=deterministic,
+            is_varlen=is_varlen,
+        )
+    except (TypeError, ValueError) as error:
+        raise checks.renamed(error, _OF_KV) from error

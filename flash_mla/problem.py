@@ -32,9 +32,8 @@ class DecodeProblem:
     has_topk_length: bool = False
     has_extra_topk_length: bool = False
     batch_invariant: bool = False
-    aligned: bool = (
-        True  # whether pages of caches, of plain ones rows, begin at multiples of 16 bytes, by their strides
-    )
+    # By their strides, caches' pages, and rows of plain caches, begin at multiples of 16 bytes.
+    aligned: bool = True
 
     @property
     def mode(self) -> str:

@@ -450,6 +450,21 @@ def test_misuse_of_packed_forms(packed: Any, head_dim_qk: Any, error: type[Excep
         flash_attn_varlen_kvpacked_func(GOOD.q, packed, GOOD.cu_q, GOOD.cu_kv, 4, 6, head_dim_qk)
 
 
+def test_errors_of_packed_forms_name_their_own_arguments() -> None:
+    qkv, kv = torch.zeros(7, 2, 512).half(), torch.zeros(9, 3, 320).half()
+    with pytest.raises(TypeError, match=r"^cu_seqlens: got dtype int64"):
+        flash_attn_varlen_qkvpacked_func(qkv, torch.tensor([0, 7]), 7, 192)
+    with pytest.raises(ValueError, match=r"^max_seqlen: got 6, need at least 7"):
+        flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens([7]), 6, 192)
+    with pytest.raises(ValueError, match=r"^cu_seqlens: got offsets from 0 to 6"):
+        flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens([6]), 7, 192)
+    q = torch.zeros(7, 2, 192)
+    with pytest.raises(TypeError, match=r"^kv: got dtype float16, need bfloat16"):
+        flash_attn_varlen_kvpacked_func(q.bfloat16(), kv, cu_seqlens([7]), cu_seqlens([9]), 7, 9, 192)
+    with pytest.raises(ValueError, match=r"^q: got h_q=2, need a positive multiple of kv's h_kv=3"):
+        flash_attn_varlen_kvpacked_func(q.half(), kv, cu_seqlens([7]), cu_seqlens([9]), 7, 9, 192)
+
+
 def test_second_derivatives_are_refused() -> None:
     case = make_case([3], [4])
     q = case.q.clone().requires_grad_()

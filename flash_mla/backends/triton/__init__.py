@@ -33,7 +33,7 @@ def why_not(problem: Problem) -> str | None:
 
 
 def _no_device(device: torch.device) -> str | None:
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cpu" and _interprets():
         return None
     if device.type != "cuda":
         return f"the tensors are on {device}, not on a CUDA device"
@@ -41,6 +41,10 @@ def _no_device(device: torch.device) -> str | None:
     if major < 8:
         return f"{device} is an sm_{major}{minor} GPU, older than sm_80"
     return None
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
@@ -52,6 +56,8 @@ def _no_triton() -> str | None:
 
 @functools.cache
 def _bind_functions() -> None:
+    if _interprets():
+        importlib.import_module(f"{__name__}.interpreter")
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in _FUNCTIONS}
     for name, functions in _FUNCTIONS.items():
         globals().update({function: getattr(modules[name], function) for function in functions})
