@@ -1,9 +1,10 @@
-"""flash-mla info | check | demo | build."""
+"""flash-mla info | check | demo | bench | build."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import importlib.metadata
 import platform
 import sys
@@ -17,6 +18,7 @@ from rich.table import Column, Table
 
 from flash_mla import __version__, backends, checks, kernels
 from flash_mla.backends.hopper.variants import ARCH, VARIANTS
+from flash_mla.bench import BENCHMARKS
 from flash_mla.demo import DemoOptions, run_demo
 from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.problem import DecodeProblem, MHAProblem, Problem, SparsePrefillProblem
@@ -71,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seed", type=int, help=f"of the random tokens ({defaults.seed})")
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="measure a mode here, beside another implementation if told so")
+    bench.add_argument("benchmark", choices=BENCHMARKS)
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the benchmark, such as --help")
+    bench.set_defaults(run=_bench)
 
     build = commands.add_parser("build", help="compile the Hopper kernels; needs the build extra, no GPU")
     build.add_argument("--arch", choices=[ARCH], default=ARCH)
@@ -170,6 +177,17 @@ def _demo(options: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(DemoOptions)]
     given = {name: value for name, value in vars(options).items() if name in names}
     return 0 if run_demo(DemoOptions(**given)).verified else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if (
+        options.benchmark != "cpu_decode"
+        and not {"-h", "--help"} & {*options.arguments}
+        and not torch.cuda.is_available()
+    ):
+        raise RuntimeError(f"{options.benchmark} is measured on a CUDA GPU; cpu_decode is measured without")
+    importlib.import_module(f"flash_mla.bench.{options.benchmark}").main(options.arguments)
+    return 0
 
 
 def _build(options: argparse.Namespace) -> int:

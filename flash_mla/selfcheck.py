@@ -423,7 +423,7 @@ def _mha(
 
 
 def _hopper_kernels(device: torch.device, gen: torch.Generator) -> Iterator[Row]:
-    """The kernels that every split-KV mode shares, by themselves."""
+    """What split-KV modes share, by itself: the planner, and combine, which the modes' own kernels have built in."""
     for mode, names, run in (
         ("planner kernel", ("planner_balanced", "planner_batch_invariant"), _planner),
         ("combine kernel", ("combine_bf16",), _combine),

@@ -15,6 +15,7 @@ from test_kernels import NAME, NO_DSL, make_bundle
 
 from flash_mla import KVCacheFormat, __version__, backends, build, cli, demo, kernels, selfcheck
 from flash_mla.backends.hopper.variants import ARCH, VARIANTS
+from flash_mla.bench import BENCHMARKS, cpu_decode
 
 
 class Ran(NamedTuple):
@@ -54,11 +55,36 @@ class TestParser:
         assert ran.status == 2
         assert "usage: flash-mla" in ran.err
 
-    @pytest.mark.parametrize("command", ["info", "check", "demo", "build"])
+    @pytest.mark.parametrize("command", ["info", "check", "demo", "bench", "build"])
     def test_each_subcommand_explains_itself(self, run, command):
         ran = run(command, "--help")
         assert ran.status == 0
         assert f"usage: flash-mla {command}" in ran.out
+
+
+class TestBench:
+    @pytest.mark.parametrize("name", BENCHMARKS)
+    def test_each_explains_itself(self, run, name):
+        if name != "cpu_decode":
+            pytest.importorskip("triton")
+        ran = run("bench", name, "--help")
+        assert ran.status == 0
+        assert f"usage: flash-mla bench {name}" in ran.out
+        assert f"flash-mla bench {name}" in ran.out.split("options:")[0].split("\n\n", 1)[1], "in its description"
+        assert "--out" in ran.out
+
+    def test_without_a_gpu_it_says_what_is_measured_there(self, run):
+        ran = run("bench", "dense_decode", "--peer", "nothing")
+        assert (ran.status, ran.out) == (1, "")
+        assert "dense_decode is measured on a CUDA GPU; cpu_decode is measured without" in ran.err
+
+    def test_cpu_decode_records_what_it_prints(self, run, monkeypatch, tmp_path):
+        monkeypatch.setattr(cpu_decode, "CASES", [cpu_decode.Dense(1, 1, 64, 1), cpu_decode.SparsePrefill(1, 64, 8, 1)])
+        ran = run("bench", "cpu_decode", "--repeats", "1", "--out", str(tmp_path))
+        assert ran.status == 0
+        result = json.loads((tmp_path / "cpu_decode.json").read_text())
+        assert [row["mode"] for row in result["rows"]] == ["Dense", "SparsePrefill"]
+        assert ran.out.count("of a matmul") == 4
 
 
 class TestInfo:

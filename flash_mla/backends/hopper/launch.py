@@ -1,4 +1,7 @@
-"""What torch-level launches of Hopper kernels share: the plan, combine, and how tensors are handed over."""
+"""What torch-level launches of Hopper kernels share: the plan, who merges, and how tensors are handed over.
+
+`combine` launches by itself what each mode's kernel has built in, for tests.
+"""
 
 from __future__ import annotations
 

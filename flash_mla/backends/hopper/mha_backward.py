@@ -40,7 +40,7 @@ from flash_mla.backends.hopper.mha_gradient_rows import (
     GradientRows,
     add_registers,
     add_staged,
-    stage,
+    stage_sums,
     store_registers,
 )
 from flash_mla.backends.hopper.mha_output_rows import WARP_ROWS, OutputRows, write_rows
@@ -674,7 +674,7 @@ class MHABackward(BackwardLoads):
     def stage_dq(self, c: Consumer):
         """Leave dQ where it can be added from, once what was staged before has been read."""
         wait_for_staged()
-        stage(c.f.dq, self.room(c), c.thread % 32, self.staged)
+        stage_sums(c.f.dq, self.room(c), c.thread % 32, self.staged)
 
     @cute.jit
     def add_dq(self, c: Consumer, work: KeyTile, visit: Visit, number: Int32):

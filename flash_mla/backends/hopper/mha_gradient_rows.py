@@ -190,7 +190,7 @@ def add_registers(to: cute.Pointer, dq: cute.Tensor, lane: Int32, begin: int):
         )
 
 
-def stage(dq: cute.Tensor, room: cute.Pointer, lane: Int32, count: int):
+def stage_sums(dq: cute.Tensor, room: cute.Pointer, lane: Int32, count: int):
     """Put the first `count` values of this warp's part of dQ where `add_staged` adds them from after a fence."""
     for i, values in enumerate(units_of(dq)[: count // UNIT]):
         cute.autovec_copy(values, cute.make_tensor((room + i * UNIT + lane * 4).align(16), values.layout))

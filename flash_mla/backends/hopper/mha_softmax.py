@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, range_constexpr
 
-from flash_mla.backends.hopper.softmax import NO_SCORE, quad_max, rescale
+from flash_mla.backends.hopper.softmax import NO_SCORE, largest, quad_max, rescale
 
 LIMIT = 256.0  # of a thread's sum over its columns of a tile, so of every probability: fp16 holds 65504
 
@@ -33,11 +33,7 @@ class Total:
 
 def row_max(scores: cute.Tensor, r: int) -> Float32:
     """Maximum over this thread's columns of its row r."""
-    values = [scores[4 * j + 2 * r + c] for j in range(cute.size(scores) // 4) for c in range(2)]
-    while len(values) > 1:
-        pairs = [cute.arch.fmax(a, b) for a, b in zip(values[::2], values[1::2], strict=False)]
-        values = pairs + values[2 * len(pairs) :]
-    return values[0]
+    return largest([scores[4 * j + 2 * r + c] for j in range(cute.size(scores) // 4) for c in range(2)])
 
 
 def exponentials(scores: cute.Tensor, p: cute.Tensor, reference: cute.Tensor, scale: Float32) -> tuple:

@@ -93,9 +93,9 @@ class SparseDecode(TokenWalk, Seesaw):
     def __call__(
         self,
         q: cute.Tensor,  # [b, s_q, h_q, d]
-        k_cache: cute.Tensor,  # [num_pages, bytes of a page] uint8
+        k_cache: cute.Tensor,  # uint8 [num_pages, bytes of a page], or [num_pages, page_size, bytes] of a plain one
         indices: cute.Tensor,  # [b, s_q, topk]
-        lengths: cute.Tensor,  # [b]: entries of indices that count
+        lengths: cute.Tensor,  # [b]: tokens that count, of those that indices name
         extra_cache: cute.Tensor,  # the same of a second cache
         extra_indices: cute.Tensor,
         extra_lengths: cute.Tensor,

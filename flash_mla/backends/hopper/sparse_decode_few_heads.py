@@ -458,12 +458,12 @@ class SparseDecodeFewHeads(TokenWalk):
         bits = few_heads_rows.load_short(block.attended, 0)
         q_scale = shared.q_scale.get_tensor(cute.make_layout(self.heads))
         references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
-        largest = []
+        top_factors = []
         for r in range_constexpr(2):
             top = Float32(LEAST_FACTOR)
             for factor in factors[r]:
                 top = cute.arch.fmax(top, cute.arch.fmax(factor, -factor))
-            largest.append(cute.math.log2(top, fastmath=True))
+            top_factors.append(cute.math.log2(top, fastmath=True))
             hidden = (Int32(bits) >> (g + 8 * r)) & 1 == 0
             for j in range_constexpr(self.heads // 8):
                 for h in range_constexpr(2):
@@ -480,12 +480,12 @@ class SparseDecodeFewHeads(TokenWalk):
         # Once more if the reference has to move, as it has in a piece's first block.
         attempts = Int32(1)
         while attempts > 0:
-            excess = self.probabilities(c, s, p, factors, largest, reference)
+            excess = self.probabilities(c, s, p, factors, top_factors, reference)
             cute.arch.fence_proxy("async.shared", space="cta")
             exceeds = uniform(any_of_warpgroup(ONE + c.side, excess > LIMIT))
             attempts = cutlass.select_((exceeds != 0) & (attempts == 1), Int32(2), Int32(0))
             if attempts > 0:
-                self.move_reference(c, shared, s, largest, reference, sums)
+                self.move_reference(c, shared, s, top_factors, reference, sums)
         for e in range_constexpr(self.heads // 2):
             n = e // 4 * 2 + e % 2
             sums[n] = sums[n] + p[e]
@@ -542,7 +542,7 @@ class SparseDecodeFewHeads(TokenWalk):
             tiled.set(warpgroup.Field.ACCUMULATE, not (overwrite and k == 0))
             cute.gemm(tiled, acc, a[None, None, k], b[None, None, first + k], acc)
 
-    def probabilities(self, c: Consumer, s, p, factors: list, largest: list, reference: cute.Tensor) -> Float32:
+    def probabilities(self, c: Consumer, s, p, factors: list, top_factors: list, reference: cute.Tensor) -> Float32:
         """p = 2^(s - reference), and P's versions to shared memory; how far scores with scales exceed the reference.
 
         The versions are transposed on their way: heads by tokens.
@@ -560,16 +560,16 @@ class SparseDecodeFewHeads(TokenWalk):
                 # Four matrices are 16 heads.
                 offset = version * self.q_bytes + i // 4 * (16 * ROW_BYTES)
                 store_transposed(c.p_out, offset, words[i : i + 4])
-        return cute.arch.fmax(excess[0] + largest[0], excess[1] + largest[1])
+        return cute.arch.fmax(excess[0] + top_factors[0], excess[1] + top_factors[1])
 
     @cute.jit
-    def move_reference(self, c, shared, s: cute.Tensor, largest: list, reference: cute.Tensor, sums: cute.Tensor):
+    def move_reference(self, c, shared, s: cute.Tensor, top_factors: list, reference: cute.Tensor, sums: cute.Tensor):
         """Set the references of heads whose scores exceed them by far; sums and output follow."""
         tops = shared.tops.get_tensor(cute.make_layout((self.heads, 4, 2)))
         references = shared.references.get_tensor(cute.make_layout((self.heads, 2)))
         for j in range_constexpr(self.heads // 8):
             for h in range_constexpr(2):
-                top = cute.arch.fmax(s[4 * j + h] + largest[0], s[4 * j + 2 + h] + largest[1])
+                top = cute.arch.fmax(s[4 * j + h] + top_factors[0], s[4 * j + 2 + h] + top_factors[1])
                 for lanes in range_constexpr(2, 5):
                     top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, 1 << lanes))
                 if c.lane < 4:
@@ -645,9 +645,9 @@ class SparseDecodeFewHeads(TokenWalk):
                     given = cutlass.select_(c.side == LEFT, right[e], left[e])
                     kept = cutlass.select_(c.side == LEFT, left[e], right[e])
                     left[e], right[e] = given * factor, kept * factor
-        self.trade(c, shared, 0)
+        self.trade(c, 0)
         cute.arch.barrier(barrier_id=BOTH, number_of_threads=2 * WARPGROUP)
-        self.trade(c, shared, 1)
+        self.trade(c, 1)
         if slot < 0:
             self.write_rows(c, args.out[rows.request, rows.token, None, None], rows.count)
         else:
@@ -685,7 +685,7 @@ class SparseDecodeFewHeads(TokenWalk):
             factors[head, side] = weights[side] * factor
 
     @cute.jit
-    def trade(self, c, shared, i: cutlass.Constexpr):
+    def trade(self, c, i: cutlass.Constexpr):
         """Add the other side's part to this side's i-th group, through P's place."""
         given, kept = i, 2 + i
         other = c.p_trade + (1 - 2 * c.side) * self.p_bytes

@@ -1,6 +1,6 @@
 """Token-sparse decode beside another implementation of the same API, on the same inputs in one process.
 
-python benchmarks/sparse_decode.py [--peer MODULE] [--out FOLDER]
+flash-mla bench sparse_decode [--peer MODULE] [--out FOLDER]
 
 MODULE is anything importable with FlashMLA's functions. Every request has its own tokens, of which each query token
 attends to `topk` that are drawn anew, all different; together they are far larger than the L2. cold: L2 flushed before
@@ -10,14 +10,14 @@ be measured otherwise. FlashMLA needs 64 heads or more: with fewer, it is given 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-import measure
 import torch
 
 from flash_mla import KVCacheFormat
+from flash_mla.bench import measure
 
 D_V = 512
 PEER_HEADS = 64
@@ -121,5 +121,5 @@ def prepare(case: Case, modules: Mapping[str, ModuleType]) -> tuple[dict[str, Ca
     return calls, amounts
 
 
-if __name__ == "__main__":
-    measure.beside_a_peer("sparse_decode", __doc__, CASES, prepare)
+def main(arguments: Sequence[str] | None = None) -> None:
+    measure.beside_a_peer("sparse_decode", __doc__, CASES, prepare, arguments)

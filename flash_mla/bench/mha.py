@@ -1,4 +1,4 @@
-"""Time dense multi-head attention beside cuDNN's, as PyTorch calls it: `python benchmarks/mha.py [--out FOLDER]`.
+"""Time dense multi-head attention beside cuDNN's, as PyTorch calls it: `flash-mla bench mha [--out FOLDER]`.
 
 Then sequences as long as prompts that were sent to two services, beside sequences that are all 4096 tokens long.
 
@@ -8,19 +8,18 @@ once: d_qk + d_v forward, 3 d_qk + 2 d_v backward, times 2 for every pair of a q
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
-import measure
 import torch
-from prompts import PROMPTS, shuffled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_mla
 from flash_mla import backends
+from flash_mla.bench import measure
+from flash_mla.bench.prompts import PROMPTS, shuffled
 from flash_mla.problem import MHAProblem
 
 D_V = 128
@@ -69,16 +68,19 @@ def calls(case: Case) -> dict[str, dict[str, Callable[[], object]]]:
             out = forward()
         return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
 
-    forward, backward = {"flash-mla": torch.no_grad()(ours)}, {"flash-mla": gradients(ours, dout.detach())}
+    forward: dict[str, Callable[[], object]] = {"flash-mla": torch.no_grad()(ours)}
+    backward = {"flash-mla": gradients(ours, dout.detach())}
     if total == len(case.lengths) * longest:
-        by_head = [x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v, dout)]
+        q_heads, k_heads, v_heads, dout_heads = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v, dout))
 
         def cudnn() -> torch.Tensor:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return torch.nn.functional.scaled_dot_product_attention(*by_head[:3], is_causal=case.causal)
+                return torch.nn.functional.scaled_dot_product_attention(
+                    q_heads, k_heads, v_heads, is_causal=case.causal
+                )
 
         forward["cudnn"] = torch.no_grad()(cudnn)
-        backward["cudnn"] = gradients(cudnn, by_head[3].detach())
+        backward["cudnn"] = gradients(cudnn, dout_heads.detach())
     return {"forward": forward, "backward": backward}
 
 
@@ -94,7 +96,13 @@ def beside_cudnn(case: Case) -> list[dict]:
     rows = []
     for direction, functions in calls(case).items():
         flops = case.flops(direction)
-        row = {**shape, "direction": direction, "backend": case.backend, "flops": flops, **timed(functions)}
+        row: dict[str, Any] = {
+            **shape,
+            "direction": direction,
+            "backend": case.backend,
+            "flops": flops,
+            **timed(functions),
+        }
         rows.append(row)
         cold, hot = row["cold_us"], row["hot_us"]
         print(
@@ -122,7 +130,7 @@ def beside_one_length(d_qk: int) -> list[dict]:
         }
         for trace in PROMPTS:
             case = cases[trace]
-            row = {
+            row: dict[str, Any] = {
                 "trace": trace, **asdict(case), "direction": direction, "backend": case.backend,
                 "flops": case.flops(direction), **{kind: us[trace] for kind, us in times.items()},
                 "rate_of_one_length": {kind: rate[trace] / rate["one length"] for kind, rate in rates.items()},
@@ -138,19 +146,14 @@ def beside_one_length(d_qk: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = measure.parser("mha", __doc__)
     parser.add_argument("--no-prompts", action="store_true", help="leave out the sequences as long as prompts")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     ceilings = dict(zip(("matmul_cold_flops", "matmul_hot_flops"), measure.matmul_rate(), strict=True))
     print({name: f"{value / 1e12:.0f}e12" for name, value in ceilings.items()}, flush=True)
     rows = [row for case in CASES for row in beside_cudnn(case)]
     if not options.no_prompts:
         rows += [row for d_qk in (192, 128) for row in beside_one_length(d_qk)]
     forced = os.environ.get("FLASH_MLA_BACKEND")
-    print(measure.record(f"{forced}_mha" if forced else "mha", ceilings, rows, options.out))
-
-
-if __name__ == "__main__":
-    main()
+    measure.record(f"{forced}_mha" if forced else "mha", ceilings, rows, options.out)

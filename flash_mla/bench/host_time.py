@@ -1,6 +1,6 @@
 """Host time of a steady-state call: until Python goes on, its kernels launched but not waited for.
 
-python benchmarks/host_time.py [--peer MODULE] [--out FOLDER]
+flash-mla bench host_time [--peer MODULE] [--out FOLDER]
 
 MODULE is anything importable with FlashMLA's functions; dense MHA is beside cuDNN, as PyTorch calls it. Shapes are so
 small that the GPU is done with a call before the host is with the next. `launch` is a kernel launch of PyTorch's, in
@@ -9,16 +9,15 @@ place and without allocation, for scale.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
-import dense_decode
-import measure
-import mha
-import sparse_decode
-import sparse_prefill
 import torch
 
-CASES = {
+from flash_mla.bench import dense_decode, measure, mha, sparse_decode, sparse_prefill
+
+CASES: dict[str, tuple[Any, Any]] = {
     "dense decode": (dense_decode, dense_decode.Case(4, 1, 128, 128)),
     "sparse decode": (sparse_decode, sparse_decode.Case(4, 1, 64, 128, s_k=1024)),
     "sparse decode, two caches": (sparse_decode, sparse_decode.Case(4, 1, 64, 128, "FP8_V4", 1024, 64, 128)),
@@ -27,8 +26,8 @@ CASES = {
 MHA = mha.Case((128,), 8, 192, True)
 
 
-def main() -> None:
-    modules, folder = measure.command_line(__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    modules, folder = measure.command_line("host_time", __doc__, arguments)
     counter = torch.zeros(1, device="cuda")
     launch = measure.host({"launch": lambda: counter.add_(1)})["launch"]
     print(f"launch: {launch * 1e6:.1f} us", flush=True)
@@ -46,8 +45,4 @@ def main() -> None:
         rows.append({"mode": f"dense MHA {direction}", **asdict(MHA), "host_us": host_us})
     for row in rows:
         print(row["mode"], {name: f"{us:.1f} us" for name, us in row["host_us"].items()}, flush=True)
-    print(measure.record("host_time", {"launch_seconds": launch}, rows, folder))
-
-
-if __name__ == "__main__":
-    main()
+    measure.record("host_time", {"launch_seconds": launch}, rows, folder, modules.get("peer"))

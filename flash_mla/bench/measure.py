@@ -21,8 +21,6 @@ import triton.language as tl
 
 import flash_mla
 
-RESULTS = Path(__file__).parent / "results"
-
 _flush: torch.Tensor | None = None
 
 
@@ -109,9 +107,12 @@ def matmul_rate() -> tuple[float, float]:
     return flops / cold(matmul, 20)["matmul"], flops / back_to_back(matmul)["matmul"]
 
 
-def environment() -> dict[str, str]:
+def environment(peer: ModuleType | None = None) -> dict[str, str]:
     """What a result must be read with."""
+    named = {} if peer is None else {"peer": f"{peer.__name__} {getattr(peer, '__version__', '')}".strip()}
     return {
+        "flash_mla": flash_mla.__version__,
+        **named,
         "date": datetime.date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -121,12 +122,16 @@ def environment() -> dict[str, str]:
     }
 
 
-def record(name: str, ceilings: dict[str, float], rows: list[dict], folder: Path = RESULTS) -> Path:
-    """Write one benchmark's results as data."""
+def record(
+    name: str, ceilings: dict[str, float], rows: list[dict], folder: Path | None, peer: ModuleType | None = None
+) -> None:
+    """Write one benchmark's results as data, if there is a folder for them."""
+    if folder is None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({**environment(), "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
-    return path
+    path.write_text(json.dumps({**environment(peer), "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
+    print(path)
 
 
 def graph(call: Callable[[], object]) -> Callable[[], object]:
@@ -142,12 +147,22 @@ def graph(call: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def command_line(description: str | None) -> tuple[dict[str, ModuleType], Path]:
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark, so far."""
+    parser = argparse.ArgumentParser(
+        f"flash-mla bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder to record results in")
+    return parser
+
+
+def command_line(
+    name: str, description: str | None, arguments: Sequence[str] | None
+) -> tuple[dict[str, ModuleType], Path | None]:
     """(what to measure: "flash-mla" and, if `--peer` names one, "peer"; the folder for results)."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", help="module to compare with")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    line = parser(name, description)
+    line.add_argument("--peer", metavar="MODULE", help="importable, with FlashMLA's functions, to measure beside")
+    options = line.parse_args(arguments)
     modules = {"flash-mla": flash_mla}
     if options.peer:
         modules["peer"] = importlib.import_module(options.peer)
@@ -159,6 +174,7 @@ def beside_a_peer(
     description: str | None,
     cases: Sequence[Any],
     prepare: Callable[[Any, Mapping[str, ModuleType]], tuple[dict[str, Callable[[], object]], dict[str, int]]],
+    arguments: Sequence[str] | None,
 ) -> None:
     """The command line of a benchmark: flash-mla and, if `--peer` names one, another module on the same inputs.
 
@@ -168,8 +184,9 @@ def beside_a_peer(
         cases: dataclasses.
         prepare: makes a case's inputs and returns a call for each of the modules, which are named "flash-mla" and
             "peer", and what the case amounts to: "flops" at least.
+        arguments: of the command line.
     """
-    modules, folder = command_line(description)
+    modules, folder = command_line(name, description, arguments)
     ceilings = {"read_bytes_per_second": read_bandwidth()}
     ceilings["matmul_cold_flops"], ceilings["matmul_hot_flops"] = matmul_rate()
     print({ceiling: f"{value / 1e12:.2f}e12" for ceiling, value in ceilings.items()}, flush=True)
@@ -188,4 +205,4 @@ def beside_a_peer(
         ours = row["cold_us"]["flash-mla"]
         rates = ", ".join(f"{amount / ours / 1e6:.2f}e12 {unit}/s" for unit, amount in amounts.items())
         print(f"{case}: {ours:.1f} us, {rates}, x{ratios[0]:.3f} cold, x{ratios[1]:.3f} hot", flush=True)
-    print(record(name, ceilings, rows, folder))
+    record(name, ceilings, rows, folder, modules.get("peer"))

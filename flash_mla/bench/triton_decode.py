@@ -1,6 +1,6 @@
 """The Triton backend's decode and sparse prefill beside another implementation, on the same inputs in one process.
 
-python benchmarks/triton_decode.py [--peer MODULE] [--out FOLDER]
+flash-mla bench triton_decode [--peer MODULE] [--out FOLDER]
 
 The cases are of the benchmarks of each mode, which say how their inputs are drawn.
 """
@@ -8,13 +8,10 @@ The cases are of the benchmarks of each mode, which say how their inputs are dra
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
-import dense_decode
-import measure
-import sparse_decode
-import sparse_prefill
+from flash_mla.bench import dense_decode, measure, sparse_decode, sparse_prefill
 
 PREPARE = {module.Case: module.prepare for module in (dense_decode, sparse_decode, sparse_prefill)}
 CASES = [
@@ -29,6 +26,6 @@ def prepare(case: object, modules: Mapping[str, ModuleType]) -> tuple[dict[str, 
     return PREPARE[type(case)](case, modules)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["FLASH_MLA_BACKEND"] = "triton"
-    measure.beside_a_peer("triton_decode", __doc__, CASES, prepare)
+    measure.beside_a_peer("triton_decode", __doc__, CASES, prepare, arguments)

@@ -1,6 +1,6 @@
 """Sparse prefill beside another implementation of the same API, on the same inputs in one process.
 
-python benchmarks/sparse_prefill.py [--peer MODULE] [--out FOLDER]
+flash-mla bench sparse_prefill [--peer MODULE] [--out FOLDER]
 
 MODULE is anything importable with FlashMLA's functions. Each query token names `topk` different rows at random; or, as
 when prompts are read that were sent to a service, those of its prompt that are not behind it, if there are more than
@@ -11,13 +11,14 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-import measure
 import torch
-from prompts import PROMPTS, shuffled
+
+from flash_mla.bench import measure
+from flash_mla.bench.prompts import PROMPTS, shuffled
 
 D_V = 512
 
@@ -97,5 +98,5 @@ def prepare(case: Case, modules: Mapping[str, ModuleType]) -> tuple[dict[str, Ca
     return {name: caller(module, case, inputs) for name, module in modules.items()}, amounts
 
 
-if __name__ == "__main__":
-    measure.beside_a_peer("sparse_prefill", __doc__, CASES, prepare)
+def main(arguments: Sequence[str] | None = None) -> None:
+    measure.beside_a_peer("sparse_prefill", __doc__, CASES, prepare, arguments)

@@ -1,4 +1,4 @@
-"""Decode and sparse prefill on the CPU beside one matmul of as many FLOPs: `python benchmarks/cpu_decode.py`.
+"""Decode and sparse prefill on the CPU beside one matmul of as many FLOPs: `flash-mla bench cpu_decode`.
 
 FLOPs = 2 * h_q * attended tokens * (d + d_v), d + d_v being 576 + 512. The ceiling is a square matmul in fp32 or bf16,
 whichever is faster here, in turns with the call it is held against. Other programs slow a call of many operations far
@@ -13,9 +13,10 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,14 +43,14 @@ class Dense:
 
     def call(self) -> Callable[[], object]:
         pages = -(-self.s_k // PAGE)
-        args = {
+        args: dict[str, Any] = {
             "q": torch.randn(self.b, self.s_q, self.h_q, D).bfloat16(),
             "k_cache": make_cache(self.kv_format, self.b * pages),
             "block_table": torch.randperm(self.b * pages).int().view(self.b, pages),
             "cache_seqlens": torch.full((self.b,), self.s_k, dtype=torch.int32),
             "tile_scheduler_metadata": flash_mla.get_mla_metadata()[0],
         }
-        flags = {"causal": self.causal, "is_fp8_kvcache": self.kv_format.is_quantised}
+        flags: dict[str, Any] = {"causal": self.causal, "is_fp8_kvcache": self.kv_format.is_quantised}
         return lambda: flash_mla.flash_mla_with_kvcache(head_dim_v=D_V, **args, **flags)
 
 
@@ -69,7 +70,7 @@ class Sparse:
         return 2 * self.b * self.s_q * self.topk * self.h_q * (D + D_V)
 
     def call(self) -> Callable[[], object]:
-        args = {
+        args: dict[str, Any] = {
             "q": torch.randn(self.b, self.s_q, self.h_q, D).bfloat16(),
             "k_cache": make_cache(self.kv_format, self.s_kv // PAGE),
             "block_table": None,
@@ -102,7 +103,7 @@ class SparsePrefill:
         return lambda: flash_mla.flash_mla_sparse_fwd(q, kv, indices, D**-0.5)
 
 
-CASES = [
+CASES: list[Dense | Sparse | SparsePrefill] = [
     Dense(8, 1, 4096, 128),
     Dense(8, 2, 4096, 128, causal=True),
     Dense(8, 1, 4096, 16),
@@ -165,12 +166,14 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "flash-mla bench cpu_decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="folder to record results in")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     dtype = faster_dtype()
@@ -194,11 +197,8 @@ def main() -> None:
         "python": platform.python_version(),
         "rows": rows,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "cpu_decode.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
-
-
-if __name__ == "__main__":
-    main()
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / "cpu_decode.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(path)

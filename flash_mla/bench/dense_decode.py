@@ -1,6 +1,6 @@
 """Dense decode beside another implementation of the same API, on the same inputs in one process.
 
-python benchmarks/dense_decode.py [--peer MODULE] [--out FOLDER]
+flash-mla bench dense_decode [--peer MODULE] [--out FOLDER]
 
 MODULE is anything importable with FlashMLA's functions. Lengths are drawn as DeepSeek's own benchmark draws them:
 normal with a standard deviation of half the mean; or they are those of prompts that were sent to a service. cold: L2
@@ -12,13 +12,14 @@ case says.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-import measure
 import torch
-from prompts import PROMPTS, shuffled
+
+from flash_mla.bench import measure
+from flash_mla.bench.prompts import PROMPTS, shuffled
 
 D, D_V = 576, 512
 PEER_PAGE_SIZE = 64
@@ -105,5 +106,5 @@ def prepare(case: Case, modules: Mapping[str, ModuleType]) -> tuple[dict[str, Ca
     return {name: caller(module, case, inputs_of[name]) for name, module in modules.items()}, amounts
 
 
-if __name__ == "__main__":
-    measure.beside_a_peer("dense_decode", __doc__, CASES, prepare)
+def main(arguments: Sequence[str] | None = None) -> None:
+    measure.beside_a_peer("dense_decode", __doc__, CASES, prepare, arguments)
