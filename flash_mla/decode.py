@@ -308,8 +308,8 @@ def _traced(
     if out is None:
         out = inputs.q.new_empty(problem.b, problem.s_q, problem.h_q, problem.d_v)
     scale = problem.d_qk**-0.5 if softmax_scale is None else softmax_scale
-    inputs = inputs._replace(out=out, softmax_scale=scale)
-    lse = torch.ops.flash_mla.decode(*inputs, *flags, meta.tile_scheduler_metadata, meta.num_splits)
+    *tensors, _, _ = inputs  # all but out and the scale; older versions of torch.compile do not know _replace
+    lse = torch.ops.flash_mla.decode(*tensors, out, scale, *flags, meta.tile_scheduler_metadata, meta.num_splits)
     return out, lse
 
 

@@ -143,7 +143,7 @@ class KVCacheFormat(enum.Enum):
             return fit
         k_cache = checks.tensor(name, k_cache, "num_pages page_size h_kv bytes", QUANTISED_DTYPES, h_kv=1)
         nbytes = k_cache.shape[-1]
-        fits = [one for one in cls if one.is_quantised and d in one.head_dims and (extra or one is not cls.FP4_V41)]
+        fits = [one for one in _QUANTISED if d in one.head_dims and (extra or one is not cls.FP4_V41)]
         for fit in fits:
             if fit.bytes_per_token(d) == nbytes:
                 fit._require_dense_pages(name, k_cache)
@@ -366,6 +366,7 @@ _SCALE_RANGES = {
 }
 
 _PLAIN = {KVCacheFormat.BF16: torch.bfloat16, KVCacheFormat.FP16: torch.float16}
+_QUANTISED = tuple(one for one in KVCacheFormat if one not in _PLAIN)
 
 _LAYOUTS: dict[KVCacheFormat, dict[int, Layout]] = {
     KVCacheFormat.BF16: {d: Layout(((Field("plain", Number.BF16, d),),)) for d in (576, 512)},

@@ -127,5 +127,6 @@ def _traced(inputs: SparsePrefillInputs, d_v: int) -> tuple[torch.Tensor, torch.
     out = inputs.out
     if out is None:
         out = inputs.q.new_empty(*inputs.q.shape[:2], d_v)
-    max_logits, lse = torch.ops.flash_mla.sparse_prefill(*inputs._replace(out=out))
+    *others, _ = inputs
+    max_logits, lse = torch.ops.flash_mla.sparse_prefill(*others, out)
     return out, max_logits, lse

@@ -48,7 +48,7 @@ MODES = [dense, fp8, sparse, sparse_with_everything]
 
 def step(q: torch.Tensor, args: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode with a schedule of its own between pointwise work, which compilation may fuse and lay out anew."""
-    out, lse = call(args | {"q": q * 2})
+    out, lse = call({**args, "q": q * 2})
     return out - 1, lse * 2
 
 

@@ -23,9 +23,9 @@ CASES = [
 
 
 def prepare(case: object, modules: Mapping[str, ModuleType]) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    os.environ["FLASH_MLA_BACKEND"] = "triton"
     return PREPARE[type(case)](case, modules)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    os.environ["FLASH_MLA_BACKEND"] = "triton"
     measure.beside_a_peer("triton_decode", __doc__, CASES, prepare, arguments)

@@ -86,7 +86,8 @@ def test_matches_the_definition():
         got, got_lse = out.double().cpu(), lse.double().cpu()
         assert got[~split].isnan().all(), "rows of whole units are not touched"
         assert got_lse[~split].isnan().all()
-        torch.testing.assert_close(got[split], expected[split], atol=4e-3, rtol=8e-3)
+        # The result is rounded to nearest; the rest is for the sums.
+        torch.testing.assert_close(got[split], expected[split], atol=1e-4, rtol=torch.finfo(dtype).eps / 2)
         torch.testing.assert_close(got_lse[split], expected_lse[split], atol=2e-5, rtol=1e-6)
         outside = torch.cat([buffer[..., :256], buffer[..., 768:]], -1)
         assert outside.isnan().all(), "nothing is written outside the outputs"

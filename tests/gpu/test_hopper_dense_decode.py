@@ -104,8 +104,22 @@ def test_rows_of_one_tile(h_q, s_q):
     check(case(9, s_q, h_q // s_q, 1, [100, 0, 64, 700, 1, 63, 65, 2000, 128]), causal=True)
 
 
-def test_a_cache_that_tma_cannot_read_is_refused():
+def test_a_cache_whose_strides_tma_cannot_follow_is_left_to_triton():
     q, k, table, lengths = case(2, 1, 16, 1, [300, 5])
-    odd = torch.zeros(k.shape[0], 64, 1, 577, dtype=k.dtype, device="cuda")
+    odd = torch.zeros(k.shape[0], 64, 1, 577, dtype=k.dtype, device="cuda")[..., :576].copy_(k)
+    with pytest.warns(UserWarning, match=r"dense decode runs on triton, slower than hopper: .* multiples of 16 bytes"):
+        check((q, odd, table, lengths))
+
+
+def test_a_cache_at_an_address_that_tma_cannot_read_is_refused():
+    q, k, table, lengths = case(2, 1, 16, 1, [300, 5])
+    odd = torch.zeros(k.numel() + 1, dtype=k.dtype, device="cuda")[1:].view_as(k)
     with pytest.raises(ValueError, match=r"k_cache: got strides .* multiples of 16 bytes"):
-        run(q, odd[..., :576], table, lengths)
+        run(q, odd, table, lengths)
+
+
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_a_cache_without_pages(h_q):
+    q, k, table, lengths = case(3, 2, h_q, 1, [0, 0, 0], extra_pages=0)
+    assert len(k) == 0
+    check((q, k, table, lengths), causal=True)

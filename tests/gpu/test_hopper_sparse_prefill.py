@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import SKIPPED, assert_close, assert_close_lse, assert_close_out, poisoned_out, spread
 
-from flash_mla import flash_mla_sparse_fwd, reference
+from flash_mla import flash_mla_sparse_fwd, reference, sparse_prefill
+from flash_mla.backends.hopper import sparse_prefill_launch
 
 pytestmark = pytest.mark.gpu
 
@@ -214,6 +215,26 @@ def test_indices_that_are_filled_up(h_q):
     args["indices"][behind] = filling[torch.randint(4, (int(behind.sum()),), device="cuda")]
     check_some(args, [*range(0, 300, 3), *random.sample(range(300, s_q), 60), s_q - 1])
     check_some(args | {"indices": spread(args["indices"])}, [0, 1, 2, 255, 256, 257, 258, 8599])
+
+
+def test_a_graph_may_be_replayed_after_calls_of_many_other_shapes():
+    args = case(3, 800, 2048, 128)
+    flash_mla_sparse_fwd(**args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = flash_mla_sparse_fwd(**args)
+    graph.replay()
+    want = [result.clone() for result in results]
+    sparse_prefill_launch._call.cache_clear()
+    sparse_prefill._served.cache_clear()
+    sparse_prefill._latest = None
+    junk = [torch.full((n,), -1, dtype=torch.int32, device="cuda") for n in (1, 64, 128, 1000) for _ in range(500)]
+    for result in results:
+        result.fill_(math.nan)
+    graph.replay()
+    for result, one in zip(results, want, strict=True):
+        assert torch.equal(result, one)
+    del junk
 
 
 @pytest.mark.parametrize("s_q", [2, 150])
