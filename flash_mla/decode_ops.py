@@ -65,7 +65,7 @@ def _is_aligned(cache: torch.Tensor | None) -> bool:
     if cache is None:
         return True
     if cache.element_size() == 1:
-        return cache.shape[0] == 1 or cache.stride(0) % 16 == 0
+        return cache.shape[0] <= 1 or cache.stride(0) % 16 == 0
     return all(stride % 8 == 0 and stride > 0 for stride in cache.stride()[:-1])
 
 

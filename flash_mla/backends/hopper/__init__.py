@@ -75,12 +75,12 @@ def record(
 
 
 def _with_pages(inputs: DecodeInputs) -> DecodeInputs:
-    """The same for kernels, which also load a row in place of one that there is not: a cache has at least a page."""
+    """The same for kernels, which load some row, to be dropped, in place of one that there is not: caches have a page."""
     caches = {name: getattr(inputs, name) for name in ("k_cache", "extra_k_cache")}
     empty = {name: cache for name, cache in caches.items() if cache is not None and cache.shape[0] == 0}
     if not empty:
         return inputs
-    return inputs._replace(**{name: cache.new_zeros(1, *cache.shape[1:]) for name, cache in empty.items()})
+    return inputs._replace(**{name: cache.new_empty(1, *cache.shape[1:]) for name, cache in empty.items()})
 
 
 def _of_its_mode(problem: DecodeProblem) -> ModuleType:
