@@ -75,7 +75,7 @@ def record(
 
 
 def _with_pages(inputs: DecodeInputs) -> DecodeInputs:
-    """The same for kernels, which load some row, to be dropped, in place of one that there is not: caches have a page."""
+    """Each cache with a page at least: kernels load some row, to be dropped, in place of one that is not there."""
     caches = {name: getattr(inputs, name) for name in ("k_cache", "extra_k_cache")}
     empty = {name: cache for name, cache in caches.items() if cache is not None and cache.shape[0] == 0}
     if not empty:
