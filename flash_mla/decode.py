@@ -62,7 +62,9 @@ class FlashMLASchedMeta:
     num_splits: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._served: _Served | None = None  # not a field: clients may take a schedule apart and compare it
+        # No fields: clients may take a schedule apart and compare it.
+        self._served: _Served | None = None
+        self._planned_by: str | None = None  # a backend, whose plans mean nothing to others; None: a client
 
     def __getstate__(self) -> dict[str, object]:
         """What copies keep: all but the backend, a module, which their next call finds again."""
@@ -189,8 +191,8 @@ def _checked(
     meta: FlashMLASchedMeta, tensors: tuple[torch.Tensor | None, ...], flags: tuple[Any, ...], scale: float | None
 ) -> Results:
     """A call that is not known to look like one before."""
-    if not meta.have_initialized:
-        meta.config = meta.tile_scheduler_metadata = meta.num_splits = meta._served = None
+    if not meta.have_initialized or meta.config is None:
+        meta.config = meta.tile_scheduler_metadata = meta.num_splits = meta._served = meta._planned_by = None
     layouts, served = _layouts(tensors), meta._served
     if served is None or served.layouts != layouts or served.flags != flags:
         inputs = DecodeInputs._make((*tensors, 1.0))  # whose scale stands in, as checks read the tensors alone
@@ -199,14 +201,16 @@ def _checked(
     inputs = DecodeInputs._make((*tensors, served.default_scale if scale is None else scale))
     if problem.b == 0 or problem.s_q == 0:
         return _no_rows(problem, inputs)
-    if meta.tile_scheduler_metadata is None or meta.num_splits is None:
+    work, splits = meta.tile_scheduler_metadata, meta.num_splits
+    if work is None or splits is None or meta._planned_by not in (None, backend.NAME):
         plan = backend.plan_decode(problem, inputs)
-        meta.tile_scheduler_metadata, meta.num_splits = plan.work, plan.splits
+        work, splits = plan.work, plan.splits
+        meta.tile_scheduler_metadata, meta.num_splits, meta._planned_by = work, splits, backend.NAME
     results = served.repeated(meta, tensors, scale)  # now that fresh metadata has a plan
     if results is not None:
         return results
-    results = backend.decode(problem, inputs, meta.tile_scheduler_metadata, meta.num_splits)
-    served.record(inputs, meta.tile_scheduler_metadata, meta.num_splits, results)
+    results = backend.decode(problem, inputs, work, splits)
+    served.record(inputs, work, splits, results)
     return results
 
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from helpers import assert_close_lse, assert_close_out, dense_inputs, poisoned_out
+from helpers import assert_close_lse, assert_close_out, dense_inputs, poisoned_out, spread
 from triton_device import DEVICE
 
 from flash_mla import FlashMLASchedMeta, KVCacheFormat, flash_mla_with_kvcache, reference, selfcheck
@@ -63,6 +63,20 @@ def test_as_many_rows_at_a_time_as_hopper_multiplies(generator, monkeypatch):
     _, check = selfcheck._dense_decode(torch.device(DEVICE), generator, FP16, [130, 0, 64, 7], h_q=70, page_size=32)
     for result in check():
         assert result.is_right, f"{result.name} is off by {result.error}"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="two backends serve the CPU")
+def test_the_plan_of_another_backend_is_not_followed(generator, monkeypatch):
+    monkeypatch.setattr(launch, "gpu_of", lambda device: gpu_of_arch(8, 0, num_sms=4))
+    inputs, meta, workers = dense_inputs(generator, FP16, [700, 64], dtype=torch.float16), FlashMLASchedMeta(), []
+    want, want_lse = reference.decode(**inputs, head_dim_v=512)
+    for backend, q in (("triton", inputs["q"]), ("cpu", spread(inputs["q"])), ("triton", inputs["q"])):
+        monkeypatch.setenv("FLASH_MLA_BACKEND", backend)  # strides may call for another, too
+        out, lse = run(inputs | {"q": q}, meta)
+        assert_close_out(out, want)
+        assert_close_lse(lse, want_lse)
+        workers.append(len(meta.tile_scheduler_metadata) - 1)
+    assert workers == [4, 1, 4]
 
 
 @pytest.mark.parametrize("group", [1, 3])

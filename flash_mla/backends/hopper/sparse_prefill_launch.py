@@ -63,7 +63,7 @@ def _multiples(largest: int, device: torch.device) -> torch.Tensor:
 
 @functools.cache  # for good: CUDA graphs refer to it; and copied from the host, which any stream waits for
 def _table_of_multiples(n: int, device: torch.device) -> torch.Tensor:
-    numbers = torch.arange(n, dtype=torch.int32)
+    numbers = torch.arange(n, dtype=torch.int32, device="cpu")
     return torch.outer(numbers, numbers).to(device)
 
 
