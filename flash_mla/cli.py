@@ -95,23 +95,28 @@ def _devices() -> list[torch.device]:
 
 def _sample_problems(device: torch.device) -> list[tuple[str, Problem]]:
     """A DeepSeek-sized problem of each mode and cache format."""
-    bf16 = torch.bfloat16
+    bf16, formats = torch.bfloat16, KVCacheFormat
+    dense = DecodeProblem(
+        device=device, dtype=bf16, b=1, s_q=1, h_q=128, h_kv=1, d_qk=576, d_v=512, kv_format=formats.BF16, page_size=64
+    )
+    sparse = dataclasses.replace(dense, topk=2048)
     rows: list[tuple[str, Problem]] = []
-    for kv_format in (KVCacheFormat.BF16, KVCacheFormat.FP8_V32):
-        problem = DecodeProblem(device, bf16, 1, 1, 128, 1, 576, 512, kv_format, 64)
-        rows.append((f"dense decode, {kv_format.name}", problem))
-    for kv_format in KVCacheFormat:
-        if kv_format in (KVCacheFormat.FP16, KVCacheFormat.FP4_V41):
-            continue
-        problem = DecodeProblem(device, bf16, 1, 1, 128, 1, kv_format.head_dims[0], 512, kv_format, 64, topk=2048)
-        rows.append((f"sparse decode, {kv_format.name}", problem))
-    both = DecodeProblem(
-        device, bf16, 1, 1, 128, 1, 512, 512, KVCacheFormat.FP8_V41, 64, topk=2048,
-        extra_format=KVCacheFormat.FP4_V41, extra_page_size=64, extra_topk=2048,
-    )  # fmt: skip
+    for kv_format in (formats.BF16, formats.FP8_V32):
+        rows.append((f"dense decode, {kv_format.name}", dataclasses.replace(dense, kv_format=kv_format)))
+    for kv_format in formats:
+        if kv_format not in (formats.FP16, formats.FP4_V41):
+            problem = dataclasses.replace(sparse, kv_format=kv_format, d_qk=kv_format.head_dims[0])
+            rows.append((f"sparse decode, {kv_format.name}", problem))
+    both = dataclasses.replace(
+        sparse, d_qk=512, kv_format=formats.FP8_V41, extra_format=formats.FP4_V41, extra_page_size=64, extra_topk=2048
+    )
     rows.append(("sparse decode, FP8_V41 and FP4_V41", both))
-    rows.append(("sparse prefill", SparsePrefillProblem(device, bf16, 4096, 32768, 128, 576, 512, 2048)))
-    rows.append(("dense MHA 192/128", MHAProblem(device, bf16, 128, 128, 192, 128, causal=True)))
+    prefill = SparsePrefillProblem(
+        device=device, dtype=bf16, s_q=4096, s_kv=32768, h_q=128, d_qk=576, d_v=512, topk=2048
+    )
+    rows.append(("sparse prefill", prefill))
+    mha = MHAProblem(device=device, dtype=bf16, h_q=128, h_kv=128, d_qk=192, d_v=128, causal=True)
+    rows.append(("dense MHA 192/128", mha))
     return rows
 
 
