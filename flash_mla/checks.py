@@ -36,6 +36,7 @@ __all__ = [
     "positive_int",
     "real_number",
     "renamed",
+    "same_backend",
     "same_device",
     "same_plan",
     "sparse_prefill",
@@ -147,8 +148,7 @@ def mha_tensors(q: object, k: object, v: object, cu_seqlens_qo: object, cu_seqle
 def mha_packed(name: str, packed: object, head_dim_qk: object, *, qk_parts: int) -> int:
     """Require `qk_parts` times d_qk columns, then d_v columns, in the last dimension of `packed`; returns d_v."""
     packed = tensor(name, packed, "total h d", MHA_DTYPES)
-    if isinstance(head_dim_qk, bool) or not isinstance(head_dim_qk, int):
-        raise TypeError(f"head_dim_qk: got {type(head_dim_qk).__name__}, need an int")
+    head_dim_qk = integer("head_dim_qk", head_dim_qk, least=1)
     widths = {qk: qk_parts * qk + v for qk, v in MHA_HEAD_DIMS}
     if head_dim_qk not in widths:
         raise ValueError(f"head_dim_qk: got {head_dim_qk}, need {' or '.join(map(str, widths))}")
@@ -213,14 +213,7 @@ def no_num_splits(value: object) -> None:
 
 def writable(name: str, value: torch.Tensor) -> None:
     """Require every element of `value` to have memory of its own."""
-    behind = 1  # elements from the first to beyond the last, in the dimensions of smaller strides
-    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
-        if size > 1 and stride < behind:
-            break
-        behind += (size - 1) * stride
-    else:
-        return
-    if value.numel():
+    if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
         raise ValueError(f"{name}: got strides {list(value.stride())}, need memory of its own for every element")
 
 
@@ -353,6 +346,15 @@ def same_plan(planned: Any, given: Any) -> None:
                 f"tile_scheduler_metadata: planned for {field.name}={before}, but this call has {field.name}={now}; "
                 "make a fresh one with get_mla_metadata() for each configuration"
             )
+
+
+def same_backend(planned_by: str | None, backend: str) -> None:
+    """Require a plan by the backend that is to follow it, or by a client."""
+    if planned_by not in (None, backend):
+        raise ValueError(
+            f"tile_scheduler_metadata: planned by the backend {planned_by}, but {backend} serves this call, by its "
+            "strides or by FLASH_MLA_BACKEND; make a fresh one with get_mla_metadata()"
+        )
 
 
 # --- sparse prefill ---------------------------------------------------------------------------------------------------

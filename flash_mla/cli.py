@@ -191,7 +191,11 @@ def _bench(options: argparse.Namespace) -> int:
         and not torch.cuda.is_available()
     ):
         raise RuntimeError(f"{options.benchmark} is measured on a CUDA GPU; cpu_decode is measured without")
-    importlib.import_module(f"flash_mla.bench.{options.benchmark}").main(options.arguments)
+    benchmark = importlib.import_module(f"flash_mla.bench.{options.benchmark}")
+    try:
+        benchmark.main(options.arguments)
+    except ImportError as error:  # of the peer, or of Triton
+        raise RuntimeError(f"{options.benchmark}: {error}") from error
     return 0
 
 

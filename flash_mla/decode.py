@@ -14,7 +14,7 @@ import torch
 from flash_mla import backends, checks
 from flash_mla.decode_ops import Flags, problem_of
 from flash_mla.kv_cache import KVCacheFormat
-from flash_mla.problem import PLAIN_TENSORS, DecodeInputs, DecodeProblem
+from flash_mla.problem import DecodeInputs, DecodeProblem, has_memory
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 
@@ -65,6 +65,11 @@ class FlashMLASchedMeta:
         # No fields: clients may take a schedule apart and compare it.
         self._served: _Served | None = None
         self._planned_by: str | None = None  # a backend, whose plans mean nothing to others; None: a client
+
+    @property
+    def _is_planned(self) -> bool:
+        """Whether its configuration is fixed, and not only until a client said that it is empty."""
+        return self.have_initialized and self.config is not None
 
     def __getstate__(self) -> dict[str, object]:
         """What copies keep: all but the backend, a module, which their next call finds again."""
@@ -168,7 +173,7 @@ def flash_mla_with_kvcache(
         extra_topk_length,
         out,
     )
-    if torch.compiler.is_compiling() or type(q) not in PLAIN_TENSORS:
+    if torch.compiler.is_compiling() or not has_memory(q):
         named = Flags(head_dim_v, causal, is_fp8_kvcache, enable_batch_invariant)
         return _traced(meta, DecodeInputs(*tensors, softmax_scale=1.0), named, softmax_scale)
     # A call that looks like an earlier one is like it. Checking everything takes longer than launching kernels does,
@@ -191,7 +196,7 @@ def _checked(
     meta: FlashMLASchedMeta, tensors: tuple[torch.Tensor | None, ...], flags: tuple[Any, ...], scale: float | None
 ) -> Results:
     """A call that is not known to look like one before."""
-    if not meta.have_initialized or meta.config is None:
+    if not meta._is_planned:
         meta.config = meta.tile_scheduler_metadata = meta.num_splits = meta._served = meta._planned_by = None
     layouts, served = _layouts(tensors), meta._served
     if served is None or served.layouts != layouts or served.flags != flags:
@@ -202,10 +207,11 @@ def _checked(
     if problem.b == 0 or problem.s_q == 0:
         return _no_rows(problem, inputs)
     work, splits = meta.tile_scheduler_metadata, meta.num_splits
-    if work is None or splits is None or meta._planned_by not in (None, backend.NAME):
+    if work is None or splits is None:
         plan = backend.plan_decode(problem, inputs)
         work, splits = plan.work, plan.splits
         meta.tile_scheduler_metadata, meta.num_splits, meta._planned_by = work, splits, backend.NAME
+    checks.same_backend(meta._planned_by, backend.NAME)
     results = served.repeated(meta, tensors, scale)  # now that fresh metadata has a plan
     if results is not None:
         return results
@@ -296,7 +302,7 @@ def _check(
     problem = problem_of(inputs, flags)
     checks.decode_formats(problem)
     config = _config(problem, flags)
-    if meta.config is not None:
+    if meta._is_planned:
         checks.same_plan(meta.config, config)
     return problem, config
 
@@ -313,7 +319,8 @@ def _traced(
         out = inputs.q.new_empty(problem.b, problem.s_q, problem.h_q, problem.d_v)
     scale = problem.d_qk**-0.5 if softmax_scale is None else softmax_scale
     *tensors, _, _ = inputs  # all but out and the scale; older versions of torch.compile do not know _replace
-    lse = torch.ops.flash_mla.decode(*tensors, out, scale, *flags, meta.tile_scheduler_metadata, meta.num_splits)
+    plan = (meta.tile_scheduler_metadata, meta.num_splits, meta._planned_by) if meta._is_planned else (None,) * 3
+    lse = torch.ops.flash_mla.decode(*tensors, out, scale, *flags, *plan)
     return out, lse
 
 

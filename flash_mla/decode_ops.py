@@ -1,9 +1,9 @@
 """Decode as a PyTorch operator, torch.ops.flash_mla.decode, on tensors and flags alone.
 
 torch.compile puts an operator into its graph whole: it needs the schema and a fake implementation that tells the
-result's shape. A schedule enters as its two tensors; without them the operator plans each time it runs, so a compiled
-graph holds no plan that lengths could outdate. It writes into an `out` that is always given, so that the compiler plans
-the memory of new ones and a given one is not copied.
+result's shape. A schedule enters as its two tensors and who made them; without them the operator plans each time it
+runs, so a compiled graph holds no plan that lengths could outdate. It writes into an `out` that is always given, so
+that the compiler plans the memory of new ones and a given one is not copied.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flash_mla import backends
+from flash_mla import backends, checks
 from flash_mla.kv_cache import KVCacheFormat
 from flash_mla.problem import DecodeInputs, DecodeProblem
 
@@ -56,27 +56,32 @@ def problem_of(inputs: DecodeInputs, flags: Flags) -> DecodeProblem:
         has_topk_length=inputs.topk_length is not None,
         has_extra_topk_length=inputs.extra_topk_length is not None,
         batch_invariant=flags.enable_batch_invariant,
-        aligned=all(map(_is_aligned, (inputs.k_cache, inputs.extra_k_cache))),
+        aligned=all(_is_aligned(cache, inputs.indices is None) for cache in (inputs.k_cache, inputs.extra_k_cache)),
     )
 
 
-def _is_aligned(cache: torch.Tensor | None) -> bool:
-    """Whether pages of a quantised cache or rows of a plain one may begin at multiples of 16 bytes, each at its own."""
+def _is_aligned(cache: torch.Tensor | None, each_its_own: bool) -> bool:
+    """Whether pages of a quantised cache or rows of a plain one may begin at multiples of 16 bytes.
+
+    each_its_own: and no two at the same one.
+    """
     if cache is None:
         return True
-    if cache.element_size() == 1:
-        return cache.shape[0] <= 1 or cache.stride(0) % 16 == 0
-    return all(stride % 8 == 0 and stride > 0 for stride in cache.stride()[:-1])
+    dims = 1 if cache.element_size() == 1 else cache.dim() - 1
+    strides = [cache.stride(dim) for dim in range(dims) if cache.shape[dim] > 1]  # those that mean something
+    return all(stride * cache.element_size() % 16 == 0 and (stride > 0 or not each_its_own) for stride in strides)
 
 
 def _decode(*arguments: Any) -> torch.Tensor:
     inputs = DecodeInputs(*arguments[:_NUM_INPUTS])
-    *flags, work, splits = arguments[_NUM_INPUTS:]
+    *flags, work, splits, planned_by = arguments[_NUM_INPUTS:]
     problem = problem_of(inputs, Flags(*flags))
     backend = backends.choose(problem)
     if work is None or splits is None:
         plan = backend.plan_decode(problem, inputs)
         work, splits = plan.work, plan.splits
+    else:
+        checks.same_backend(planned_by, backend.NAME)
     _, lse = backend.decode(problem, inputs, work, splits)
     return lse
 
@@ -93,7 +98,7 @@ _INPUTS = (
     "float softmax_scale"
 )
 _FLAGS = "int head_dim_v, bool causal, bool is_fp8_kvcache, bool enable_batch_invariant"
-_SCHEDULE = "Tensor? tile_scheduler_metadata, Tensor? num_splits"
+_SCHEDULE = "Tensor? tile_scheduler_metadata, Tensor? num_splits, str? planned_by"
 _NUM_INPUTS = len(DecodeInputs._fields)
 _LIBRARY = torch.library.Library("flash_mla", "FRAGMENT")
 _LIBRARY.define(

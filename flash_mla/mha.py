@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 
 from flash_mla import checks, mha_ops, mha_served
-from flash_mla.problem import PLAIN_TENSORS
+from flash_mla.problem import has_memory
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"]
 
@@ -56,7 +56,7 @@ def flash_attn_varlen_func(
     """
     scale = None if softmax_scale is None else checks.real_number("softmax_scale", softmax_scale)
     tensors = (q, k, v, cu_seqlens_qo, cu_seqlens_kv)
-    as_operator = torch.compiler.is_compiling() or type(q) not in PLAIN_TENSORS
+    as_operator = torch.compiler.is_compiling() or not has_memory(q)
     # torch.func.grad and the like need what autograd makes of a call, for which none is repeated.
     is_transformed = not as_operator and (forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active())
     served = None

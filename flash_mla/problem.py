@@ -105,8 +105,12 @@ class Mendable(str):
     """Why a backend does not serve a problem, where its user can change that: a slower one that does is warned of."""
 
 
-# Tensors of other classes, such as fake ones, may have no memory of their own: their calls go through an operator,
-# which PyTorch takes apart.
-PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter}
+def has_memory(tensor: object) -> bool:
+    """Whether it is a tensor of memory of its own, unlike a fake one: calls of others go through an operator."""
+    kind = type(tensor)
+    if kind is torch.Tensor:
+        return True
+    return getattr(kind, "__torch_dispatch__", None) is torch.Tensor.__torch_dispatch__
+
 
 Problem = DecodeProblem | SparsePrefillProblem | MHAProblem

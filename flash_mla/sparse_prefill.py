@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from flash_mla import backends, checks
-from flash_mla.problem import PLAIN_TENSORS, SparsePrefillInputs, SparsePrefillProblem
+from flash_mla.problem import SparsePrefillInputs, SparsePrefillProblem, has_memory
 from flash_mla.sparse_prefill_ops import problem_of, sparse_prefill
 
 __all__ = ["flash_mla_sparse_fwd"]
@@ -55,7 +55,7 @@ def flash_mla_sparse_fwd(
     """
     checks.mqa_value_dim("d_v", d_v)
     inputs = SparsePrefillInputs(q, kv, indices, checks.real_number("sm_scale", sm_scale), attn_sink, topk_length, out)
-    if torch.compiler.is_compiling() or type(q) not in PLAIN_TENSORS:
+    if torch.compiler.is_compiling() or not has_memory(q):
         checks.sparse_prefill(inputs)
         return _traced(inputs, d_v)
     # A call that looks like an earlier one is like it. Checking everything takes longer than launching kernels, and

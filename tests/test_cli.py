@@ -66,8 +66,6 @@ class TestParser:
 class TestBench:
     @pytest.mark.parametrize("name", BENCHMARKS)
     def test_each_explains_itself(self, run, name):
-        if name != "cpu_decode":
-            pytest.importorskip("triton")
         ran = run("bench", name, "--help")
         assert ran.status == 0
         assert f"usage: flash-mla bench {name}" in ran.out
@@ -78,6 +76,11 @@ class TestBench:
         ran = run("bench", "dense_decode", "--peer", "nothing")
         assert (ran.status, ran.out) == (1, "")
         assert "dense_decode is measured on a CUDA GPU; cpu_decode is measured without" in ran.err
+
+    def test_a_peer_that_is_not_there_is_told(self, run, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        ran = run("bench", "dense_decode", "--peer", "no_such_peer")
+        assert (ran.status, ran.err) == (1, "flash-mla bench: dense_decode: No module named 'no_such_peer'\n")
 
     def test_cpu_decode_records_what_it_prints(self, run, monkeypatch, tmp_path):
         monkeypatch.setattr(cpu_decode, "CASES", [cpu_decode.Dense(1, 1, 64, 1), cpu_decode.SparsePrefill(1, 64, 8, 1)])

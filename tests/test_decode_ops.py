@@ -83,8 +83,9 @@ def test_compiles_without_a_graph_break_to_the_same_bits(backend, dynamic, make)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strided", [False, True])
-def test_compiled_code_writes_into_out(backend, strided):
-    function = compiled(call, backend)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_code_writes_into_out(backend, strided, dynamic):
+    function = compiled(call, backend, dynamic=dynamic)
     args = dense()
     out = poisoned_out(2, 2, 4, 512, dtype=torch.bfloat16, strided=strided)
     around = out._base.clone() if strided else out
@@ -121,6 +122,25 @@ def test_empty_metadata_stays_empty_and_every_run_plans(plans):
         assert meta == FlashMLASchedMeta()
         assert_same_bits(got, call(args))
         plans.clear()
+
+
+def test_metadata_that_is_said_to_be_empty_is_in_compiled_code(plans):
+    args, more = dense((70, 5)), dense((70, 5, 9))
+    meta, _ = get_mla_metadata()
+    call(args, tile_scheduler_metadata=meta)
+    meta.have_initialized = False
+    plans.clear()
+    assert_same_bits(compiled(call, "aot_eager")(more, tile_scheduler_metadata=meta), call(more))
+    assert len(plans) == 2, "each call plans"
+
+
+def test_compiled_code_refuses_the_plan_of_another_backend():
+    args = dense()
+    meta, _ = get_mla_metadata()
+    call(args, tile_scheduler_metadata=meta)
+    meta._planned_by = "hopper"
+    with pytest.raises(ValueError, match="planned by the backend hopper, but cpu serves this call"):
+        compiled(call, "aot_eager")(args, tile_scheduler_metadata=meta)
 
 
 def test_compiled_code_follows_a_plan_made_before(monkeypatch, plans):
@@ -237,7 +257,8 @@ def test_operator_passes_opcheck(make, planned, strided):
         )
     ]  # fmt: skip
     out = poisoned_out(2, 2, 4, 512, dtype=torch.bfloat16, strided=strided)
+    plan = meta.tile_scheduler_metadata, meta.num_splits, "cpu" if planned else None
     torch.library.opcheck(
         torch.ops.flash_mla.decode.default,
-        (*tensors, out, 0.1, 512, False, is_fp8, False, meta.tile_scheduler_metadata, meta.num_splits),
+        (*tensors, out, 0.1, 512, False, is_fp8, False, *plan),
     )

@@ -65,6 +65,14 @@ def sparse(h_q, *, scale=0.1, k_cache=None):
     return sparse_decode_launch.decode(problem, inputs, plan.work, plan.splits)
 
 
+def sparse_plain(h_q, *, k_cache):
+    problem = DecodeProblem(CPU, torch.bfloat16, 4, 2, h_q, 1, 576, 512, KVCacheFormat.BF16, 64, topk=100)
+    q, indices = torch.ones(4, 2, h_q, 576, dtype=torch.bfloat16), torch.zeros(4, 2, 100, dtype=torch.int32)
+    inputs = DecodeInputs(q, k_cache, None, None, indices, None, None, None, None, None, None, 0.1)
+    plan = sparse_decode_launch.plan_decode(problem, inputs)
+    return sparse_decode_launch.decode(problem, inputs, plan.work, plan.splits)
+
+
 def dense_fp8(h_q, *, scale=0.1, causal=True):
     problem = DecodeProblem(CPU, torch.bfloat16, 4, 2, h_q, 1, 576, 512, KVCacheFormat.FP8_V32, 16, causal=causal)
     q = torch.ones(4, 2, h_q, 576, dtype=torch.bfloat16)
@@ -286,7 +294,7 @@ def invariant_call(b, h_kv, topk, max_tiles):
 # Of a unit with so many tiles that it is cut at all, there may be 32 pieces.
 @pytest.mark.parametrize(
     ("b", "h_kv", "topk", "max_tiles"),
-    [(1000, 1, None, 1000), (4096, 1, None, 32), (4095, 16, None, 1), (70000, 1, 9, 1)],
+    [(1024, 1, None, 1000), (4096, 1, None, 32), (4095, 16, None, 1), (70000, 1, 9, 1)],
 )
 def test_a_batch_invariant_call_may_be_large(launched, b, h_kv, topk, max_tiles):
     assert invariant_call(b, h_kv, topk, max_tiles)
@@ -294,11 +302,23 @@ def test_a_batch_invariant_call_may_be_large(launched, b, h_kv, topk, max_tiles)
 
 @pytest.mark.parametrize(
     ("b", "h_kv", "topk", "max_tiles", "tokens"),
-    [(1024, 1, None, 1000, "block_table"), (4096, 16, None, 1, "block_table"), (70000, 1, 9999, 79, "indices")],
+    [(1025, 1, None, 1000, "block_table"), (4096, 16, None, 1, "block_table"), (70000, 1, 9999, 79, "indices")],
 )
 def test_more_partial_results_than_kernels_can_count_are_refused(launched, b, h_kv, topk, max_tiles, tokens):
     with pytest.raises(ValueError, match=rf"enable_batch_invariant: got b={b}, .* width of {tokens}, .* need at most"):
         invariant_call(b, h_kv, topk, max_tiles)
+
+
+@pytest.mark.parametrize("strides", [(64 * 576, 576, 1, 1), (7, 576, 576, 1)])
+@pytest.mark.parametrize("run", [dense, sparse_plain])
+def test_strides_of_dimensions_of_one_element_do_not_matter(launched, run, strides):
+    pages = 1 if strides[0] == 7 else 8
+    cache = torch.zeros(8, 64, 576, dtype=torch.bfloat16).as_strided((pages, 64, 1, 576), strides)
+    run(16, k_cache=cache)
+    _, (_, passed, *_) = launched[-1]
+    assert passed.data_ptr() == cache.data_ptr()
+    assert passed.shape[0] == pages
+    assert all(stride % 8 == 0 for stride in passed.stride()[:-1])
 
 
 @pytest.mark.parametrize(
@@ -307,7 +327,9 @@ def test_more_partial_results_than_kernels_can_count_are_refused(launched, b, h_
         (torch.zeros(4, 64, 1, 576, dtype=torch.bfloat16), True),
         (torch.zeros(4, 64, 1, 640, dtype=torch.bfloat16)[..., :576], True),
         (torch.zeros(4, 64, 1, 577, dtype=torch.bfloat16)[..., :576], False),
-        (torch.zeros(1, 64, 1, 576, dtype=torch.bfloat16).expand(4, -1, -1, -1), False),
+        (torch.zeros(4, 64, 576, dtype=torch.bfloat16).as_strided((4, 64, 1, 576), (36864, 576, 1, 1)), True),
+        (torch.zeros(64, 576, dtype=torch.bfloat16).as_strided((1, 64, 1, 576), (7, 576, 576, 1)), True),
+        (torch.zeros(1, 64, 1, 576, dtype=torch.bfloat16).expand(4, -1, -1, -1), True),  # though not for TMA
         (torch.zeros(4, 64, 1, 656, dtype=torch.uint8), True),
         (torch.zeros(4 * 42000, dtype=torch.uint8).as_strided((4, 64, 1, 656), (42000, 656, 656, 1)), True),
         (torch.zeros(4 * 42000, dtype=torch.uint8).as_strided((4, 64, 1, 656), (41992, 656, 656, 1)), False),

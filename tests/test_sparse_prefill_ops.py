@@ -45,8 +45,9 @@ def test_compiles_without_a_graph_break_to_the_same_bits(backend, dynamic, optio
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strided", [False, True])
-def test_compiled_code_writes_into_out(backend, strided):
-    function = compiled(flash_mla_sparse_fwd, backend)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_code_writes_into_out(backend, strided, dynamic):
+    function = compiled(flash_mla_sparse_fwd, backend, dynamic=dynamic)
     args = arguments()
     out = poisoned_out(3, 4, 512, dtype=torch.bfloat16, strided=strided)
     around = out._base.clone() if strided else out

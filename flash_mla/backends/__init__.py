@@ -10,6 +10,7 @@ Being served by a slower one for a reason that the user can mend, such as kernel
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from types import ModuleType
@@ -51,9 +52,15 @@ def choose(problem: Problem) -> ModuleType:
         if reason is None:
             for better, why in reasons.items():
                 if isinstance(why, Mendable):
-                    warnings.warn(f"{problem.mode} runs on {backend.NAME}, slower than {better}: {why}", stacklevel=2)
+                    _warn(problem, f"{problem.mode} runs on {backend.NAME}, slower than {better}: {why}")
             return backend
         reasons[backend.NAME] = reason
     which = "the forced backend cannot serve" if name else "no backend serves"
     told = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
     raise RuntimeError(f"{which} {problem.mode} on {problem.device}: {told}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn(problem: Problem, message: str) -> None:
+    """Once for each problem, whatever filter the program has set."""
+    warnings.warn(message, stacklevel=3)

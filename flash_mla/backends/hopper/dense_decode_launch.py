@@ -26,6 +26,7 @@ from flash_mla.backends.hopper.launch import (
     positive_scale,
     rows_aligned,
     with_aligned_rows,
+    with_aligned_strides,
 )
 from flash_mla.backends.hopper.recorded_call import RecordedCall, recorded
 from flash_mla.plan import SplitPlan
@@ -119,6 +120,7 @@ def _arguments(inputs: DecodeInputs, q: torch.Tensor) -> tuple[Argument, ...]:
     k_cache, block_table, cache_seqlens = inputs.k_cache, inputs.block_table, inputs.cache_seqlens
     assert block_table is not None
     assert cache_seqlens is not None
+    k_cache = with_aligned_strides(k_cache)
     if not rows_aligned(k_cache):
         raise ValueError(
             f"k_cache: got strides {list(k_cache.stride())} at address {k_cache.data_ptr():#x}, "

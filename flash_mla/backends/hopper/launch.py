@@ -33,6 +33,7 @@ __all__ = [
     "template",
     "who_merges",
     "with_aligned_rows",
+    "with_aligned_strides",
 ]
 
 Result = TypeVar("Result")
@@ -172,7 +173,7 @@ class DecodeCall(NamedTuple):
         if not unsplit:
             slots = max_slots(num_units, num_workers, batch_invariant=problem.batch_invariant, max_tiles=max_tiles)
         if problem.batch_invariant:
-            _check_partial_results(problem, num_units, slots * unit_rows, max_tiles)
+            _check_partial_results(problem, num_units, slots * unit_rows, max_tiles, scaled)
         row_words = problem.d_v // 2 + 2 if scaled else problem.d_v
         by_unit, warps = who_merges(num_units, num_workers, unit_rows, problem.batch_invariant, most_splits)
         device = problem.device
@@ -196,9 +197,10 @@ class DecodeCall(NamedTuple):
         return (written if out is None or out is written else out.copy_(written)), lse
 
 
-def _check_partial_results(problem: DecodeProblem, num_units: int, rows: int, max_tiles: int) -> None:
+def _check_partial_results(problem: DecodeProblem, num_units: int, rows: int, max_tiles: int, scaled: bool) -> None:
     """Raise a ValueError if kernels could not tell partial results apart, or combine could not look at all units."""
-    most_rows = (INT32_RANGE - 1) // (problem.d_v + 1)
+    # Elements of partial outputs count, or, where these are fp32, words of the workspace.
+    most_rows = INT32_RANGE // problem.d_v if scaled else (INT32_RANGE - 1) // (problem.d_v + 1)
     merges = rows > 0 or problem.topk is None
     if rows <= most_rows and (num_units <= MOST_UNITS or not merges):
         return
@@ -246,6 +248,15 @@ def positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
 def with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, or a copy whose rows are aligned."""
     return tensor if rows_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def with_aligned_strides(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory; in dimensions of one element, where any stride will do, one that kernels take."""
+    if 1 not in tensor.shape[:-1] or _strides_aligned(tensor.stride()):
+        return tensor
+    width = -(-tensor.shape[-1] // 8) * 8
+    strides = [stride if size > 1 else width for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return tensor.as_strided(tensor.shape, (*strides[:-1], 1))
 
 
 def out_with_aligned_rows(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from flash_mla.backends.hopper.launch import (
     plan,
     positive_scale,
     with_aligned_rows,
+    with_aligned_strides,
 )
 from flash_mla.backends.hopper.recorded_call import RecordedCall, recorded
 from flash_mla.backends.hopper.sparse_decode_heuristics import (
@@ -229,15 +230,15 @@ def _call(
 
 def _pages(name: str, kv_format: KVCacheFormat, cache: torch.Tensor) -> torch.Tensor:
     """A cache as uint8, a view: [num_pages, bytes of a page], or [num_pages, page_size, bytes] of a plain one."""
-    pages = cache.view(torch.uint8)
     if not kv_format.is_quantised:
+        pages = with_aligned_strides(cache).view(torch.uint8)
         if pages.data_ptr() % 16 or any(stride % 16 for stride in pages.stride()[:2]):
             raise ValueError(
                 f"{name}: got strides {list(cache.stride())} at address {cache.data_ptr():#x}, "
                 "need rows that begin at multiples of 16 bytes"
             )
         return pages[:, :, 0]
-    pages = pages.flatten(1)
+    pages = cache.view(torch.uint8).flatten(1)
     if len(pages) == 1:  # its stride means nothing
         pages = pages.as_strided(pages.shape, (-(-pages.shape[1] // 16) * 16, 1))
     if pages.data_ptr() % 16 or pages.stride(0) % 16:
