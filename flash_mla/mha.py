@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
@@ -93,6 +96,14 @@ _OF_QKV = {
 }
 
 
+def _unpacked(names: Mapping[str, str], *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The call of `flash_attn_varlen_func`, whose errors name the packed form's arguments."""
+    try:
+        return flash_attn_varlen_func(*arguments)
+    except (TypeError, ValueError) as error:
+        raise checks.renamed(error, names) from error
+
+
 def flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -117,23 +128,8 @@ def flash_attn_varlen_qkvpacked_func(
     """
     d_v = checks.mha_packed("qkv", qkv, head_dim_qk, qk_parts=2)
     q, k, v = qkv.split([head_dim_qk, head_dim_qk, d_v], dim=-1)
-    try:
-        return flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            dropout_p=dropout_p,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            deterministic=deterministic,
-            is_varlen=is_varlen,
-        )
-    except (TypeError, ValueError) as error:
-        raise checks.renamed(error, _OF_QKV) from error
+    options = dropout_p, softmax_scale, causal, deterministic, is_varlen
+    return _unpacked(_OF_QKV, q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -162,20 +158,5 @@ def flash_attn_varlen_kvpacked_func(
     """
     d_v = checks.mha_packed("kv", kv, head_dim_qk, qk_parts=1)
     k, v = kv.split([head_dim_qk, d_v], dim=-1)
-    try:
-        return flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_qo,
-            cu_seqlens_kv,
-            max_seqlen_qo,
-            max_seqlen_kv,
-            dropout_p=dropout_p,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            deterministic=deterministic,
-            is_varlen=is_varlen,
-        )
-    except (TypeError, ValueError) as error:
-        raise checks.renamed(error, _OF_KV) from error
+    options = dropout_p, softmax_scale, causal, deterministic, is_varlen
+    return _unpacked(_OF_KV, q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, *options)
