@@ -9,7 +9,8 @@ import pytest
 import torch
 from compilation import BACKENDS, compiled
 from helpers import dense_inputs, poisoned_out, randn, sparse_scope
-from test_decode import DENSE_MISUSE, SPARSE_MISUSE, both_args, call, dense_args, sparse_args
+from test_decode import call, sparse_args
+from test_decode_misuse import DENSE_MISUSE, SPARSE_MISUSE, both_args, dense_args
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from flash_mla import FlashMLASchedMeta, KVCacheFormat, flash_mla_with_kvcache, get_mla_metadata

@@ -142,11 +142,11 @@ def graph(call: Callable[[], object]) -> Callable[[], object]:
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """The command line of a benchmark, so far."""
-    parser = argparse.ArgumentParser(
+    line = argparse.ArgumentParser(
         f"flash-mla bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="folder to record results in")
-    return parser
+    line.add_argument("--out", type=Path, help="folder to record results in")
+    return line
 
 
 def command_line(

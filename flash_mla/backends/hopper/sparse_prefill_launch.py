@@ -57,7 +57,10 @@ class _Call(NamedTuple):
 
 
 def _multiples(largest: int, device: torch.device) -> torch.Tensor:
-    """[n, n] int32 on the device, n > largest: row i holds the multiples of i, from 0 on."""
+    """[n, n] int32 on the device, n > largest: row i holds the multiples of i, from 0 on.
+
+    One for all shapes, so that none is made while a call is captured into a CUDA graph.
+    """
     return _table_of_multiples(max(2 * num_sms(device), 1 << largest.bit_length()), device)
 
 
